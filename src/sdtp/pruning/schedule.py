@@ -1,0 +1,159 @@
+"""Which layers prune, and how many tokens survive each: pure arithmetic, known before any tensor exists."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class PruningSchedule:
+    """Stages of token removal over a decoder's layers.
+
+    Stage `s` (0-based) scores the hidden states entering decoder layer `layers[s]` and removes tokens before that layer
+    runs, so that `round(keep[s] * N)` of a row's `N` prompt tokens are left.
+
+    Attributes:
+        layers: 0-based decoder layers before which tokens are removed, strictly ascending, each >= 1 (lengths and
+            positions are read off layer 0's cache).
+        keep: fraction of the *prompt* kept after each stage, in (0, 1], never ascending; one per layer.
+        sinks: first tokens of the prompt that every stage keeps (attention sinks).
+        local: fraction in [0, 1] of the tokens still present that form the protected tail.
+        min_local: fewest tokens in the protected tail.
+        min_tokens: prompts with fewer tokens than this are left alone.
+
+    Raises:
+        ValueError: a value outside its range, naming the field and the value.
+    """
+
+    layers: tuple[int, ...]
+    keep: tuple[float, ...]
+    sinks: int = 4
+    local: float = 0.1
+    min_local: int = 16
+    min_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "keep", tuple(float(k) for k in self.keep))
+        if len(self.layers) != len(self.keep):
+            raise ValueError(f"keep has {len(self.keep)} fractions for {len(self.layers)} layers: give one per layer")
+        if any(layer < 1 for layer in self.layers):
+            raise ValueError(f"layers is {self.layers}: pruning starts at layer 1 or later (layer 0 holds the prompt)")
+        if any(a >= b for a, b in zip(self.layers, self.layers[1:], strict=False)):
+            raise ValueError(f"layers is {self.layers}: they must be strictly ascending")
+        if not all(0.0 < k <= 1.0 for k in self.keep):
+            raise ValueError(f"keep is {self.keep}: every fraction must be in (0, 1]")
+        if any(a < b for a, b in zip(self.keep, self.keep[1:], strict=False)):
+            raise ValueError(f"keep is {self.keep}: a later stage cannot keep more than an earlier one")
+        if not 0.0 <= self.local <= 1.0:
+            raise ValueError(f"local is {self.local}: it must be in [0, 1]")
+        for name in ("sinks", "min_local", "min_tokens"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be >= 0")
+
+    @classmethod
+    def geometric(
+        cls,
+        num_layers: int,
+        start: int,
+        step: int,
+        ratio: float,
+        sinks: int = 4,
+        local: float = 0.1,
+        min_local: int = 16,
+        min_tokens: int = 0,
+    ) -> PruningSchedule:
+        """Stages at layers `start, start + step, ...`, the s-th (from 1) keeping `ratio**s` of the prompt (paper, §4).
+
+        Args:
+            num_layers: decoder layers of the model.
+            start: first pruning layer, >= 1.
+            step: layers between stages, >= 1.
+            ratio: fraction kept at each stage of what the stage before left, in (0, 1].
+            sinks, local, min_local, min_tokens: see the class.
+
+        Raises:
+            ValueError: a value outside its range.
+        """
+        if not 1 <= start < num_layers:
+            raise ValueError(f"start is {start}: it must be a layer from 1 to {num_layers - 1}")
+        if step < 1:
+            raise ValueError(f"step is {step}: it must be >= 1")
+        if not 0.0 < ratio <= 1.0:
+            raise ValueError(f"ratio is {ratio}: the fraction to keep must be in (0, 1]")
+        layers = tuple(range(start, num_layers, step))
+        keep = tuple(ratio**s for s in range(1, len(layers) + 1))
+        return cls(layers, keep, sinks, local, min_local, min_tokens)
+
+    @property
+    def stages(self) -> int:
+        """Number of stages."""
+        return len(self.layers)
+
+    def protected_tail(self, tokens: int) -> int:
+        """Length of the protected tail of a row with `tokens` tokens still present."""
+        return min(tokens, max(self.min_local, math.ceil(self.local * tokens)))
+
+    def kept_at(self, stage: int, prompt_tokens: int, present: int, protected: int) -> int:
+        """Tokens one stage keeps: the budget, raised to the protected tokens and to 1, capped at those present.
+
+        Args:
+            stage: 0-based stage.
+            prompt_tokens: `N`, the row's real prompt tokens.
+            present: tokens entering the stage.
+            protected: how many of those are protected.
+        """
+        if prompt_tokens < self.min_tokens:
+            return present
+        return min(present, max(round(self.keep[stage] * prompt_tokens), protected, 1))
+
+    def surviving(self, prompt_tokens: int) -> list[int]:
+        """Tokens left after each stage for a prompt of `prompt_tokens` (>= 1) of which the caller marks none."""
+        if prompt_tokens < 1:
+            raise ValueError(f"the prompt has {prompt_tokens} tokens: at least one is needed")
+        counts = []
+        present = prompt_tokens
+        for stage in range(self.stages):
+            protected = min(present, self.sinks + self.protected_tail(present))
+            present = self.kept_at(stage, prompt_tokens, present, protected)
+            counts.append(present)
+        return counts
+
+    def layer_lengths(self, prompt_tokens: int, num_layers: int) -> list[int]:
+        """Tokens each decoder layer runs on in prefill and caches: `num_layers` numbers.
+
+        Raises:
+            ValueError: the schedule prunes at a layer the model does not have.
+        """
+        self.check_fits(num_layers)
+        after = dict(zip(self.layers, self.surviving(prompt_tokens), strict=True))
+        lengths = []
+        present = prompt_tokens
+        for layer in range(num_layers):
+            present = after.get(layer, present)
+            lengths.append(present)
+        return lengths
+
+    def check_fits(self, num_layers: int) -> None:
+        """Raise ValueError if a stage lies beyond a model of `num_layers` decoder layers."""
+        if self.layers and self.layers[-1] >= num_layers:
+            raise ValueError(f"layers is {self.layers}: the model has layers 0 to {num_layers - 1} only")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `from_dict` reads them back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PruningSchedule:
+        """The schedule `to_dict` wrote.
+
+        Raises:
+            ValueError: a missing or unknown key, or a value outside its range.
+        """
+        fields = {field.name for field in dataclasses.fields(cls)}
+        if set(values) != fields:
+            raise ValueError(f"schedule has keys {sorted(values)}: exactly {sorted(fields)} are accepted")
+        return cls(**values)

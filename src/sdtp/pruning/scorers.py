@@ -1,0 +1,162 @@
+"""Who decides which tokens matter: the learned MLP of the paper and the baselines, behind one small protocol."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+import torch
+from torch import nn
+
+
+@dataclasses.dataclass(frozen=True)
+class StageView:
+    """What a scorer may look at when a stage decides.
+
+    Attributes:
+        stage: 0-based stage.
+        layer: the decoder layer the hidden states are about to enter.
+        hidden: [batch, tokens, hidden], the states of the tokens still present.
+        positions: LongTensor [batch, tokens], each token's index among its row's real prompt tokens (0...N-1); -1 where
+            the row is padding.
+        prompt_lengths: LongTensor [batch], `N` of each row.
+        last_query_attention: computes [batch, tokens] float32, the attention that the last prompt token paid in layer
+            `layer - 1`, averaged over heads.
+    """
+
+    stage: int
+    layer: int
+    hidden: torch.Tensor
+    positions: torch.Tensor
+    prompt_lengths: torch.Tensor
+    last_query_attention: Callable[[], torch.Tensor]
+
+
+_Integers = TypeVar("_Integers", int, torch.Tensor)
+
+
+class Scorer(Protocol):
+    """Scores the tokens entering a stage; the higher, the more worth keeping."""
+
+    def score(self, view: StageView) -> torch.Tensor:
+        """Scores [batch, tokens], float32; values at padding are ignored."""
+        ...
+
+
+class Learned(nn.Module):
+    """The paper's scorer: before each stage an MLP maps a token's hidden state to keep and drop logits (π in R^{N×2}).
+
+    The state is divided by its root mean square first: residual streams grow by orders of magnitude over the layers,
+    and a few channels of the first tokens hold values in the thousands.
+
+    Args:
+        hidden_size: width of the model's hidden states.
+        stages: number of stages, each with its own weights.
+        width: hidden units of each MLP.
+    """
+
+    def __init__(self, hidden_size: int, stages: int, width: int = 128) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.width = width
+        self.mlps = nn.ModuleList(
+            nn.Sequential(nn.Linear(hidden_size, width), nn.GELU(), nn.Linear(width, 2)) for _ in range(stages)
+        )
+
+    @property
+    def stages(self) -> int:
+        """Number of stages the scorer has weights for."""
+        return len(self.mlps)
+
+    def logits(self, stage: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Keep and drop logits [..., 2], float32, of hidden states [..., hidden] entering the stage."""
+        mlp = self.mlps[stage]
+        states = torch.nn.functional.rms_norm(hidden.float(), (self.hidden_size,), eps=1e-6)
+        logits: torch.Tensor = mlp(states.to(next(mlp.parameters()).dtype))
+        return logits.float()
+
+    def keep_scores(self, stage: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Keep-logit minus drop-logit [...], float32."""
+        keep, drop = self.logits(stage, hidden).unbind(-1)
+        return keep - drop
+
+    def score(self, view: StageView) -> torch.Tensor:
+        """See `Scorer.score`."""
+        return self.keep_scores(view.stage, view.hidden)
+
+
+@dataclasses.dataclass(frozen=True)
+class Random:
+    """A score that depends on (seed, stage, original position) alone, so rows, beams and batches agree."""
+
+    seed: int = 0
+
+    def score(self, view: StageView) -> torch.Tensor:
+        """See `Scorer.score`; uniform in [0, 1)."""
+        # A counter-based hash (the finaliser of splitmix, cut to 31 bits so that products stay inside int64): no
+        # generator state, hence the same number for a position in any batch, beam or device.
+        key = _mix((self.seed & 0x7FFFFFFF) * 1_000_003 + view.stage * 7919 + 12345)
+        bits = _mix(_mix(view.positions + 1) ^ key)
+        return bits.to(torch.float32) / 2.0**31
+
+
+def _mix(x: _Integers) -> _Integers:
+    """Scramble non-negative integers to 31 bits: an int or an int64 tensor, elementwise."""
+    x = x & 0x7FFFFFFF
+    for multiplier in (0x2C1B3C6D, 0x297A2D39):
+        x = ((x ^ (x >> 15)) * multiplier) & 0x7FFFFFFF
+    return x ^ (x >> 15)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recent:
+    """Keeps the sinks (by the schedule) and the latest tokens, as StreamingLLM (arXiv 2309.17453)."""
+
+    def score(self, view: StageView) -> torch.Tensor:
+        """See `Scorer.score`; the original position."""
+        return view.positions.to(torch.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class HiddenNorm:
+    """Keeps the tokens whose hidden state is longest."""
+
+    def score(self, view: StageView) -> torch.Tensor:
+        """See `Scorer.score`; the L2 norm of the state."""
+        return view.hidden.float().norm(dim=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class LastQuery:
+    """Keeps what the last prompt token attends to in the layer before (LazyLLM, arXiv 2407.14057; FastV)."""
+
+    def score(self, view: StageView) -> torch.Tensor:
+        """See `Scorer.score`; mean over heads of the attention probability."""
+        return view.last_query_attention()
+
+
+@dataclasses.dataclass(frozen=True)
+class Saliency:
+    """The oracle: saliency of this very prompt, computed beforehand by a forward and a backward of the unpruned model.
+
+    Attributes:
+        labels: [stages, batch, N] saliency of every prompt token by original position; rows shorter than N padded at
+            the end with anything.
+    """
+
+    labels: torch.Tensor
+
+    def score(self, view: StageView) -> torch.Tensor:
+        """See `Scorer.score`.
+
+        Raises:
+            ValueError: the labels are of another batch size or of fewer tokens than the prompt.
+        """
+        labels = self.labels[view.stage].to(view.positions.device, torch.float32)
+        if labels.shape[0] != view.positions.shape[0] or labels.shape[1] <= int(view.positions.max()):
+            raise ValueError(
+                f"saliency labels are of shape {tuple(self.labels.shape)} [stages, batch, tokens]: this prompt needs "
+                f"{view.positions.shape[0]} rows and at least {int(view.positions.max()) + 1} tokens"
+            )
+        return labels.gather(1, view.positions.clamp_min(0))

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sdtp.pruning.schedule import PruningSchedule
+
+
+def test_geometric_stages_of_the_reference_model():
+    schedule = PruningSchedule.geometric(num_layers=28, start=4, step=3, ratio=0.9)
+    assert schedule.layers == (4, 7, 10, 13, 16, 19, 22, 25)
+    assert schedule.surviving(1000) == [900, 810, 729, 656, 590, 531, 478, 430]
+
+
+@given(
+    n=st.integers(1, 5000),
+    ratio=st.floats(0.05, 1.0),
+    stages=st.integers(1, 12),
+    sinks=st.integers(0, 8),
+    local=st.floats(0, 0.5),
+    min_local=st.integers(0, 40),
+)
+def test_counts_are_the_rounded_budget_within_protection(n, ratio, stages, sinks, local, min_local):
+    schedule = PruningSchedule.geometric(
+        num_layers=stages + 1, start=1, step=1, ratio=ratio, sinks=sinks, local=local, min_local=min_local
+    )
+    present = n
+    for stage, count in enumerate(schedule.surviving(n), start=1):
+        tail = min(present, max(min_local, math.ceil(local * present)))
+        head = min(sinks, n)
+        protected = len(set(range(head)) | set(range(present - tail, present)))
+        assert count == min(present, max(round(ratio**stage * n), protected, 1))
+        present = count
+
+
+@pytest.mark.parametrize("ratio", [0.4, 0.01])
+def test_short_prompts_never_lose_every_token(ratio):
+    schedule = PruningSchedule(layers=(1,), keep=(ratio,), sinks=0, local=0.0, min_local=0)
+    expected = {0.4: [1, 1, 1, 4], 0.01: [1, 1, 1, 1]}[ratio]
+    assert [schedule.surviving(n)[0] for n in (1, 2, 3, 9)] == expected
+
+
+def test_half_of_a_short_prompt_is_half():
+    assert PruningSchedule((1,), (0.5,), sinks=4, local=0.1, min_local=16).surviving(50) == [25]
+
+
+def test_prompts_below_the_minimum_are_left_alone():
+    schedule = PruningSchedule((1, 2), (0.5, 0.25), min_local=1, min_tokens=50)
+    assert schedule.surviving(49) == [49, 49]
+    assert schedule.surviving(50) == [25, 12]
+
+
+def test_layer_lengths_step_down_at_the_stages():
+    schedule = PruningSchedule((1, 3), (0.5, 0.25), sinks=0, local=0.0, min_local=1)
+    assert schedule.layer_lengths(100, 5) == [100, 50, 50, 25, 25]
+
+
+def test_survives_json():
+    schedule = PruningSchedule.geometric(num_layers=30, start=4, step=3, ratio=0.8)
+    assert PruningSchedule.from_dict(json.loads(json.dumps(schedule.to_dict()))) == schedule
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"layers": (0, 2)}, "layer 1 or later"),
+        ({"layers": (2, 2)}, "ascending"),
+        ({"layers": (3,)}, "one per layer"),
+        ({"keep": (0.5, 0.0)}, r"\(0, 1\]"),
+        ({"keep": (0.5, 0.6)}, "earlier"),
+        ({"keep": (1.5, 0.6)}, r"\(0, 1\]"),
+        ({"local": 1.5}, "local is 1.5"),
+        ({"sinks": -1}, "sinks is -1"),
+        ({"min_tokens": -1}, "min_tokens is -1"),
+    ],
+)
+def test_bad_values_are_named(change, words):
+    with pytest.raises(ValueError, match=words):
+        PruningSchedule(**{"layers": (1, 2), "keep": (0.5, 0.4), **change})
+
+
+@pytest.mark.parametrize(("start", "step", "ratio"), [(0, 1, 0.9), (4, 1, 0.9), (1, 0, 0.9), (1, 1, 0.0), (1, 1, 1.1)])
+def test_geometric_refuses_what_it_cannot_mean(start, step, ratio):
+    with pytest.raises(ValueError, match="is"):
+        PruningSchedule.geometric(num_layers=4, start=start, step=step, ratio=ratio)
+
+
+def test_a_layer_beyond_the_model_is_refused():
+    with pytest.raises(ValueError, match="0 to 3 only"):
+        PruningSchedule((4,), (0.5,)).layer_lengths(10, 4)
+
+
+def test_unknown_and_missing_keys_are_refused():
+    values = PruningSchedule((1,), (0.5,)).to_dict()
+    with pytest.raises(ValueError, match="exactly"):
+        PruningSchedule.from_dict({**values, "ratio": 0.5})
+    values.pop("sinks")
+    with pytest.raises(ValueError, match="exactly"):
+        PruningSchedule.from_dict(values)
