@@ -1,0 +1,70 @@
+# run, test, lint, study, bench, ui, lock, clean. Each target that needs the environment makes it first, in .venv.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := run
+.PHONY: run study bench ui test lint lock clean
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+# The one place that pins torch is pyproject.toml; which build it is, CPU or CUDA, the package index decides.
+TORCH := $(shell sed -n 's/^constraint-dependencies = \["\(torch==[^"]*\)"\]$$/\1/p' pyproject.toml)
+LOCK := $(BIN)/uv pip compile pyproject.toml --universal --generate-hashes --python-version 3.11 \
+	--extra pipeline --extra demo --extra dev --no-emit-package torch --no-annotate --no-header -q
+
+$(STAMP): envs/requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$$($(PYTHON) --version) is too old: Python 3.11 or newer is needed, e.g. make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r envs/requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+# One run at a time in this folder: whoever holds the lock may clear what a killed run left locked.
+define SNAKEMAKE
+	@mkdir -p .snakemake/locks; exec 9> .snakemake/make.lock; \
+	flock --nonblock 9 || { echo "another make is running the workflow in this folder; wait until it ends"; exit 1; }; \
+	if [ -n "$$(ls -A .snakemake/locks)" ]; then $(BIN)/snakemake --quiet all --unlock; fi; \
+	$(BIN)/snakemake --cores all
+endef
+
+run: $(STAMP)
+	$(SNAKEMAKE)
+
+study: $(STAMP)
+	$(SNAKEMAKE) --configfile config/study.yaml
+
+bench: $(STAMP)
+	$(SNAKEMAKE) --configfile config/bench.yaml
+
+ui: $(STAMP)
+	$(BIN)/mlflow ui --host 127.0.0.1 --port 5000 \
+		--backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/results/mlflow.db}"
+
+test: lint
+	$(BIN)/pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/snakefmt --check Snakefile workflow
+	$(BIN)/snakemake --lint
+	@$(BIN)/python workflow/scripts/config_manual.py | diff -u config/README.md - || \
+		{ echo "config/README.md is not what the schema says: make config/README.md"; exit 1; }
+	@fresh=$$(mktemp); trap 'rm -f "$$fresh"' EXIT; cp envs/requirements.lock "$$fresh"; $(LOCK) -o "$$fresh"; \
+	diff -u envs/requirements.lock "$$fresh" || { echo "envs/requirements.lock is not what pyproject.toml needs: make lock"; exit 1; }
+
+# Keeps the versions that still fit; `make lock UPGRADE=--upgrade` takes the newest.
+lock: $(STAMP)
+	$(LOCK) $(UPGRADE) -o envs/requirements.lock
+
+config/README.md: workflow/schemas/config.schema.yaml src/sdtp/pipeline/schema.py $(STAMP)
+	$(BIN)/python workflow/scripts/config_manual.py > $@
+
+# What runs made and what tools cached; the environment stays.
+clean:
+	find results -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +
+	rm -rf logs .snakemake .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

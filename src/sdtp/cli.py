@@ -1,0 +1,96 @@
+"""`sdtp STEP ...`: maps a step's name to its module and calls it, nothing else.
+
+No step is imported before it is asked for, so that `sdtp --help` is instant.
+"""
+
+import argparse
+import ast
+import importlib
+import logging
+import shlex
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+from sdtp.errors import UserError
+
+LEASE = "lease"
+LOGGER = logging.getLogger(__name__)
+_STEPS = Path(__file__).parent / "pipeline" / "steps"
+
+
+def steps() -> dict[str, Path]:
+    """Name of each step, as the command line writes it, and the file of its module."""
+    paths = sorted(path for path in _STEPS.glob("*.py") if not path.stem.startswith("_"))
+    return {path.stem.replace("_", "-"): path for path in paths}
+
+
+def _summary(path: Path) -> str:
+    # Read, not imported: a step's module imports torch.
+    docstring = ast.get_docstring(ast.parse(path.read_bytes()))
+    return docstring.splitlines()[0] if docstring else ""
+
+
+def _parser() -> argparse.ArgumentParser:
+    names = steps()
+    width = max(map(len, [*names, LEASE]))
+    lines = [f"  {name:<{width}}  {_summary(path)}" for name, path in names.items()]
+    lines.append(f"  {LEASE:<{width}}  Run a command on GPUs that nobody else is using.")
+    parser = argparse.ArgumentParser(
+        prog="sdtp",
+        description="The steps of the token pruning workflow. Snakemake calls them; `sdtp STEP --help` explains one.",
+        epilog="steps:\n" + "\n".join(lines),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"sdtp {version('sdtp')}")
+    parser.add_argument("--log", type=Path, metavar="FILE", help="also write messages to this file")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks, and debug messages")
+    parser.add_argument("step", choices=[*names, LEASE], metavar="STEP", help="one of the steps below")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="arguments of the step")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one step; returns the exit code: 0, or 1 after a fault in the user's input, told in one line."""
+    args = _parser().parse_args(argv)
+    _configure_logging(args.log, args.debug)
+    module = "sdtp.pipeline.devices" if args.step == LEASE else f"sdtp.pipeline.steps.{args.step.replace('-', '_')}"
+    started = time.monotonic()
+    if args.step != LEASE:  # which becomes the command it runs
+        LOGGER.info("sdtp %s: %s", version("sdtp"), shlex.join([args.step, *args.arguments]))
+    try:
+        importlib.import_module(module).main(args.arguments)
+    except UserError as error:
+        if args.debug:
+            raise
+        LOGGER.error("error: %s", error)
+        return 1
+    except Exception:
+        # Python prints the traceback to stderr on its own; this puts it into the log file as well.
+        if args.log is not None:
+            _log_file_only(args.log)
+        raise
+    LOGGER.info("%s: done in %.1f s", args.step, time.monotonic() - started)
+    return 0
+
+
+def _configure_logging(log: Path | None, debug: bool) -> None:
+    handlers: list[logging.Handler] = [logging.StreamHandler()]
+    if log is not None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(log, mode="w", encoding="utf-8"))
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=handlers, force=True)
+    logging.getLogger("sdtp").setLevel(logging.DEBUG if debug else logging.INFO)
+    logging.captureWarnings(True)
+
+
+def _log_file_only(log: Path) -> None:
+    import traceback
+
+    with log.open("a", encoding="utf-8") as file:
+        traceback.print_exc(file=file)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

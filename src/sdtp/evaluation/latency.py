@@ -1,0 +1,224 @@
+"""Time of prefill and decode, unpruned, pruned and at the length bound, measured side by side in one process.
+
+Every arm runs the same greedy loop over the same model; they differ in the context they run in alone. The loop knows no
+stop token, so all arms generate the same number of tokens whatever stop ids the model has.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import Cache, PreTrainedModel
+
+from sdtp.pruning.adapter import decoder_layers
+from sdtp.pruning.pruner import TokenPruner
+
+Context = Callable[[], contextlib.AbstractContextManager[Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """One pass over one prompt.
+
+    Attributes:
+        prefill_s: seconds to the first new token, scoring and removal included.
+        end_to_end_s: seconds to the last new token, in the same pass.
+        new_tokens: tokens generated, >= 1; the first one comes with prefill.
+    """
+
+    prefill_s: float
+    end_to_end_s: float
+    new_tokens: int
+
+    @property
+    def decode_s(self) -> float | None:
+        """Seconds of the `new_tokens - 1` decode steps; None if there are none."""
+        return self.end_to_end_s - self.prefill_s if self.new_tokens > 1 else None
+
+    @property
+    def seconds_per_output_token(self) -> float | None:
+        """Seconds of one decode step: the first token belongs to prefill. None if there are no decode steps."""
+        decode_s = self.decode_s
+        return None if decode_s is None else decode_s / (self.new_tokens - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """The passes of one arm.
+
+    Attributes:
+        cold: the very first pass, which pays for allocation and lazy initialisation; in no statistic.
+        warm: the timed passes, in the order they ran: the i-th of every arm ran side by side.
+    """
+
+    cold: Timing
+    warm: list[Timing]
+
+
+class Stopwatch:
+    """A clock that waits for queued work: one synchronise right before each reading on CUDA, none on the CPU.
+
+    Args:
+        device: where the timed work runs.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.device = device
+        self.clock = clock
+
+    def read(self) -> float:
+        """Seconds since an arbitrary start."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return self.clock()
+
+
+def prefill(model: PreTrainedModel, prompt: torch.Tensor) -> tuple[torch.Tensor, Cache]:
+    """Run the prompt [1, tokens]; the first new token [1, 1] and the cache. Logits of one position only."""
+    output = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+    return output.logits[:, -1:].argmax(-1), output.cache
+
+
+def decode(model: PreTrainedModel, token: torch.Tensor, cache: Cache, new_tokens: int) -> torch.Tensor:
+    """Continue greedily after `prefill`; all new tokens [1, new_tokens], `token` first. Nothing stops it early."""
+    tokens = [token]
+    while len(tokens) < new_tokens:
+        output = model(input_ids=tokens[-1], cache=cache, use_cache=True, logits_to_keep=1)
+        tokens.append(output.logits[:, -1:].argmax(-1))
+    return torch.cat(tokens, dim=1)
+
+
+def timed_pass(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int, watch: Stopwatch) -> Timing:
+    """Prefill, then decode on that prefill's cache: three readings of the clock.
+
+    Args:
+        model: in the context of its arm.
+        prompt: LongTensor [1, tokens].
+        new_tokens: tokens to generate, >= 1.
+        watch: the clock.
+
+    Raises:
+        RuntimeError: another number of tokens came out, so that the pass cannot be compared with others.
+    """
+    with torch.inference_mode():
+        start = watch.read()
+        token, cache = prefill(model, prompt)
+        first = watch.read()
+        tokens = decode(model, token, cache, new_tokens)
+        end = watch.read() if new_tokens > 1 else first
+    if tokens.shape != (1, new_tokens):
+        raise RuntimeError(f"{tuple(tokens.shape)} tokens were generated where (1, {new_tokens}) were asked for")
+    return Timing(first - start, end - start, new_tokens)
+
+
+def interleave(passes: Mapping[str, Callable[[], Timing]], repeats: int, warmup: int) -> dict[str, Samples]:
+    """Run the arms in turn, A B C A B C, so that what changes on the machine meets all of them alike.
+
+    Args:
+        passes: one pass of each arm, by name. They have the shapes that are timed, in warm-up too.
+        repeats: timed rounds, >= 1.
+        warmup: rounds before them, >= 1; the first gives the cold figures.
+
+    Raises:
+        ValueError: `repeats` or `warmup` is below 1.
+    """
+    for name, count in (("repeats", repeats), ("warmup", warmup)):
+        if count < 1:
+            raise ValueError(f"{name} is {count}: at least one round is needed")
+    rounds = [
+        {name: run() for name, run in passes.items()}
+        for _ in tqdm(range(warmup + repeats), desc="timing", unit="round", leave=False)
+    ]
+    return {name: Samples(rounds[0][name], [r[name] for r in rounds[warmup:]]) for name in passes}
+
+
+@contextlib.contextmanager
+def cut_to_lengths(model: PreTrainedModel, lengths: Sequence[int]) -> Iterator[None]:
+    """The length bound: inside, each decoder layer runs on the first `lengths[layer]` tokens of its input.
+
+    The model's own layers at a schedule's token counts, with nothing spent on choosing tokens: no scoring, no sorting,
+    no gathering, only views. What is computed is of no use, what it costs is the least a schedule can cost on this
+    hardware. Prefill of one unpadded prompt only.
+
+    Args:
+        model: a causal LM, unhooked.
+        lengths: tokens of each layer, never ascending (`PruningSchedule.layer_lengths`).
+    """
+    layers = decoder_layers(model)
+    handles = [
+        layer.register_forward_pre_hook(_cutter(length), with_kwargs=True)
+        for layer, length in zip(layers, lengths, strict=True)
+        if length < lengths[0]
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _cutter(length: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[Any, dict[str, Any]]]:
+    """A layer's pre-hook that cuts states, positions, rotary tables and mask to the first `length` tokens."""
+
+    def cut(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        kwargs = {
+            **kwargs,
+            "position_ids": kwargs["position_ids"][:, :length],
+            "position_embeddings": tuple(table[:, :length] for table in kwargs["position_embeddings"]),
+        }
+        if kwargs.get("attention_mask") is not None:  # [1, 1, queries, keys]: only kernels without is_causal get one
+            kwargs["attention_mask"] = kwargs["attention_mask"][..., :length, :length]
+        return (args[0][:, :length], *args[1:]), kwargs
+
+    return cut
+
+
+def compare(
+    model: PreTrainedModel,
+    pruner: TokenPruner,
+    prompt: torch.Tensor,
+    new_tokens: int,
+    repeats: int,
+    warmup: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Samples]:
+    """Time `unpruned`, `sdtp` and `ideal` (the length bound; prefill only) on one prompt, interleaved.
+
+    Args:
+        model: eval mode, unhooked.
+        pruner: what the `sdtp` arm runs under; it is attached and removed outside the timed part.
+        prompt: LongTensor [1, tokens] on the model's device.
+        new_tokens: tokens each pass generates, >= 1.
+        repeats: timed rounds.
+        warmup: rounds before them.
+        clock: seconds, monotonic.
+    """
+    lengths = pruner.schedule.layer_lengths(prompt.shape[1], len(decoder_layers(model)))
+    watch = Stopwatch(prompt.device, clock)
+
+    def arm(context: Context, tokens: int) -> Callable[[], Timing]:
+        def run() -> Timing:
+            with context():
+                return timed_pass(model, prompt, tokens, watch)
+
+        return run
+
+    passes = {
+        "unpruned": arm(contextlib.nullcontext, new_tokens),
+        "sdtp": arm(lambda: pruner(model), new_tokens),
+        "ideal": arm(lambda: cut_to_lengths(model, lengths), 1),
+    }
+    return interleave(passes, repeats, warmup)
+
+
+def prefill_tokens_per_second(batch: int, prompt_tokens: int, prefill_s: float) -> float:
+    """Prompt tokens per second: all rows' prompt tokens over the time of their common prefill."""
+    return batch * prompt_tokens / prefill_s

@@ -1,0 +1,122 @@
+"""Intervals, quartiles and paired comparisons of what was measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import stats
+
+LEVEL = 0.95
+RESAMPLES = 9999
+SEED = 0  # of the resampling, so that a table is the same however often it is made
+
+
+def paired_ratios(numerator: Sequence[float], denominator: Sequence[float]) -> tuple[float, float, float]:
+    """Lower quartile, median and upper quartile of the ratios of times that ran side by side.
+
+    Raises:
+        ValueError: the lists differ in length, so that nothing is paired.
+    """
+    return quartiles([a / b for a, b in zip(numerator, denominator, strict=True)])
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Lower quartile, median and upper quartile of one or more values, by linear interpolation."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+def wilson_interval(values: Sequence[float]) -> tuple[float, float]:
+    """95% Wilson score interval of a proportion (Wilson 1927).
+
+    Args:
+        values: one number in [0, 1] per example: right or wrong, or the share of several seeds that were right. A mean
+            over seeds varies less than one seed, so that for shares the interval is a little too wide.
+
+    Raises:
+        ValueError: no values, or one outside [0, 1].
+    """
+    n = len(values)
+    if n == 0 or not all(0.0 <= value <= 1.0 for value in values):
+        raise ValueError(f"{n} values, {list(values)[:5]} ...: at least one is needed, each in [0, 1]")
+    share = math.fsum(values) / n
+    z = float(stats.norm.ppf(0.5 + LEVEL / 2))
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    # At 0 and 1 the bound is exactly the share; rounding may put it a hair beyond.
+    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """95% bootstrap interval (BCa, Efron 1987) of a mean; (nan, nan) for one value, which says nothing of the spread.
+
+    Raises:
+        ValueError: no values.
+    """
+    sample = np.asarray(values, dtype=np.float64)
+    if sample.size == 0:
+        raise ValueError("no values: a mean needs at least one")
+    if sample.size == 1:
+        return math.nan, math.nan
+    if np.all(sample == sample[0]):  # BCa divides by the spread
+        return float(sample[0]), float(sample[0])
+    interval = stats.bootstrap(
+        (sample,), np.mean, confidence_level=LEVEL, n_resamples=RESAMPLES, method="BCa", rng=SEED
+    ).confidence_interval
+    return float(interval.low), float(interval.high)
+
+
+@dataclasses.dataclass(frozen=True)
+class PairedDifference:
+    """How two methods differ on the same examples.
+
+    Attributes:
+        mean: mean of first minus second.
+        low, high: its 95% bootstrap interval.
+        p_value: two-sided, of the sign-flip permutation test of no difference.
+        n: examples.
+    """
+
+    mean: float
+    low: float
+    high: float
+    p_value: float
+    n: int
+
+
+def paired_difference(first: Sequence[float], second: Sequence[float]) -> PairedDifference:
+    """Compare two methods example by example.
+
+    Args:
+        first, second: one value per example, the same examples in the same order.
+
+    Raises:
+        ValueError: the lists differ in length or are empty.
+    """
+    if len(first) != len(second):
+        raise ValueError(f"{len(first)} and {len(second)} values: a paired comparison needs the same examples")
+    differences = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
+    low, high = mean_interval(differences.tolist())
+    p_value = 1.0
+    if np.any(differences != 0.0):
+        test = stats.permutation_test(
+            (differences,), np.mean, permutation_type="samples", vectorized=True, n_resamples=RESAMPLES, rng=SEED
+        )
+        p_value = float(test.pvalue)
+    return PairedDifference(float(differences.mean()), low, high, p_value, len(first))
+
+
+def retained_share(value: float, unpruned: float) -> float:
+    """What is left of a score: 1 is as good as unpruned; nan where unpruned scored 0, of which no share can be kept."""
+    return value / unpruned if unpruned else math.nan
+
+
+def retained_loss(value: float, unpruned: float) -> float:
+    """What is left for mean losses in nats: exp of unpruned minus value, the ratio of the mean token probabilities."""
+    return math.exp(unpruned - value)

@@ -1,0 +1,219 @@
+"""A typed view of the settings a step was given; the config schema has the defaults, this has none.
+
+A rule passes a step exactly the config keys the step uses, so that a change of any other key reruns nothing. The blocks
+below therefore hold *some* of their keys: reading one that was not passed raises AttributeError with its name, which
+means that the rule and the step disagree.
+"""
+
+from __future__ import annotations
+
+import json
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from sdtp.pruning.schedule import PruningSchedule
+
+
+class Block:
+    """Builds a frozen dataclass from the keys that were passed, which may be fewer than its fields."""
+
+    _path: str
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], path: str = "") -> Self:
+        """Takes JSON values by field name; lists become tuples, objects the block their field names.
+
+        Args:
+            values: the settings, nested as in the config.
+            path: dotted name of this block, for messages.
+
+        Raises:
+            ValueError: a key the block does not have.
+        """
+        fields = typing.get_type_hints(cls)
+        block = object.__new__(cls)
+        object.__setattr__(block, "_path", path)
+        for key, value in values.items():
+            name = f"{path}.{key}" if path else key
+            if key not in fields or key.startswith("_"):
+                accepted = ", ".join(field for field in fields if not field.startswith("_"))
+                raise ValueError(f"setting {name} is not known; {path or 'settings'} has {accepted}")
+            kind = fields[key]
+            if isinstance(kind, type) and issubclass(kind, Block):
+                value = kind.from_mapping(value, name)
+            elif isinstance(value, list):
+                value = tuple(value)
+            object.__setattr__(block, key, value)
+        return block
+
+    def __repr__(self) -> str:
+        passed = ", ".join(f"{key}={value!r}" for key, value in vars(self).items() if not key.startswith("_"))
+        return f"{type(self).__name__}({passed})"
+
+    def __getattr__(self, key: str) -> Any:
+        # Reached only for what was not passed; copy and pickle probe for names with underscores.
+        if key.startswith("_"):
+            raise AttributeError(key)
+        raise AttributeError(f"setting {f'{self._path}.{key}' if self._path else key} was not passed to this step")
+
+
+@dataclass(frozen=True, repr=False)
+class Source(Block):
+    """Where a model or a text comes from.
+
+    Attributes:
+        kind: `hub`, `local`, `package` or `jsonl`.
+        ref: hub id, folder, file, or `distribution[/file]` of a Python package.
+        revision: hub commit, branch or tag; None for the others.
+        sha256: expected checksum of the file, None where none is pinned.
+    """
+
+    kind: str
+    ref: str
+    revision: str | None
+    sha256: str | None
+
+
+@dataclass(frozen=True, repr=False)
+class ModelSettings(Block):
+    """The causal language model and how it is loaded (see config/README.md for every key here and below)."""
+
+    source: Source
+    dtype: str
+    attention: str
+    trust_remote_code: bool
+
+
+@dataclass(frozen=True, repr=False)
+class TrainData(Block):
+    """Examples the pruner learns from, and those held out to watch it learn."""
+
+    source: Source
+    examples: int
+    heldout: int
+
+
+@dataclass(frozen=True, repr=False)
+class TestData(Block):
+    """Examples, per task, that quality is measured on."""
+
+    source: Source
+    examples: int
+
+
+@dataclass(frozen=True, repr=False)
+class DataSettings(Block):
+    """What the examples are made of; `max_tokens` counts prompt tokens, chat template included."""
+
+    max_tokens: int
+    train: TrainData
+    test: TestData
+    distractors: int
+
+
+@dataclass(frozen=True, repr=False)
+class PruningSettings(Block):
+    """Stages before layers `start`, `start + step`, ...; keep ratios are fractions kept per stage."""
+
+    start: int
+    step: int
+    keep_ratios: tuple[float, ...]
+    sinks: int
+    local: float
+    min_local: int
+
+
+@dataclass(frozen=True, repr=False)
+class SaliencySettings(Block):
+    """Stage 1: gradient x input of the frozen model."""
+
+    shards: int
+    reduction: str
+    target: str
+    gradient_checkpointing: bool
+
+
+@dataclass(frozen=True, repr=False)
+class LossWeights(Block):
+    """Weights of the training losses; zero leaves a loss out."""
+
+    ce: float
+    mse: float
+    rank: float
+
+
+@dataclass(frozen=True, repr=False)
+class TrainingSettings(Block):
+    """Stage 2: fitting the scorers on the frozen model."""
+
+    keep_ratio: float
+    steps: int
+    batch_size: int
+    learning_rate: float
+    width: int
+    temperature: float
+    weights: LossWeights
+    evaluate_every: int
+    checkpoint_every: int
+
+
+@dataclass(frozen=True, repr=False)
+class GenerationSettings(Block):
+    """Pruned generations shown in the report."""
+
+    examples: int
+    max_new_tokens: int
+
+
+@dataclass(frozen=True, repr=False)
+class BenchmarkSettings(Block):
+    """Shapes that are timed, and how often."""
+
+    prompt_tokens: tuple[int, ...]
+    new_tokens: int
+    repeats: int
+    warmup: int
+
+
+@dataclass(frozen=True, repr=False)
+class EvaluationSettings(Block):
+    """Methods compared on quality; `seeds` are those of the random choices."""
+
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True, repr=False)
+class Settings(Block):
+    """Everything a step may be given."""
+
+    run: str
+    seed: int
+    model: ModelSettings
+    data: DataSettings
+    pruning: PruningSettings
+    saliency: SaliencySettings
+    training: TrainingSettings
+    generation: GenerationSettings
+    benchmark: BenchmarkSettings
+    evaluation: EvaluationSettings
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Parses the JSON object a rule passes as `--settings`. Raises ValueError for bad JSON or an unknown key."""
+        return cls.from_mapping(json.loads(text))
+
+    def schedule(self, num_layers: int, ratio: float) -> PruningSchedule:
+        """The pruning schedule of these settings for a model of `num_layers` layers, keeping `ratio` per stage."""
+        pruning = self.pruning
+        return PruningSchedule.geometric(
+            num_layers=num_layers,
+            start=pruning.start,
+            step=pruning.step,
+            ratio=ratio,
+            sinks=pruning.sinks,
+            local=pruning.local,
+            min_local=pruning.min_local,
+        )

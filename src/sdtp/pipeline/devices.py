@@ -1,0 +1,197 @@
+"""Which device a step computes on, in what number format, and the leasing of GPUs to jobs.
+
+Snakemake only counts GPUs: it never says which one a job has. `sdtp lease --gpus K -- CMD` takes K of them, names them
+in CUDA_VISIBLE_DEVICES, and becomes CMD. One lock file stands for each GPU, by its UUID, in a folder of this host; the
+locks are left to CMD and to whatever it starts with its open files, so a GPU is free exactly when the last of these is
+dead, however it died. (A launcher that closes open files in its workers, as Python's subprocess does unless told
+otherwise, holds the GPU alone.)
+"""
+
+import argparse
+import fcntl
+import logging
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from sdtp.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_TRIES = 0.5
+
+
+def choose_device() -> "torch.device":
+    """The device a step computes on: the first GPU it may see (`sdtp lease` decides), else the CPU."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def choose_dtype(name: str, device: "torch.device") -> "torch.dtype":
+    """The number format called `name`; "auto" is bfloat16 on CUDA and float32 elsewhere.
+
+    Raises UserError for any name but auto, float32, bfloat16 and float16.
+    """
+    import torch
+
+    dtypes = {
+        "auto": torch.bfloat16 if device.type == "cuda" else torch.float32,
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+    }
+    if name not in dtypes:
+        raise UserError(f"model.dtype: {name!r} is not a number format; accepted: {', '.join(dtypes)}")
+    return dtypes[name]
+
+
+def main(argv: Sequence[str]) -> NoReturn:
+    """`sdtp lease --gpus K -- CMD ...`: becomes CMD on K GPUs that no other lease holds, waiting for them if need be.
+
+    Without GPUs CMD runs on the CPU at once; with fewer than K in all it gets them all, since waiting would never end.
+    A CUDA_VISIBLE_DEVICES given from outside limits the choice. In a Slurm job (SLURM_JOB_ID) the scheduler has chosen
+    already, and nothing is leased. SDTP_LEASE_DIR names another folder for the lock files.
+
+    Raises UserError for a command that cannot be found or a CUDA_VISIBLE_DEVICES that names no GPU of this machine.
+    """
+    parser = argparse.ArgumentParser(prog="sdtp lease", description="Run a command on GPUs that nobody else is using.")
+    parser.add_argument("--gpus", type=int, required=True, metavar="K", help="how many; 0 hides them all")
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- CMD ...", help="the command and its arguments")
+    args = parser.parse_args(argv)
+    command = args.command[1:] if args.command[:1] == ["--"] else args.command
+    if args.gpus < 0:
+        parser.error(f"--gpus: {args.gpus} is negative; accepted: 0 and above")
+    if not command:
+        parser.error("no command; accepted: sdtp lease --gpus K -- CMD ...")
+    if shutil.which(command[0]) is None:
+        raise UserError(f"sdtp lease: command {command[0]!r} not found")
+    if "SLURM_JOB_ID" not in os.environ:
+        devices = visible_gpus()
+        if args.gpus > len(devices) > 0:
+            logger.warning("%d GPUs asked for, %d on this machine: using all of them", args.gpus, len(devices))
+        wanted = min(args.gpus, len(devices))
+        if devices:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(_take(devices, wanted, command))
+    os.execvp(command[0], command)
+
+
+def visible_gpus() -> list[str]:
+    """UUIDs of the machine's GPUs in nvidia-smi's order, or those that CUDA_VISIBLE_DEVICES names, in its order.
+
+    That variable may hold indices, UUIDs or beginnings of UUIDs, as CUDA takes them; a MIG device stands for itself.
+    Raises UserError for an entry that is none of these.
+    """
+    gpus = _nvidia_smi()
+    mask = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if mask is None or not gpus:
+        return list(gpus.values())
+    if mask.strip() in ("", "-1"):
+        return []
+    chosen = []
+    for entry in (part.strip() for part in mask.split(",")):
+        if entry.startswith("MIG-"):
+            matches = [entry]
+        elif entry.isdecimal():
+            matches = [gpus[int(entry)]] if int(entry) in gpus else []
+        else:
+            matches = [uuid for uuid in gpus.values() if entry and uuid.startswith(entry)]
+        if len(matches) != 1:
+            known = ", ".join(f"{index} ({uuid})" for index, uuid in gpus.items())
+            raise UserError(f"CUDA_VISIBLE_DEVICES={mask}: {entry!r} is not one GPU of this machine; accepted: {known}")
+        chosen += [uuid for uuid in matches if uuid not in chosen]
+    return chosen
+
+
+def _nvidia_smi() -> dict[int, str]:
+    """Index and UUID of each GPU; none where there is no nvidia-smi or it finds nothing."""
+    if shutil.which("nvidia-smi") is None:
+        return {}
+    query = ["nvidia-smi", "--query-gpu=index,uuid", "--format=csv,noheader"]
+    answer = subprocess.run(query, capture_output=True, text=True, check=False)
+    if answer.returncode != 0:
+        reason = " ".join((answer.stderr or answer.stdout).split())
+        logger.warning("nvidia-smi finds no GPU, so the CPU is used; it says: %s", reason)
+        return {}
+    pairs = (line.split(",") for line in answer.stdout.splitlines() if line.strip())
+    return {int(index): uuid.strip() for index, uuid in pairs}
+
+
+def _take(devices: Sequence[str], count: int, command: Sequence[str]) -> list[str]:
+    """Locks `count` of `devices`, all or none, and leaves the locks to the program this process becomes."""
+    if count == 0:
+        return []
+    folder = _lease_folder()
+    with _queue(folder, count):
+        told = False
+        while True:
+            held = {uuid: lock for uuid in devices if (lock := _try_lock(folder / f"{uuid}.lock")) is not None}
+            if len(held) >= count:
+                break
+            if not told:
+                busy = [f"{uuid} (held by {_holder(folder / f'{uuid}.lock')})" for uuid in devices if uuid not in held]
+                logger.warning("waiting for %d GPUs, %d free; busy: %s", count, len(held), ", ".join(busy))
+                told = True
+            for lock in held.values():
+                os.close(lock)
+            time.sleep(SECONDS_BETWEEN_TRIES)
+        taken = list(held)[:count]
+        for uuid, lock in held.items():
+            if uuid in taken:
+                os.ftruncate(lock, 0)
+                os.pwrite(lock, f"process {os.getpid()}: {shlex.join(command)}"[:200].encode(), 0)
+                os.set_inheritable(lock, True)
+            else:
+                os.close(lock)
+    return taken
+
+
+@contextmanager
+def _queue(folder: Path, count: int) -> Iterator[None]:
+    """Lets one lease at a time choose devices, until it has them.
+
+    Two that each held half of what they need would wait for each other for ever, and one that needs many would never
+    find them free at once while others keep taking single ones.
+    """
+    path = folder / "queue.lock"
+    lock = _try_lock(path)
+    if lock is None:
+        logger.warning("waiting for %d GPUs, behind another lease that waits", count)
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+def _try_lock(path: Path) -> int | None:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _holder(path: Path) -> str:
+    return path.read_text("utf-8", errors="replace") or "a process that is just starting"
+
+
+def _lease_folder() -> Path:
+    """Where the lock files are: on this host, never on a shared disk, where another host's GPUs would be locked too."""
+    default = Path(tempfile.gettempdir(), f"sdtp-gpus-{os.getuid()}")
+    folder = Path(os.environ.get("SDTP_LEASE_DIR") or default)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder

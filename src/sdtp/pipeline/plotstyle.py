@@ -1,0 +1,91 @@
+"""How every figure looks: palette, type, labels at line ends, and files that are equal when their inputs are.
+
+The palette is Okabe and Ito's, which stays apart under the common colour blindnesses; every method also has its own
+marker. A method has the same colour in every figure, a keep ratio the same shade of blue.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from sdtp.pipeline.files import write_atomically
+
+# method -> (name, colour, marker); a method that is not here is drawn with OTHER.
+METHODS = {
+    "unpruned": ("Unpruned", "#333333", "s"),
+    "sdtp": ("SDTP", "#0072B2", "o"),
+    "random": ("Random", "#999999", "x"),
+    "recent": ("Recent", "#E69F00", "^"),
+    "lastquery": ("LastQuery", "#009E73", "D"),
+    "hiddennorm": ("HiddenNorm", "#CC79A7", "v"),
+    "oracle": ("Oracle saliency", "#D55E00", "P"),
+}
+OTHER = ("#56B4E9", "*")
+SPLITS = {"train": "#56B4E9", "heldout": "#0072B2"}
+STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "font.family": "DejaVu Sans",
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#777777",
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "lines.linewidth": 1.8,
+    "lines.markersize": 5,
+    "legend.frameon": False,
+    # Element ids of an SVG are random without a salt, and text depends on the reader's fonts unless drawn as paths.
+    "svg.hashsalt": "sdtp",
+    "svg.fonttype": "path",
+}
+
+
+def name_of(method: str) -> str:
+    """The method's name as figures and report print it."""
+    return METHODS.get(method, (method,))[0]
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes `path` with suffixes .svg and .png; equal figures give equal bytes."""
+    for kind, metadata in (("svg", {"Date": None, "Creator": None}), ("png", {"Software": None})):
+        with write_atomically(path.with_suffix(f".{kind}")) as target, mpl.rc_context(STYLE):
+            figure.savefig(target, format=kind, dpi=150, metadata=metadata)
+
+
+def shades(count: int) -> list[str]:
+    """`count` blues from light to dark, around SDTP's own."""
+    return [mpl.colors.to_hex(colour) for colour in mpl.colormaps["Blues"](np.linspace(0.5, 0.95, count))]
+
+
+def label_ends(figure: Figure, axes: Axes, x: float, labels: Sequence[tuple[float, str, str]]) -> None:
+    """Writes each (y, text, colour) right of its line's end, moved apart where they would overlap."""
+    figure.draw_without_rendering()  # settles the layout, so that data coordinates have a place
+    gap = 12 / (axes.get_window_extent().height / figure.dpi * 72)  # a line of text as a share of the axes
+    ordered = sorted(labels, key=lambda label: label[0])
+    places = [axes.transAxes.inverted().transform(axes.transData.transform((x, y)))[1] for y, _, _ in ordered]
+    heights: list[float] = []
+    for place in places:
+        heights.append(max(place, heights[-1] + gap) if heights else place)
+    # Moving up may have left the top; the overlong end goes back down and pushes those below it.
+    ceiling = max(1.0, places[-1])
+    for index in reversed(range(len(heights))):
+        heights[index] = min(heights[index], ceiling)
+        ceiling = heights[index] - gap
+    for (_, text, colour), height in zip(ordered, heights, strict=True):
+        axes.annotate(
+            text,
+            (1, height),
+            xycoords="axes fraction",
+            xytext=(4, 0),
+            textcoords="offset points",
+            color=colour,
+            va="center",
+            fontsize=9,
+            annotation_clip=False,
+        )

@@ -1,0 +1,278 @@
+"""The report of a run: one HTML page that holds everything it shows and loads nothing."""
+
+import base64
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+import pandas as pd
+import yaml
+from transformers import PreTrainedTokenizerBase
+
+from sdtp.errors import UserError
+from sdtp.pipeline.plotstyle import name_of
+from sdtp.pipeline.results import LOWER_IS_BETTER, nearest_length, smoke, speed_at, verdict, with_speedup
+
+MAX_BYTES = 10_000_000
+FIGURES = ("saliency", "sparsity", "latency", "speedup", "quality", "training")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one report is made of.
+
+    Attributes:
+        settings: the settings the report was given, shown as they are.
+        model, data: the manifests of the model and data folders.
+        layers: decoder layer of each pruning stage.
+        tests: of each task of the test split, the prompt lengths in tokens.
+        latency, quality, history: as `sdtp.pipeline.results` reads them.
+        generations: rows of every generations file, each with id, task, keep_ratio, prompt_tokens, kept (positions left
+            after each stage), pruned_text, unpruned_text, reference.
+        shown: id of the generation whose prompt is shown token by token.
+        tokens: the texts of that prompt's tokens.
+        figures: SVG bytes by the names of `FIGURES`.
+        timed_on: the device, dtype and libraries of the timings, as one line.
+        versions: name -> version of the software, and the machine, that made the report.
+    """
+
+    settings: Mapping[str, Any]
+    model: Mapping[str, Any]
+    data: Mapping[str, Any]
+    layers: Sequence[int]
+    tests: Mapping[str, Sequence[int]]
+    latency: pd.DataFrame
+    quality: pd.DataFrame
+    history: pd.DataFrame
+    generations: Sequence[Mapping[str, Any]]
+    shown: str
+    tokens: Sequence[str]
+    figures: Mapping[str, bytes]
+    timed_on: str
+    versions: Mapping[str, str]
+
+    @property
+    def prompt_tokens(self) -> float:
+        """Median prompt length of the examples that quality was measured on."""
+        return float(pd.Series([length for lengths in self.tests.values() for length in lengths]).median())
+
+
+def render(run: Run) -> str:
+    """The page as HTML; equal runs give equal text.
+
+    Raises:
+        UserError: a figure, a row or a generation is missing or contradicts another, or the page is 10 MB or more.
+    """
+    missing = [name for name in FIGURES if name not in run.figures]
+    if missing:
+        raise UserError(f"figures: no {', '.join(f'{name}.svg' for name in missing)}; accepted: one SVG each")
+    with_speedup(run.quality, run.latency, run.prompt_tokens)  # raises where a ratio was not benchmarked
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("sdtp.pipeline"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
+    environment.filters.update(number=number, change=change, memory=memory, name_of=name_of, smoke=smoke)
+    page = environment.get_template("report.html.j2").render(
+        run=run,
+        cards=cards(run),
+        quality_length=nearest_length(run.latency, run.prompt_tokens),
+        longest=int(run.latency["prompt_tokens"].max()),
+        fewest=int(run.quality["n"].min()),
+        latency=run.latency.to_dict("records"),
+        quality=quality_tables(run.quality),
+        figures={name: base64.b64encode(svg).decode() for name, svg in run.figures.items() if name in FIGURES},
+        views=token_views(run),
+        examples=examples(run.generations),
+        curves=curve_ends(run.history),
+        model=flatten(run.model),
+        data=flatten(run.data),
+        config=yaml.safe_dump(dict(run.settings), sort_keys=False, allow_unicode=True),
+    )
+    size = len(page.encode())
+    if size >= MAX_BYTES:
+        raise UserError(
+            f"report is {size / 1e6:.1f} MB; accepted: below {MAX_BYTES / 1e6:.0f} MB "
+            "(lower generation.examples or generation.max_new_tokens)"
+        )
+    return page
+
+
+def cards(run: Run) -> list[dict[str, Any]]:
+    """What each keep ratio gained and cost, largest ratio first; speeds at the quality's length and at the longest."""
+    result = []
+    near, longest = nearest_length(run.latency, run.prompt_tokens), int(run.latency["prompt_tokens"].max())
+    for ratio in speed_at(run.latency, longest).index:
+        gains = [_gain(run.latency, ratio, length) for length in sorted({near, longest})]
+        result.append({"ratio": ratio, "gains": gains, "costs": _costs(run.quality, ratio)})
+    return result
+
+
+def _gain(latency: pd.DataFrame, ratio: float, length: int) -> dict[str, Any]:
+    pruned: Any = speed_at(latency, length).loc[ratio]
+    full = latency[(latency["method"] == "unpruned") & (latency["prompt_tokens"] == length)].iloc[0]
+    return {
+        "prompt_tokens": length,
+        "new_tokens": int(pruned["new_tokens"]),
+        "speedup": pruned["prefill_speedup"],
+        "lower_quartile": pruned["speedup_q25"],
+        "efficiency": pruned["efficiency"],
+        "end_to_end": full["end_to_end_s"] / pruned["end_to_end_s"],
+        "cache_change": pruned["kv_cache_bytes"] / full["kv_cache_bytes"] - 1,
+        "memory_change": pruned["peak_memory_bytes"] / full["peak_memory_bytes"] - 1,
+    }
+
+
+def _costs(quality: pd.DataFrame, ratio: float) -> list[dict[str, Any]]:
+    """SDTP's quality rows at one ratio, each with the unpruned value and the best other method of the same ratio."""
+    rows = quality[(quality["method"] == "sdtp") & (quality["keep_ratio"] == ratio)]
+    costs: list[dict[str, Any]] = []
+    for _, row in rows.iterrows():
+        cell = quality[(quality["task"] == row["task"]) & (quality["metric"] == row["metric"])]
+        baseline = cell.loc[cell["method"] == "unpruned", "value"].item()
+        # The oracle reads the answer, so it is a bound and no method one could use instead.
+        rivals = cell[(cell["keep_ratio"] == ratio) & ~cell["method"].isin(["unpruned", "sdtp", "oracle"])]
+        rivals = rivals.sort_values("value", ascending=row["metric"] in LOWER_IS_BETTER, kind="stable")
+        best = _record(rivals.iloc[0]) if len(rivals) else None
+        lead = 0.0 if best is None else best["value"] - row["value"]
+        costs.append(
+            {
+                **_record(row),
+                "unpruned": baseline,
+                "verdict": verdict(row, baseline),
+                "best_other": best,
+                "beaten": lead < 0 if row["metric"] in LOWER_IS_BETTER else lead > 0,
+            }
+        )
+    return costs
+
+
+def quality_tables(quality: pd.DataFrame) -> list[dict[str, Any]]:
+    """A table for each task and metric: its rows, each with its verdict against unpruned (None for itself)."""
+    tables = []
+    for (task, metric), cell in quality.groupby(["task", "metric"], sort=False):
+        baseline = cell.loc[cell["method"] == "unpruned", "value"].item()
+        rows = [
+            {**_record(row), "verdict": None if row["method"] == "unpruned" else verdict(row, baseline)}
+            for _, row in cell.iterrows()
+        ]
+        better = "lower" if metric in LOWER_IS_BETTER else "higher"
+        tables.append({"task": task, "metric": metric, "better": better, "rows": rows})
+    return tables
+
+
+def _record(row: pd.Series) -> dict[str, Any]:
+    return {str(column): value for column, value in row.items()}
+
+
+def removal_stages(kept: Sequence[Sequence[int]], prompt_tokens: int) -> list[int]:
+    """For each prompt token the 0-based stage that removed it; `len(kept)` for a token that was never removed.
+
+    Args:
+        kept: for each stage, the positions (0 to prompt_tokens - 1) that are left after it.
+        prompt_tokens: tokens of the prompt.
+
+    Raises:
+        UserError: a stage keeps a position that the prompt does not have or an earlier stage removed.
+    """
+    present = set(range(prompt_tokens))
+    stages = [len(kept)] * prompt_tokens
+    for stage, positions in enumerate(kept):
+        strange = set(positions) - present
+        if strange:
+            raise UserError(
+                f"kept, stage {stage}: position {min(strange)} was not present; accepted: those left before"
+            )
+        for removed in present - set(positions):
+            stages[removed] = stage
+        present = set(positions)
+    return stages
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """The text each token adds to the one before it, so that tokens of every tokeniser keep their leading space."""
+    texts = []
+    for previous, token in zip([None, *ids], ids, strict=False):
+        before = [] if previous is None else [previous]
+        start = str(tokenizer.decode(before, clean_up_tokenization_spaces=False))
+        both = str(tokenizer.decode([*before, token], clean_up_tokenization_spaces=False))
+        texts.append(both[len(start) :])
+    return texts
+
+
+def token_views(run: Run) -> list[dict[str, Any]]:
+    """For each ratio the shown prompt's tokens with the stage that removed each, and how many each stage removed."""
+    views = []
+    for row in _by_ratio(row for row in run.generations if row["id"] == run.shown):
+        if len(run.tokens) != row["prompt_tokens"] or len(row["kept"]) != len(run.layers):
+            raise UserError(
+                f"generation {row['id']}, keep_ratio {row['keep_ratio']}: {row['prompt_tokens']} tokens and "
+                f"{len(row['kept'])} stages; accepted: the data's {len(run.tokens)} and the pruner's {len(run.layers)}"
+            )
+        stages = removal_stages(row["kept"], row["prompt_tokens"])
+        counts = [stages.count(stage) for stage in range(len(run.layers) + 1)]
+        tokens = list(zip(run.tokens, stages, strict=True))
+        views.append({"ratio": row["keep_ratio"], "tokens": tokens, "counts": counts})
+    if not views:
+        raise UserError(f"generations: no row for id {run.shown}; accepted: an id of the generations files")
+    return views
+
+
+def examples(generations: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Generations by example, in the order of their first row: what the unpruned model wrote, and each ratio's text."""
+    grouped: dict[str, list[Mapping[str, Any]]] = {}
+    for row in generations:
+        grouped.setdefault(row["id"], []).append(row)
+    return [{**rows[0], "rows": _by_ratio(rows)} for rows in grouped.values()]
+
+
+def _by_ratio(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return sorted(rows, key=lambda row: -row["keep_ratio"])
+
+
+def curve_ends(history: pd.DataFrame) -> list[dict[str, Any]]:
+    """First and last value of each metric and split."""
+    ends = []
+    for (metric, split), curve in history.sort_values("step").groupby(["metric", "split"], sort=False):
+        first, last = curve.iloc[0], curve.iloc[-1]
+        ends.append({"metric": metric, "split": split, "first": first, "last": last})
+    return ends
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested objects as one level of dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def number(value: float, digits: int = 3) -> str:
+    """`value` to so many significant digits, an int in full; in exponent form below 1e-3; a dash for NaN."""
+    if math.isnan(value):
+        return "–"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if value != 0 and abs(value) < 1e-3:
+        return f"{value:.1e}"
+    decimals = max(0, digits - len(str(int(abs(value)))))
+    return f"{value:,.{decimals}f}"
+
+
+def change(part: float) -> str:
+    """A relative change as a signed percentage; a dash for NaN."""
+    return "–" if math.isnan(part) else f"{100 * part:+.0f}%".replace("-", "−")
+
+
+def memory(value: float) -> str:
+    """Bytes as MiB, or GiB from 10 GiB on; a dash for NaN."""
+    if math.isnan(value):
+        return "–"
+    mebibytes = value / 2**20
+    return f"{number(mebibytes)} MiB" if mebibytes < 10 * 1024 else f"{number(mebibytes / 1024)} GiB"

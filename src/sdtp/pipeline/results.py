@@ -1,0 +1,129 @@
+"""The tables of a run, read and checked: what each CSV holds, and how a row of one finds that of another.
+
+Speed belongs to a keep ratio: every method that keeps as many tokens leaves the model the same work. Quality belongs
+to a method and a ratio. Figures and report join the two here, so that both say the same.
+"""
+
+from itertools import product
+from pathlib import Path
+
+import pandas as pd
+
+from sdtp.errors import UserError
+
+# fmt: off
+LATENCY_COLUMNS = [
+    "method", "keep_ratio", "prompt_tokens", "new_tokens", "prefill_s", "prefill_q25", "prefill_q75", "decode_s",
+    "end_to_end_s", "repeats", "prefill_tflop", "flop_bound", "length_bound", "prefill_speedup", "speedup_q25",
+    "efficiency", "flop_efficiency", "peak_memory_bytes", "kv_cache_bytes",
+]
+# fmt: on
+QUALITY_COLUMNS = ["task", "metric", "method", "keep_ratio", "value", "ci_low", "ci_high", "n", "retained"]
+HISTORY_COLUMNS = ["step", "split", "metric", "value"]
+
+# Below this many examples a cell an interval is too wide to compare methods by.
+SMOKE_BELOW = 200
+LOWER_IS_BETTER = frozenset({"loss"})
+
+
+def read_table(path: Path, columns: list[str]) -> pd.DataFrame:
+    """Reads a CSV that must have every one of `columns` and at least one row; other columns are left out."""
+    table = pd.read_csv(path)
+    missing = [column for column in columns if column not in table.columns]
+    if missing:
+        raise UserError(f"{path}: no column {', '.join(missing)}; accepted: {', '.join(columns)}")
+    if table.empty:
+        raise UserError(f"{path}: no rows; accepted: at least one")
+    return table[columns]
+
+
+def read_latency(path: Path) -> pd.DataFrame:
+    """latency.csv, one row a (method, keep_ratio, prompt_tokens); raises UserError naming the rows that are missing."""
+    table = read_table(path, LATENCY_COLUMNS)
+    arms = list(table[["method", "keep_ratio"]].drop_duplicates().itertuples(index=False, name=None))
+    for name in ("unpruned", "sdtp"):
+        if name not in table["method"].values:
+            raise UserError(f"{path}: no row of method {name}; accepted: rows of unpruned and of sdtp")
+    wanted = [(*arm, length) for arm, length in product(arms, sorted(table["prompt_tokens"].unique()))]
+    _require(path, table, ["method", "keep_ratio", "prompt_tokens"], wanted)
+    return table
+
+
+def read_quality(path: Path) -> pd.DataFrame:
+    """quality.csv, one row a (task, metric, method, keep_ratio); raises UserError naming the rows that are missing."""
+    table = read_table(path, QUALITY_COLUMNS)
+    pruned = table[table["method"] != "unpruned"]
+    if pruned.empty:
+        raise UserError(f"{path}: only unpruned rows; accepted: rows of at least one pruning method")
+    cells = [("unpruned", 1.0), *product(pruned["method"].unique(), sorted(pruned["keep_ratio"].unique()))]
+    panels = table[["task", "metric"]].drop_duplicates().itertuples(index=False, name=None)
+    _require(path, table, ["task", "metric", "method", "keep_ratio"], [(*p, *c) for p, c in product(panels, cells)])
+    return table
+
+
+def read_history(path: Path) -> pd.DataFrame:
+    """history.csv: step, split (train or heldout), metric, value; raises UserError for any other split."""
+    table = read_table(path, HISTORY_COLUMNS)
+    unknown = sorted(set(table["split"]) - {"train", "heldout"})
+    if unknown:
+        raise UserError(f"{path}: split is {', '.join(map(str, unknown))}; accepted: train, heldout")
+    return table
+
+
+def _require(path: Path, table: pd.DataFrame, keys: list[str], wanted: list[tuple]) -> None:
+    """Raises UserError unless `table` holds each wanted combination of `keys` exactly once."""
+    counts = table.value_counts(keys).to_dict()
+    for problem, rows in (
+        ("no row", [row for row in wanted if row not in counts]),
+        ("more than one row", [row for row in wanted if counts.get(row, 0) > 1]),
+    ):
+        if rows:
+            named = "; ".join(", ".join(f"{key}={value}" for key, value in zip(keys, row, strict=True)) for row in rows)
+            raise UserError(f"{path}: {problem} for {named}; accepted: one row each")
+
+
+def nearest_length(latency: pd.DataFrame, prompt_tokens: float) -> int:
+    """The benchmarked prompt length nearest to `prompt_tokens` tokens; of two as near, the shorter."""
+    lengths = sorted(latency["prompt_tokens"].unique())
+    return int(min(lengths, key=lambda length: abs(length - prompt_tokens)))
+
+
+def speed_at(latency: pd.DataFrame, prompt_tokens: int) -> pd.DataFrame:
+    """The pruned rows of one benchmarked length, indexed by keep_ratio, largest ratio first."""
+    rows = latency[(latency["method"] == "sdtp") & (latency["prompt_tokens"] == prompt_tokens)]
+    return rows.set_index("keep_ratio").sort_index(ascending=False)
+
+
+def with_speedup(quality: pd.DataFrame, latency: pd.DataFrame, prompt_tokens: float) -> pd.DataFrame:
+    """Pruned quality rows with `prefill_speedup` of their ratio at the benchmarked length nearest to `prompt_tokens`.
+
+    Args:
+        quality: as `read_quality` gives it.
+        latency: as `read_latency` gives it.
+        prompt_tokens: typical prompt length of the quality rows, in tokens.
+
+    Raises:
+        UserError: a keep ratio of `quality` was not benchmarked.
+    """
+    pruned = quality[quality["method"] != "unpruned"]
+    speed = speed_at(latency, nearest_length(latency, prompt_tokens))["prefill_speedup"]
+    missing = sorted(set(pruned["keep_ratio"]) - set(speed.index))
+    if missing:
+        named = ", ".join(f"keep_ratio={ratio}" for ratio in missing)
+        raise UserError(f"latency.csv: no sdtp row for {named}, which quality.csv has; accepted: every ratio in both")
+    return pruned.assign(prefill_speedup=pruned["keep_ratio"].map(speed))
+
+
+def smoke(n: int) -> str:
+    """What to write beside a quality number of `n` examples: a warning below `SMOKE_BELOW`, the count from there on."""
+    return f"smoke: n = {n}" if n < SMOKE_BELOW else f"n = {n}"
+
+
+def verdict(row: pd.Series, baseline: float) -> str:
+    """How a quality row compares with the unpruned value: within its interval, or better or worse than that."""
+    if row["ci_low"] <= baseline <= row["ci_high"]:
+        return "within the interval"
+    lower = row["ci_high"] < baseline
+    return (
+        "better, outside the interval" if lower == (row["metric"] in LOWER_IS_BETTER) else "worse, outside the interval"
+    )

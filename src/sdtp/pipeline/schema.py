@@ -1,0 +1,230 @@
+"""The config schema at work: fills defaults, refuses bad values in one line, and writes the config's manual."""
+
+import copy
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import yaml
+
+from sdtp.errors import UserError
+
+Schema = dict[str, Any]
+
+# JSON Schema's type names, as messages print them.
+TYPES = {
+    "object": "a block of keys",
+    "array": "a list",
+    "string": "text",
+    "integer": "a whole number",
+    "number": "a number",
+    "boolean": "true or false",
+    "null": "null",
+}
+
+
+def load_schema(path: str | Path) -> Schema:
+    """Reads a JSON Schema written in YAML, with each `$ref` into `$defs` replaced by what it refers to."""
+    schema = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    definitions = schema.pop("$defs", {})
+
+    def inline(node: Any) -> Any:
+        if isinstance(node, list):
+            return [inline(item) for item in node]
+        if not isinstance(node, dict):
+            return node
+        node = {key: inline(value) for key, value in node.items()}
+        reference = node.pop("$ref", None)
+        return node if reference is None else inline(definitions[reference.removeprefix("#/$defs/")]) | node
+
+    resolved = inline(schema)
+    assert isinstance(resolved, dict)
+    return resolved
+
+
+def resolve(config: Mapping[str, Any], schema: Schema) -> dict[str, Any]:
+    """A valid copy of `config` in which every key is present and every number has the type the schema gives it.
+
+    60 and 60.0 become the same step count, so that writing a number otherwise reruns nothing.
+
+    Raises:
+        UserError: one line per fault: the key, its value, and what is accepted.
+    """
+    filled = _with_defaults(config, schema)
+    validator = jsonschema.Draft202012Validator(schema)
+    faults = [line for error in validator.iter_errors(filled) for line in _explain(error)]
+    faults += [
+        f"{key} = {value}: must be finite" for key, value in leaves(filled) if isinstance(value, float) and not math.isfinite(value)
+    ]
+    if faults:
+        raise UserError("the configuration is not valid:\n" + "\n".join(f"  {line}" for line in sorted(faults)))
+    resolved = _with_types(filled, schema)
+    assert isinstance(resolved, dict)
+    return resolved
+
+
+def check_sources(overlay: Mapping[str, Any], schema: Schema) -> None:
+    """Refuses an overlay (a second config file, or `--config`) that states some keys of a source and not all.
+
+    Snakemake merges an overlay into the default config key by key: what it leaves out stays, so a hub id would keep the
+    checksum of the default run's file.
+
+    Raises:
+        UserError: naming the source and the missing keys.
+    """
+    faults = []
+    for path, node in _objects(schema):
+        value = _lookup(overlay, path)
+        missing = [key for key in node.get("required", []) if isinstance(value, dict) and key not in value]
+        if missing:
+            faults.append(
+                f"{'.'.join(path)} = {_show(value)}: also needs {', '.join(missing)}; a file given on top of the default "
+                "config states a source whole, or what it leaves out would stay from the default"
+            )
+    if faults:
+        raise UserError("the configuration is not valid:\n" + "\n".join(f"  {line}" for line in faults))
+
+
+def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key that is not a block, by its dotted name, in the order written."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def manual(schema: Schema) -> str:
+    """The config's manual in Markdown: every key, what is accepted, its default and its meaning."""
+    lines = [
+        "# Configuration",
+        "",
+        "`config.yaml` is the default run. Another file is laid over it with `snakemake --configfile FILE`: blocks are",
+        "merged key by key, lists are replaced, and a `source` has to be stated whole. A wrong key, type or range is",
+        "refused before anything runs.",
+        "",
+        "| file | what it is |",
+        "|---|---|",
+        "| `config.yaml` | the default run: small, real, offline; about ten minutes on two CPU cores |",
+        "| `study.yaml` | quality with enough examples to tell methods apart (`make study`) |",
+        "| `bench.yaml` | latency and memory up to 4096 tokens (`make bench`) |",
+        "| `paper/*.yaml` | the paper's scale, for 8 GPUs; every key stated |",
+        "",
+        "<!-- The rest is generated from workflow/schemas/config.schema.yaml by `make config/README.md`. -->",
+    ]
+    top = [(name, node) for name, node in schema["properties"].items() if node["type"] != "object"]
+    lines += ["", *_table(top)]
+    for name, node in schema["properties"].items():
+        if node["type"] == "object":
+            lines += ["", f"## `{name}`", "", node["description"], "", *_table(_flat(node, f"{name}."))]
+    return "\n".join(lines) + "\n"
+
+
+def _with_defaults(value: Any, node: Schema) -> Any:
+    if node.get("type") != "object" or not isinstance(value, Mapping):
+        return copy.deepcopy(value)
+    filled = dict(value)
+    for key, child in node.get("properties", {}).items():
+        if key in filled or "default" in child:
+            filled[key] = _with_defaults(filled.get(key, child.get("default")), child)
+    return filled
+
+
+def _with_types(value: Any, node: Schema) -> Any:
+    kind = node.get("type")
+    if kind == "object":
+        # In the schema's order, whatever the order in the file.
+        return {key: _with_types(value[key], child) for key, child in node["properties"].items()}
+    if kind == "array":
+        return [_with_types(item, node["items"]) for item in value]
+    if kind == "integer":
+        return int(value)
+    return float(value) if kind == "number" else value
+
+
+def _explain(error: jsonschema.ValidationError) -> Iterator[str]:
+    key = ".".join(str(part) for part in error.absolute_path)
+    if error.validator == "additionalProperties":
+        known = error.schema["properties"]
+        for name in sorted(set(error.instance) - set(known)):
+            where = f"{key}.{name}" if key else name
+            yield f"{where} = {_show(error.instance[name])}: no such key; {key or 'the config'} has {', '.join(known)}"
+        return
+    if error.validator == "required":
+        missing = [name for name in error.validator_value if name not in error.instance]
+        # One error a missing key: each reports its own.
+        name = next(name for name in missing if f"'{name}'" in error.message)
+        yield f"{key} = {_show(error.instance)}: needs the key {name}"
+        return
+    hint = ""
+    if isinstance(error.instance, str) and error.validator == "type" and _is_number(error.instance):
+        hint = f" (YAML reads {error.instance} as text; write {float(error.instance)!r})"
+    yield f"{key} = {_show(error.instance)}: must be {accepted(error.schema)}{hint}"
+
+
+def accepted(node: Schema) -> str:
+    """What a schema node accepts, in words."""
+    if "enum" in node:
+        return "one of " + ", ".join(node["enum"])
+    kinds = node["type"] if isinstance(node["type"], list) else [node["type"]]
+    words = " or ".join(TYPES[kind] for kind in kinds)
+    if node["type"] == "array":
+        words = f"a list of distinct values, each {accepted(node['items'])}"
+    bounds = [
+        f"{sign} {node[key]}"
+        for key, sign in (("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"), ("exclusiveMaximum", "<"))
+        if key in node
+    ]
+    if bounds:
+        words += " " + " and ".join(bounds)
+    if "pattern" in node:
+        words += f" matching `{node['pattern']}`"
+    return words
+
+
+def _objects(node: Schema, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Schema]]:
+    if node.get("type") == "object":
+        yield path, node
+        for key, child in node["properties"].items():
+            yield from _objects(child, (*path, key))
+
+
+def _lookup(config: Any, path: tuple[str, ...]) -> Any:
+    for key in path:
+        config = config.get(key) if isinstance(config, Mapping) else None
+    return config
+
+
+def _flat(node: Schema, prefix: str) -> Iterator[tuple[str, Schema]]:
+    for key, child in node["properties"].items():
+        if child["type"] == "object":
+            default = child.get("default") or {}
+            yield from (
+                (name, {"default": default[name.rsplit(".", 1)[1]]} | leaf if child.get("required") else leaf)
+                for name, leaf in _flat(child, f"{prefix}{key}.")
+            )
+        else:
+            yield f"{prefix}{key}", child
+
+
+def _table(rows: Any) -> list[str]:
+    lines = ["| key | default | accepted | meaning |", "|---|---|---|---|"]
+    for name, node in rows:
+        words = accepted(node).replace("|", "\\|")
+        lines.append(f"| `{name}` | `{_show(node['default'])}` | {words} | {node['description']} |")
+    return lines
+
+
+def _show(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

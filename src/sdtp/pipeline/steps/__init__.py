@@ -1,0 +1,1 @@
+"""One module a workflow step: each reads files, calls the rooms above, and writes files."""

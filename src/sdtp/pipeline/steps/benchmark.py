@@ -1,0 +1,146 @@
+"""Times prefill and decode, unpruned against pruned at one keep ratio, and measures memory."""
+
+import argparse
+import json
+import platform
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from sdtp.errors import UserError
+from sdtp.evaluation import latency
+from sdtp.evaluation.memory import cache_bytes, peak_memory
+from sdtp.evaluation.stats import paired_ratios, quartiles
+from sdtp.pipeline.config import BenchmarkSettings, Settings
+from sdtp.pipeline.data import benchmark_prompt
+from sdtp.pipeline.devices import choose_device
+from sdtp.pipeline.files import write_atomically
+from sdtp.pipeline.models import load_model
+from sdtp.pipeline.step import step
+from sdtp.pruning import flops
+from sdtp.pruning.pruner import TokenPruner
+from sdtp.pruning.scorers import Learned
+
+
+def main(argv: list[str]) -> None:
+    """Run the step; `argv` are its arguments."""
+    parser = argparse.ArgumentParser(prog="sdtp benchmark", description=__doc__)
+    parser.add_argument("--settings", required=True, metavar="JSON", help="seed, model, pruning, benchmark settings")
+    parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="model folder")
+    parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="data folder: benchmark.json is used")
+    parser.add_argument("--pruner", required=True, type=Path, metavar="DIR", help="trained pruner")
+    parser.add_argument("--keep-ratio", required=True, type=float, help="fraction of tokens each stage keeps")
+    parser.add_argument("--output", required=True, type=Path, metavar="JSON", help="measurements to write")
+    parser.add_argument("--metrics", required=True, type=Path, metavar="FILE", help="metrics to write")
+    args = parser.parse_args(argv)
+    settings = Settings.from_json(args.settings)
+    with step("benchmark", args, outputs=[args.output], wildcards={"keep_ratio": args.keep_ratio}) as log:
+        model = load_model(args.model, settings.model.dtype, settings.model.attention, choose_device())
+        schedule = settings.schedule(model.config.num_hidden_layers, args.keep_ratio)
+        pruner = TokenPruner.from_pretrained(args.pruner).with_schedule(schedule)
+        check_context(settings.benchmark, model.config)
+        prompts = [benchmark_prompt(args.data, length) for length in settings.benchmark.prompt_tokens]
+        rows: list[dict[str, Any]] = []
+        for prompt_ids in tqdm(prompts, desc="benchmarking", unit="length"):
+            unpruned, pruned = measure(model, pruner, prompt_ids, settings.benchmark)
+            rows += [unpruned, pruned]
+            length = len(prompt_ids)
+            rate = latency.prefill_tokens_per_second
+            log.metrics(
+                {
+                    f"prefill_speedup/{length}": paired_ratios(unpruned["prefill_s"], pruned["prefill_s"])[1],
+                    f"efficiency/{length}": paired_ratios(pruned["ideal_s"], pruned["prefill_s"])[1],
+                    f"prompt_tokens_per_second/{length}": rate(1, length, quartiles(pruned["prefill_s"])[1]),
+                    f"unpruned_prompt_tokens_per_second/{length}": rate(1, length, quartiles(unpruned["prefill_s"])[1]),
+                }
+            )
+        result = {
+            "keep_ratio": args.keep_ratio,
+            "model": settings.model.source.ref,
+            "device": device_name(model.device),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "attention": settings.model.attention,
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+            "warmup": settings.benchmark.warmup,
+            "rows": rows,
+        }
+        with write_atomically(args.output) as temporary:
+            temporary.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+        log.artifact(args.output)
+
+
+def check_context(settings: BenchmarkSettings, config: Any) -> None:
+    """Raise UserError for a prompt length that, with the new tokens, is beyond the model's context."""
+    context = config.max_position_embeddings
+    for length in settings.prompt_tokens:
+        if length + settings.new_tokens > context:
+            raise UserError(
+                f"benchmark.prompt_tokens has {length}, with benchmark.new_tokens that makes "
+                f"{length + settings.new_tokens} tokens: the model's context is {context}"
+            )
+
+
+def measure(
+    model: PreTrainedModel, pruner: TokenPruner, prompt_ids: Sequence[int], settings: BenchmarkSettings
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The unpruned and the pruned row of one prompt length; lists hold one number a repeat, in the order they ran."""
+    prompt = torch.tensor([list(prompt_ids)], device=model.device)
+    length, schedule = len(prompt_ids), pruner.schedule
+    width = pruner.scorer.width if isinstance(pruner.scorer, Learned) else 0  # the baselines' scoring is no product
+    samples = latency.compare(model, pruner, prompt, settings.new_tokens, settings.repeats, settings.warmup)
+    unpruned = {
+        **times("unpruned", length, samples["unpruned"]),
+        **memory(nullcontext(), model, prompt, settings.new_tokens),
+        "kept_tokens": length,
+        "prefill_flop": flops.prefill(model.config, length),
+    }
+    pruned = {
+        **times("sdtp", length, samples["sdtp"]),
+        **memory(pruner(model), model, prompt, settings.new_tokens),
+        "ideal_s": [timing.prefill_s for timing in samples["ideal"].warm],
+        "kept_tokens": schedule.surviving(length)[-1],
+        "prefill_flop": flops.prefill(model.config, length, schedule, width),
+        "scoring_flop": flops.scoring(model.config, length, schedule, width),
+    }
+    return unpruned, pruned
+
+
+def times(method: str, prompt_tokens: int, samples: latency.Samples) -> dict[str, Any]:
+    """The timings of one arm as they go into its row."""
+    return {
+        "method": method,
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": samples.warm[0].new_tokens,
+        "prefill_s": [timing.prefill_s for timing in samples.warm],
+        "decode_s": [timing.decode_s for timing in samples.warm],
+        "end_to_end_s": [timing.end_to_end_s for timing in samples.warm],
+        "cold_s": samples.cold.prefill_s,
+    }
+
+
+def memory(
+    context: AbstractContextManager[Any], model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int
+) -> dict[str, int | None]:
+    """Peak of one untimed pass in `context`, and the bytes of the KV cache after its prefill."""
+    with context, torch.inference_mode(), peak_memory(model.device) as peak:
+        token, cache = latency.prefill(model, prompt)
+        held = cache_bytes(cache)
+        latency.decode(model, token, cache, new_tokens)
+    return {"peak_memory_bytes": peak.bytes, "kv_cache_bytes": held}
+
+
+def device_name(device: torch.device) -> str:
+    """What the numbers were measured on, as a reader would name it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"

@@ -1,0 +1,89 @@
+"""Measures the quality of one method at one keep ratio on the test examples, teacher-forced."""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from sdtp.errors import UserError
+from sdtp.evaluation import continuation, methods, retrieval
+from sdtp.evaluation.teacher_forcing import force
+from sdtp.pipeline.config import Settings
+from sdtp.pipeline.data import load_split
+from sdtp.pipeline.devices import choose_device
+from sdtp.pipeline.files import write_jsonl
+from sdtp.pipeline.models import load_model
+from sdtp.pipeline.step import step
+from sdtp.pruning.pruner import TokenPruner
+from sdtp.training.saliency import Reduction, Target
+
+
+def main(argv: list[str]) -> None:
+    """Run the step; `argv` are its arguments."""
+    parser = argparse.ArgumentParser(prog="sdtp evaluate", description=__doc__)
+    parser.add_argument("--settings", required=True, metavar="JSON", help="seed, model, pruning, evaluation settings")
+    parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="model folder")
+    parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="data folder, of which test is used")
+    parser.add_argument("--pruner", type=Path, metavar="DIR", help="trained pruner; needed for method sdtp")
+    parser.add_argument("--method", required=True, choices=methods.METHODS, help="what prunes")
+    parser.add_argument("--keep-ratio", required=True, type=float, help="fraction of tokens each stage keeps")
+    parser.add_argument("--output", required=True, type=Path, metavar="JSONL", help="one row an example and seed")
+    parser.add_argument("--metrics", required=True, type=Path, metavar="FILE", help="metrics to write")
+    args = parser.parse_args(argv)
+    if args.method == "sdtp" and args.pruner is None:
+        raise UserError("--pruner is missing: method sdtp needs the folder of a trained pruner")
+    if args.method == "unpruned" and args.keep_ratio != 1.0:
+        raise UserError(f"--keep-ratio is {args.keep_ratio}: method unpruned keeps everything, so 1.0 is accepted")
+    settings = Settings.from_json(args.settings)
+    wildcards = {"method": args.method, "keep_ratio": args.keep_ratio}
+    with step("evaluate", args, outputs=[args.output], wildcards=wildcards) as log:
+        model = load_model(args.model, settings.model.dtype, settings.model.attention, choose_device())
+        examples = load_split(args.data, "test").to_list()
+        rows = []
+        for seed in settings.evaluation.seeds if args.method in methods.SEEDED else (None,):
+            pruner_for = choose(args, settings, model, seed)
+            identity = {"method": args.method, "keep_ratio": args.keep_ratio, "seed": seed}
+            rows += [{**row, **identity} for row in evaluate(model, examples, pruner_for)]
+        write_jsonl(args.output, rows)
+        for task in sorted({row["task"] for row in rows}):
+            own = [row for row in rows if row["task"] == task]
+            log.metric(f"{task}/loss", sum(row["loss"] for row in own) / len(own))
+            log.metric(f"{task}/kept_share", sum(row["kept_tokens"] / row["prompt_tokens"] for row in own) / len(own))
+            if task == "retrieval":
+                log.metric(f"{task}/accuracy", sum(row["correct"] for row in own) / len(own))
+        log.artifact(args.output)
+
+
+def choose(args: argparse.Namespace, settings: Settings, model: PreTrainedModel, seed: int | None) -> methods.PrunerFor:
+    """What prunes each example under `args.method`; `seed` is None for methods without random choices."""
+    if args.method == "unpruned":
+        return methods.unpruned
+    schedule = settings.schedule(model.config.num_hidden_layers, args.keep_ratio)
+    if args.method == "sdtp":
+        return methods.fixed(TokenPruner.from_pretrained(args.pruner).with_schedule(schedule))
+    if args.method == "oracle":
+        # `saliency` itself refuses other words.
+        reduction = cast(Reduction, settings.saliency.reduction)
+        return methods.oracle(model, schedule, reduction, cast(Target, settings.saliency.target))
+    return methods.baseline(args.method, schedule, 0 if seed is None else seed)
+
+
+def evaluate(
+    model: PreTrainedModel, examples: list[dict[str, Any]], pruner_for: methods.PrunerFor
+) -> Iterator[dict[str, Any]]:
+    """One row an example: whether a retrieval answer is right, and the mean loss of the response in nats."""
+    for example in tqdm(examples, desc="evaluating", unit="example"):
+        prompt_ids, response_ids = example["prompt_ids"], example["response_ids"]
+        forced = force(model, prompt_ids, response_ids, pruner_for(prompt_ids, response_ids))
+        yield {
+            "id": example["id"],
+            "task": example["task"],
+            "prompt_tokens": len(prompt_ids),
+            "kept_tokens": forced.kept_tokens,
+            "correct": retrieval.correct(forced, response_ids) if example["task"] == "retrieval" else None,
+            "loss": continuation.loss(forced),
+            "response_tokens": len(response_ids),
+        }

@@ -1,0 +1,77 @@
+"""Draws the figures of a run, as SVG and PNG."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from sdtp.errors import UserError
+from sdtp.pipeline import plots
+from sdtp.pipeline.data import load_split
+from sdtp.pipeline.files import read_jsonl
+from sdtp.pipeline.models import load_tokenizer
+from sdtp.pipeline.plotstyle import save
+from sdtp.pipeline.results import read_history, read_latency, read_quality
+from sdtp.pipeline.shards import SPLITS, Labels
+from sdtp.pipeline.step import step
+
+
+def main(argv: list[str]) -> None:
+    """Run the step; `argv` are its arguments."""
+    parser = argparse.ArgumentParser(prog="sdtp figures", description=__doc__)
+    parser.add_argument("--settings", required=True, metavar="JSON", help="logged; figures depend on no setting")
+    parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="model folder, for its tokenizer")
+    parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="data folder")
+    parser.add_argument("--saliency", required=True, type=Path, metavar="JSON", help="index of the saliency shards")
+    parser.add_argument("--history", required=True, type=Path, metavar="CSV", help="learning curves")
+    parser.add_argument("--generations", required=True, nargs="+", type=Path, metavar="JSONL", help="one a keep ratio")
+    parser.add_argument("--latency", required=True, type=Path, metavar="CSV", help="latency table")
+    parser.add_argument("--quality", required=True, type=Path, metavar="CSV", help="quality table")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder of the figures")
+    args = parser.parse_args(argv)
+    with step("figures", args, outputs=[args.output]) as log:
+        index, labels = json.loads(args.saliency.read_text("utf-8")), Labels(args.saliency)
+        scores = {example["id"]: labels[example["id"]].numpy() for example in index["examples"]}
+        latency, quality = read_latency(args.latency), read_quality(args.quality)
+        lengths = [len(ids) for ids in load_split(args.data, "test")["prompt_ids"]]
+        shown, tokens = shown_example(args.data, args.model, list(scores))
+        figures = {
+            "saliency": plots.saliency(scores[shown], index["layers"], tokens),
+            "sparsity": plots.sparsity(list(scores.values()), index["layers"], kept_shares(args.generations)),
+            "latency": plots.latency(latency),
+            "speedup": plots.speedup(latency),
+            "quality": plots.quality(quality, latency, float(np.median(lengths))),
+            "training": plots.training(read_history(args.history)),
+        }
+        for name, figure in tqdm(figures.items(), desc="figures", unit="figure"):
+            save(figure, args.output / name)
+            log.artifact(args.output / f"{name}.png", "figures")
+
+
+def shown_example(data: Path, model: Path, identifiers: list[str]) -> tuple[str, list[str]]:
+    """Id and token texts of the example the heat map shows: the first retrieval of the index, else its first example.
+
+    A retrieval prompt holds the fact that the answer needs, so that its saliency can be judged by eye.
+    """
+    rows = {row["id"]: row for split in SPLITS for row in load_split(data, split).to_list()}
+    missing = [identifier for identifier in identifiers if identifier not in rows]
+    if missing:
+        raise UserError(f"{data}: no example {missing[0]}, which has saliency; accepted: ids of {' and '.join(SPLITS)}")
+    shown = next((identifier for identifier in identifiers if rows[identifier]["task"] == "retrieval"), identifiers[0])
+    tokenizer = load_tokenizer(model)
+    return shown, [str(tokenizer.decode([token])) for token in rows[shown]["prompt_ids"]]
+
+
+def kept_shares(generations: list[Path]) -> dict[float, np.ndarray]:
+    """Keep ratio, largest first, -> [stages]: mean share of the prompt's tokens left after each stage."""
+    rows: dict[float, list[dict[str, Any]]] = {}
+    for path in generations:
+        for row in read_jsonl(path):
+            rows.setdefault(row["keep_ratio"], []).append(row)
+    return {
+        ratio: np.mean([[len(stage) / row["prompt_tokens"] for stage in row["kept"]] for row in rows[ratio]], axis=0)
+        for ratio in sorted(rows, reverse=True)
+    }

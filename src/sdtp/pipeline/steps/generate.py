@@ -1,0 +1,75 @@
+"""Generates from test prompts, pruned and unpruned side by side, and records which tokens survived each stage."""
+
+import argparse
+from itertools import zip_longest
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from sdtp.evaluation.generation import generate_batch
+from sdtp.evaluation.retrieval import found
+from sdtp.pipeline.config import Settings
+from sdtp.pipeline.data import load_split
+from sdtp.pipeline.devices import choose_device
+from sdtp.pipeline.files import write_jsonl
+from sdtp.pipeline.models import load_model, load_tokenizer
+from sdtp.pipeline.step import step
+from sdtp.pruning.pruner import TokenPruner
+
+# Prompts generated from together. They differ in length, so that larger batches mostly add padding.
+BATCH = 4
+
+
+def main(argv: list[str]) -> None:
+    """Run the step; `argv` are its arguments."""
+    parser = argparse.ArgumentParser(prog="sdtp generate", description=__doc__)
+    parser.add_argument("--settings", required=True, metavar="JSON", help="seed, model, pruning, generation settings")
+    parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="model folder")
+    parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="data folder, of which test is used")
+    parser.add_argument("--pruner", required=True, type=Path, metavar="DIR", help="trained pruner")
+    parser.add_argument("--keep-ratio", required=True, type=float, help="fraction of tokens each stage keeps")
+    parser.add_argument("--output", required=True, type=Path, metavar="JSONL", help="generations to write")
+    parser.add_argument("--metrics", required=True, type=Path, metavar="FILE", help="metrics to write")
+    args = parser.parse_args(argv)
+    settings = Settings.from_json(args.settings)
+    with step("generate", args, outputs=[args.output], wildcards={"keep_ratio": args.keep_ratio}) as log:
+        model = load_model(args.model, settings.model.dtype, settings.model.attention, choose_device())
+        tokenizer = load_tokenizer(args.model)
+        schedule = settings.schedule(model.config.num_hidden_layers, args.keep_ratio)
+        pruner = TokenPruner.from_pretrained(args.pruner).with_schedule(schedule)
+        test = load_split(args.data, "test")
+        examples = test.select(spread(test["task"], settings.generation.examples)).to_list()
+        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        rows = []
+        for start in tqdm(range(0, len(examples), BATCH), desc="generating", unit="batch"):
+            batch = examples[start : start + BATCH]
+            prompts = [example["prompt_ids"] for example in batch]
+            results = generate_batch(model, pruner, prompts, settings.generation.max_new_tokens, pad)
+            for example, generated in zip(batch, results, strict=True):
+                rows.append(
+                    {
+                        "id": example["id"],
+                        "task": example["task"],
+                        "keep_ratio": args.keep_ratio,
+                        "prompt_tokens": len(example["prompt_ids"]),
+                        "kept": generated.kept,
+                        "pruned_text": tokenizer.decode(generated.pruned_ids, skip_special_tokens=True),
+                        "unpruned_text": tokenizer.decode(generated.unpruned_ids, skip_special_tokens=True),
+                        "reference": example["response"],
+                    }
+                )
+        write_jsonl(args.output, rows)
+        retrieval = [row for row in rows if row["task"] == "retrieval"]
+        for arm in ("pruned", "unpruned") if retrieval else ():
+            hits = [all(found(row[f"{arm}_text"], [row["reference"]])) for row in retrieval]
+            log.metric(f"{arm}_reference_found", sum(hits) / len(hits))
+        log.artifact(args.output)
+
+
+def spread(tasks: list[str], count: int) -> list[int]:
+    """Indices of the first `count` examples, taking turns between the tasks so that each is shown."""
+    by_task: dict[str, list[int]] = {}
+    for index, task in enumerate(tasks):
+        by_task.setdefault(task, []).append(index)
+    turns = (index for turn in zip_longest(*by_task.values()) for index in turn if index is not None)
+    return [index for _, index in zip(range(count), turns, strict=False)]

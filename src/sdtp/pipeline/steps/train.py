@@ -1,0 +1,102 @@
+"""Fits the token scorers on the frozen model and saves the pruner."""
+
+import argparse
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+
+from sdtp.errors import UserError
+from sdtp.pipeline.config import Settings
+from sdtp.pipeline.data import load_split
+from sdtp.pipeline.devices import choose_device
+from sdtp.pipeline.files import atomic_folder, canonical_json, write_atomically
+from sdtp.pipeline.models import load_model
+from sdtp.pipeline.shards import Labels, metadata
+from sdtp.pipeline.step import step
+from sdtp.pruning.pruner import TokenPruner
+from sdtp.pruning.scorers import Learned
+from sdtp.training.trainer import Example, Options, Weights, fit
+
+
+class Examples(Sequence[Example]):
+    """A split joined with its labels, an example read when it is asked for."""
+
+    def __init__(self, split: Dataset, labels: Labels) -> None:
+        self._split = split
+        self._labels = labels
+
+    def __len__(self) -> int:
+        return len(self._split)
+
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]  # no slices: nothing takes one
+        row = self._split[index]
+        prompt_ids, response_ids = torch.tensor(row["prompt_ids"]), torch.tensor(row["response_ids"])
+        return Example(row["id"], prompt_ids, response_ids, self._labels[row["id"]])
+
+
+def main(argv: list[str]) -> None:
+    """Run the step; `argv` are its arguments."""
+    parser = argparse.ArgumentParser(prog="sdtp train", description=__doc__)
+    parser.add_argument("--settings", required=True, metavar="JSON", help="seed, model, pruning, training settings")
+    parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="model folder")
+    parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="data folder")
+    parser.add_argument("--saliency", required=True, type=Path, metavar="FILE", help="index of the saliency shards")
+    parser.add_argument("--checkpoints", required=True, type=Path, metavar="DIR", help="where a killed run resumes")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="pruner folder to write")
+    parser.add_argument("--history", required=True, type=Path, metavar="CSV", help="learning curves to write")
+    parser.add_argument("--metrics", required=True, type=Path, metavar="FILE", help="metrics to write")
+    args = parser.parse_args(argv)
+    settings = Settings.from_json(args.settings)
+    training = settings.training
+    with step("train", args, outputs=[args.output, args.history], wildcards={"keep_ratio": training.keep_ratio}) as log:
+        model = load_model(args.model, settings.model.dtype, settings.model.attention, choose_device())
+        schedule = settings.schedule(model.config.num_hidden_layers, training.keep_ratio)
+        labels = Labels(args.saliency)
+        made_of = labels.description
+        expected = metadata(args.model, args.data, schedule.layers, made_of["reduction"], made_of["target"])
+        for key, value in expected.items():
+            if made_of[key] != value:
+                raise UserError(f"{args.saliency}: {key} is {made_of[key]}, but {value} is needed here")
+        log.dataset("train", args.data / "train", made_of["data_sha256"])
+
+        torch.manual_seed(settings.seed)
+        scorer = Learned(model.config.hidden_size, schedule.stages, training.width).to(model.device)
+        history: list[tuple[int, str, str, float]] = []
+
+        def record(metrics: dict[str, float], at: int, split: str) -> None:
+            history.extend((at, split, name, value) for name, value in metrics.items())
+            log.metrics({f"{split}/{name}": value for name, value in metrics.items()}, step=at)
+
+        weights = training.weights
+        final = fit(
+            model,
+            scorer,
+            schedule,
+            Examples(load_split(args.data, "train"), labels),
+            Examples(load_split(args.data, "heldout"), labels),
+            Options(
+                steps=training.steps,
+                batch_size=training.batch_size,
+                learning_rate=training.learning_rate,
+                temperature=training.temperature,
+                weights=Weights(ce=weights.ce, mse=weights.mse, rank=weights.rank),
+                evaluate_every=training.evaluate_every,
+                checkpoint_every=training.checkpoint_every,
+                seed=settings.seed,
+            ),
+            record,
+            checkpoints=args.checkpoints,
+            inputs=canonical_json([made_of, settings.model.dtype, settings.model.attention]),
+        )
+        with atomic_folder(args.output) as temporary:
+            TokenPruner(schedule, scorer.cpu()).save_pretrained(temporary)
+        with write_atomically(args.history) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(("step", "split", "metric", "value"))
+            writer.writerows(history)
+        log.metrics({f"heldout_{name}": value for name, value in final.items()})
+        log.artifact(args.output)
+        log.artifact(args.history)

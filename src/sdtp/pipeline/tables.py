@@ -1,0 +1,176 @@
+"""latency.csv and quality.csv from what the benchmark and evaluation jobs measured."""
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from sdtp.errors import UserError
+from sdtp.evaluation.stats import (
+    PairedDifference,
+    mean_interval,
+    paired_difference,
+    paired_ratios,
+    quartiles,
+    retained_loss,
+    retained_share,
+    wilson_interval,
+)
+from sdtp.pipeline.results import LATENCY_COLUMNS, QUALITY_COLUMNS
+
+# What is reported of each task: the metric and the column of an evaluation row it is the mean of.
+TASK_METRICS = {
+    "retrieval": {"accuracy": "correct", "loss": "loss"},
+    "continuation": {"loss": "loss"},
+    "instruction": {"loss": "loss"},
+}
+
+# (task, metric, method, keep_ratio) -> value of each example, by id.
+Cells = dict[tuple[str, str, str, float], dict[str, float]]
+
+
+def latency_table(benchmarks: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """One row per arm and prompt length.
+
+    Every job timed its own unpruned arm, interleaved with its pruned one: speedups are of times that ran side by side,
+    never across jobs. The unpruned row of a length pools the repeats of all jobs.
+
+    Args:
+        benchmarks: the objects of `benchmark/ratio-*.json`, in the order of their rows in the table.
+
+    Raises:
+        UserError: a length was benchmarked by some jobs only, or twice.
+    """
+    by_job = [{(row["method"], row["prompt_tokens"]): row for row in job["rows"]} for job in benchmarks]
+    lengths = sorted({row["prompt_tokens"] for job in benchmarks for row in job["rows"]})
+    for job, rows in zip(benchmarks, by_job, strict=True):
+        wanted = {(method, length) for method in ("unpruned", "sdtp") for length in lengths}
+        if set(rows) != wanted or len(job["rows"]) != len(wanted):
+            raise UserError(
+                f"benchmark of keep ratio {job['keep_ratio']}: rows {sorted(rows)}; one of unpruned and one of sdtp is "
+                f"needed for each length of {lengths}"
+            )
+    table = [_unpruned_latency([rows["unpruned", length] for rows in by_job]) for length in lengths]
+    for job, rows in zip(benchmarks, by_job, strict=True):
+        table += [
+            _pruned_latency(job["keep_ratio"], rows["sdtp", length], rows["unpruned", length]) for length in lengths
+        ]
+    return pd.DataFrame(table, columns=LATENCY_COLUMNS)
+
+
+def _times(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The columns that both kinds of row fill alike, over the pooled repeats of `rows`."""
+    prefill = [seconds for row in rows for seconds in row["prefill_s"]]
+    # With one new token there is no decode step: the lists hold null.
+    decode = [seconds for row in rows for seconds in row["decode_s"] if seconds is not None]
+    peaks = [row["peak_memory_bytes"] for row in rows if row["peak_memory_bytes"] is not None]
+    low, middle, high = quartiles(prefill)
+    return {
+        "prompt_tokens": rows[0]["prompt_tokens"],
+        "new_tokens": rows[0]["new_tokens"],
+        "prefill_s": middle,
+        "prefill_q25": low,
+        "prefill_q75": high,
+        "decode_s": statistics.median(decode) if decode else math.nan,
+        "end_to_end_s": statistics.median(seconds for row in rows for seconds in row["end_to_end_s"]),
+        "repeats": len(prefill),
+        "prefill_tflop": rows[0]["prefill_flop"] / 1e12,
+        "peak_memory_bytes": statistics.median(peaks) if peaks else math.nan,
+        "kv_cache_bytes": rows[0]["kv_cache_bytes"],
+    }
+
+
+def _unpruned_latency(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    ones = ("flop_bound", "length_bound", "prefill_speedup", "speedup_q25", "efficiency", "flop_efficiency")
+    return {"method": "unpruned", "keep_ratio": 1.0, **_times(rows), **dict.fromkeys(ones, 1.0)}
+
+
+def _pruned_latency(keep_ratio: float, row: Mapping[str, Any], unpruned: Mapping[str, Any]) -> dict[str, Any]:
+    speedup_q25, speedup, _ = paired_ratios(unpruned["prefill_s"], row["prefill_s"])
+    flop_bound = unpruned["prefill_flop"] / row["prefill_flop"]
+    return {
+        "method": "sdtp",
+        "keep_ratio": keep_ratio,
+        **_times([row]),
+        "flop_bound": flop_bound,
+        "length_bound": paired_ratios(unpruned["prefill_s"], row["ideal_s"])[1],
+        "prefill_speedup": speedup,
+        "speedup_q25": speedup_q25,
+        "efficiency": efficiency(row)[1],
+        "flop_efficiency": speedup / flop_bound,
+    }
+
+
+def efficiency(row: Mapping[str, Any]) -> tuple[float, float, float]:
+    """Quartiles of measured speedup over length bound of a pruned benchmark row.
+
+    Both have the same unpruned time on top, so that a repeat's ratio is its length-bound time over its pruned time.
+    """
+    return paired_ratios(row["ideal_s"], row["prefill_s"])
+
+
+def quality_cells(rows: Sequence[Mapping[str, Any]]) -> Cells:
+    """The evaluation rows of all jobs as one value per example and cell; seeds are averaged within the example.
+
+    Raises:
+        UserError: no unpruned rows, or a method that was run on other examples than the unpruned model.
+    """
+    collected: dict[tuple[str, str, str, float], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        if row["task"] not in TASK_METRICS:
+            raise UserError(f"task {row['task']!r} of example {row['id']}: {', '.join(TASK_METRICS)} are known")
+        for metric, column in TASK_METRICS[row["task"]].items():
+            collected[row["task"], metric, row["method"], row["keep_ratio"]][row["id"]].append(float(row[column]))
+    cells = {
+        cell: {id_: math.fsum(values) / len(values) for id_, values in examples.items()}
+        for cell, examples in collected.items()
+    }
+    for (task, metric, method, ratio), examples in cells.items():
+        unpruned = cells.get((task, metric, "unpruned", 1.0), {})
+        if examples.keys() != unpruned.keys():
+            raise UserError(
+                f"{task}: {method} at keep ratio {ratio} was evaluated on {len(examples)} examples and unpruned on "
+                f"{len(unpruned)}, {len(examples.keys() & unpruned.keys())} of them shared: all must be the same"
+            )
+    return cells
+
+
+def quality_table(cells: Cells) -> pd.DataFrame:
+    """One row per cell: the mean over examples, its 95% interval, and what is left of the unpruned value.
+
+    Rows of one task and metric stand together, methods and ratios in the order of the jobs.
+
+    Args:
+        cells: as `quality_cells` gives them.
+    """
+    panels = list(dict.fromkeys((task, metric) for task, metric, *_ in cells))
+    table = []
+    for cell, examples in sorted(cells.items(), key=lambda item: panels.index(item[0][:2])):
+        task, metric, method, ratio = cell
+        values = list(examples.values())
+        value = math.fsum(values) / len(values)
+        unpruned = list(cells[task, metric, "unpruned", 1.0].values())
+        baseline = math.fsum(unpruned) / len(unpruned)
+        share = metric == "accuracy"
+        low, high = wilson_interval(values) if share else mean_interval(values)
+        retained = retained_share(value, baseline) if share else retained_loss(value, baseline)
+        table.append((task, metric, method, ratio, value, low, high, len(values), retained))
+    return pd.DataFrame(table, columns=QUALITY_COLUMNS)
+
+
+def against_baselines(cells: Cells) -> dict[tuple[str, str, str, float], PairedDifference]:
+    """SDTP minus each other pruning method at the same keep ratio, example by example; keys name the other method.
+
+    Args:
+        cells: as `quality_cells` gives them.
+    """
+    differences = {}
+    for (task, metric, method, ratio), examples in cells.items():
+        learned = cells.get((task, metric, "sdtp", ratio))
+        if learned is not None and method not in ("sdtp", "unpruned"):
+            pairs = [(learned[id_], value) for id_, value in examples.items()]
+            differences[task, metric, method, ratio] = paired_difference(*zip(*pairs, strict=True))
+    return differences

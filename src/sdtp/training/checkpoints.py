@@ -1,0 +1,130 @@
+"""Resumable training state on disk: whole or absent, and used only by the run it belongs to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+logger = logging.getLogger(__name__)
+
+_TENSORS, _STATE = "state.safetensors", "state.json"
+# The newest checkpoint, and the one before it in case the newest turns out damaged.
+_KEPT = 2
+
+
+class Checkpoints:
+    """A folder of checkpoints `step-<number>`, each tensors (safetensors) and a JSON state; nothing is pickled.
+
+    Args:
+        folder: made where missing.
+        fingerprint: hash of the settings and inputs; a checkpoint with another one is never loaded.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        self.folder = folder
+        self.fingerprint = fingerprint
+
+    def save(self, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+        """Write a checkpoint under a temporary name, rename it into place, and drop all but the last two.
+
+        Args:
+            step: optimizer steps done.
+            tensors: what is stored as tensors, by name.
+            state: JSON values.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        final = self.folder / f"step-{step:08d}"
+        temporary = self.folder / f".tmp-{final.name}"
+        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed here
+        temporary.mkdir()
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary / _TENSORS)
+        text = json.dumps(
+            {"fingerprint": self.fingerprint, "step": step, "tensors_sha256": _sha256(temporary / _TENSORS), **state}
+        )
+        (temporary / _STATE).write_text(text + "\n", encoding="utf-8")
+        for name in (_TENSORS, _STATE):
+            _sync(temporary / name)
+        shutil.rmtree(final, ignore_errors=True)  # damaged or of other settings, else it would have been resumed
+        os.rename(temporary, final)
+        _sync(self.folder)
+        for old in self._newest_first()[_KEPT:]:
+            shutil.rmtree(old)
+
+    def load(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        """Tensors and state of the newest checkpoint that is whole and of this fingerprint; None if there is none."""
+        for path in self._newest_first():
+            try:
+                state: dict[str, Any] = json.loads((path / _STATE).read_text(encoding="utf-8"))
+                whole = state["tensors_sha256"] == _sha256(path / _TENSORS)
+            except (OSError, ValueError, KeyError) as error:
+                logger.warning("checkpoint %s is damaged and not used: %s", path, error)
+                continue
+            if not whole:
+                logger.warning("checkpoint %s is damaged and not used: %s does not match its checksum", path, _TENSORS)
+            elif state["fingerprint"] != self.fingerprint:
+                logger.info("checkpoint %s belongs to other settings or inputs and is not used", path)
+            else:
+                return load_file(path / _TENSORS), state
+        return None
+
+    def clear(self) -> None:
+        """Remove every checkpoint, whatever its fingerprint: what follows starts from step 0."""
+        for path in self._newest_first():
+            shutil.rmtree(path)
+
+    def _newest_first(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*"), reverse=True)
+
+
+def snapshot(
+    module: torch.nn.Module, optimizer: torch.optim.Optimizer, rates: torch.optim.lr_scheduler.LRScheduler
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Everything training goes on from besides its seed and step, as tensors and JSON values."""
+    saved = optimizer.state_dict()
+    tensors = {f"module/{name}": value for name, value in module.state_dict().items()}
+    for index, values in saved["state"].items():
+        tensors |= {f"optimizer/{index}/{name}": value for name, value in values.items()}
+    return tensors, {"groups": saved["param_groups"], "rates": rates.state_dict()}
+
+
+def restore(
+    module: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    rates: torch.optim.lr_scheduler.LRScheduler,
+    tensors: dict[str, torch.Tensor],
+    state: dict[str, Any],
+) -> None:
+    """The inverse of `snapshot`."""
+    weights: dict[str, torch.Tensor] = {}
+    moments: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        kind, _, name = key.partition("/")
+        if kind == "module":
+            weights[name] = value
+        else:
+            index, _, name = name.partition("/")
+            moments.setdefault(int(index), {})[name] = value
+    module.load_state_dict(weights)
+    optimizer.load_state_dict({"state": moments, "param_groups": state["groups"]})
+    rates.load_state_dict(state["rates"])
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,104 @@
+"""Intervals and paired comparisons, against scipy's own and numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats as scipy_stats
+
+from sdtp.evaluation.stats import (
+    mean_interval,
+    paired_difference,
+    paired_ratios,
+    quartiles,
+    retained_loss,
+    retained_share,
+    wilson_interval,
+)
+
+
+@pytest.mark.parametrize(("right", "n"), [(0, 28), (1, 28), (17, 28), (28, 28), (3, 200), (1, 1)])
+def test_wilson_interval_is_scipys(right: int, n: int) -> None:
+    expected = scipy_stats.binomtest(right, n).proportion_ci(0.95, method="wilson")
+    assert wilson_interval([1.0] * right + [0.0] * (n - right)) == pytest.approx(
+        (expected.low, expected.high), abs=1e-12
+    )
+
+
+def test_wilson_interval_takes_shares_of_seeds() -> None:
+    assert wilson_interval([1.0, 0.5, 0.5, 0.0]) == pytest.approx(wilson_interval([1.0, 1.0, 0.0, 0.0]))
+
+
+@pytest.mark.parametrize("values", [[], [0.5, 1.2], [-0.1]])
+def test_wilson_interval_refuses_what_is_no_share(values: list[float]) -> None:
+    with pytest.raises(ValueError, match=r"each in \[0, 1\]"):
+        wilson_interval(values)
+
+
+def test_mean_interval_covers_the_mean_95_times_in_100() -> None:
+    rng = np.random.default_rng(3)
+    hits = 0
+    for _ in range(60):
+        low, high = mean_interval(rng.normal(2.0, 1.0, 28).tolist())
+        hits += low <= 2.0 <= high
+    assert 51 <= hits <= 60
+
+
+def test_mean_interval_has_the_width_of_the_standard_error() -> None:
+    values = np.random.default_rng(5).normal(3.0, 0.4, 200)
+    low, high = mean_interval(values.tolist())
+    assert high - low == pytest.approx(2 * 1.96 * values.std(ddof=1) / math.sqrt(200), rel=0.1)
+    assert low < values.mean() < high
+    assert mean_interval(values.tolist()) == (low, high)  # the resampling is seeded
+
+
+def test_mean_interval_without_spread() -> None:
+    assert mean_interval([2.5, 2.5, 2.5]) == (2.5, 2.5)
+    assert all(math.isnan(bound) for bound in mean_interval([2.5]))
+    with pytest.raises(ValueError, match="no values"):
+        mean_interval([])
+
+
+def test_paired_difference_sees_what_the_spread_of_examples_hides() -> None:
+    hard = np.linspace(1.0, 6.0, 28)  # examples differ far more than the methods do
+    better = hard - 0.1 + 0.02 * np.sin(np.arange(28))
+    result = paired_difference(better.tolist(), hard.tolist())
+    assert result.mean == pytest.approx(-0.1, abs=0.01)
+    assert -0.12 < result.low < result.mean < result.high < -0.08
+    assert result.p_value < 0.001
+    assert result.n == 28
+
+
+def test_paired_difference_of_equals_is_none() -> None:
+    assert paired_difference([1.0, 0.0, 1.0], [1.0, 0.0, 1.0]).p_value == 1.0
+
+
+def test_paired_difference_p_value_is_exact_for_few_examples() -> None:
+    # 3 differences of one sign: 2 of the 8 sign patterns are as extreme.
+    assert paired_difference([1.0, 2.0, 3.0], [0.0, 0.0, 0.0]).p_value == pytest.approx(0.25)
+
+
+def test_paired_difference_needs_the_same_examples() -> None:
+    with pytest.raises(ValueError, match="3 and 2 values"):
+        paired_difference([1.0, 2.0, 3.0], [1.0, 2.0])
+
+
+def test_ratios_are_paired_before_the_median() -> None:
+    # The machine slowed down by half for the second pair; the medians' ratio would be 2.0 / 1.5.
+    low, middle, high = paired_ratios([1.5, 3.0, 2.0], [1.0, 2.0, 1.0])
+    assert (low, middle, high) == (1.5, 1.5, 1.75)
+    with pytest.raises(ValueError, match="zip"):
+        paired_ratios([1.0, 2.0], [1.0])
+
+
+def test_quartiles() -> None:
+    assert quartiles([5.0, 1.0, 4.0, 2.0, 3.0]) == (2.0, 3.0, 4.0)
+    assert quartiles([7.0]) == (7.0, 7.0, 7.0)
+
+
+def test_retained() -> None:
+    assert retained_share(0.6, 0.8) == pytest.approx(0.75)
+    assert math.isnan(retained_share(0.0, 0.0))
+    assert retained_loss(3.2, 3.0) == pytest.approx(math.exp(-0.2))  # a higher loss retains less

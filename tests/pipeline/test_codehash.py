@@ -1,0 +1,112 @@
+"""The code hash sees every edit that can change a step's result, and no other.
+
+`python -m tests.pipeline.test_codehash` writes the table of modules and the steps they rerun anew; read the difference
+before committing it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sdtp.pipeline.codehash import NEUTRAL, READS, code_hash, modules_of
+
+SOURCE = Path(__file__).parents[2] / "src" / "sdtp"
+TABLE = Path(__file__).with_name("modules_and_steps.yaml")
+STEPS = sorted(path.stem for path in (SOURCE / "pipeline" / "steps").glob("*.py") if path.stem != "__init__")
+
+# Runs on a copy of the package: edits each module in turn and prints which steps' hashes differ.
+EDIT_EACH = """
+import json, sys
+from pathlib import Path
+from sdtp.pipeline import codehash
+
+root, edit, steps = Path(sys.argv[1]), sys.argv[2], sys.argv[3].split(",")
+hashes = lambda: {step: codehash.code_hash(f"sdtp.pipeline.steps.{step}") for step in steps}
+before, changed = hashes(), {}
+for path in sorted((root / "sdtp").rglob("*.py")):
+    source = path.read_text()
+    path.write_text({"statement": source + "\\nEDITED = 1\\n", "words": source.replace('\"\"\"', '\"\"\"Reworded: ', 1) + "\\n# said\\n"}[edit])
+    codehash._module_digest.cache_clear()
+    after = hashes()
+    path.write_text(source)
+    parts = path.relative_to(root).with_suffix("").parts
+    changed[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = [step for step in steps if after[step] != before[step]]
+print(json.dumps(changed))
+"""
+
+
+def modules() -> list[str]:
+    """Every module of the package, packages included."""
+    names = []
+    for path in sorted(SOURCE.rglob("*.py")):
+        parts = path.relative_to(SOURCE.parent).with_suffix("").parts
+        names.append(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
+    return names
+
+
+def table() -> dict[str, str]:
+    """Module -> the steps whose hash it is part of."""
+    used = {step: modules_of(f"sdtp.pipeline.steps.{step}") for step in STEPS}
+    return {module: " ".join(step for step in STEPS if module in used[step]) for module in modules()}
+
+
+def edit_each(copy: Path, edit: str) -> dict[str, list[str]]:
+    shutil.copytree(SOURCE, copy / "sdtp", ignore=shutil.ignore_patterns("__pycache__"))
+    process = subprocess.run(
+        [sys.executable, "-c", EDIT_EACH, str(copy), edit, ",".join(STEPS)],
+        env={**os.environ, "PYTHONPATH": str(copy)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    changed = json.loads(process.stdout)
+    assert isinstance(changed, dict)
+    return changed
+
+
+def test_table_of_modules_and_steps_is_pinned() -> None:
+    assert table() == yaml.safe_load(TABLE.read_text(encoding="utf-8"))
+
+
+@pytest.mark.slow
+def test_edited_statement_changes_exactly_the_steps_of_the_table(tmp_path: Path) -> None:
+    assert {module: " ".join(steps) for module, steps in edit_each(tmp_path, "statement").items()} == table()
+
+
+@pytest.mark.slow
+def test_edited_words_change_no_step(tmp_path: Path) -> None:
+    changed = edit_each(tmp_path, "words")
+    assert changed == dict.fromkeys(modules(), [])
+
+
+def test_command_line_decides_no_step() -> None:
+    # It imports every step: were it counted, any edit would rerun everything.
+    assert "sdtp.cli" in NEUTRAL
+    assert all(module not in modules_of(f"sdtp.pipeline.steps.{step}") for step in STEPS for module in NEUTRAL)
+
+
+def test_neutral_modules_exist() -> None:
+    assert set(modules()) >= NEUTRAL
+
+
+def test_every_data_file_of_the_package_counts_somewhere() -> None:
+    found = {str(path.relative_to(SOURCE)) for path in SOURCE.rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    data = {name for name in found if not name.endswith(".py")} - {"py.typed"}
+    assert data == {name for names in READS.values() for name in names}
+
+
+def test_unknown_module_is_named() -> None:
+    with pytest.raises(ValueError, match=r"module sdtp\.pipeline\.steps\.trian does not exist"):
+        code_hash("sdtp.pipeline.steps.trian")
+
+
+if __name__ == "__main__":
+    TABLE.write_text(yaml.safe_dump(table(), sort_keys=False, width=200), encoding="utf-8")

@@ -1,0 +1,84 @@
+"""Settings give a step exactly what its rule passed, typed."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+
+import pytest
+
+from sdtp.pipeline.config import Block, Settings
+from sdtp.pruning.schedule import PruningSchedule
+from tests.workflow.golden import SCHEMA, resolved
+
+PASSED = '{"pruning":{"local":0.2,"min_local":8,"sinks":2,"start":4,"step":3},"evaluation":{"seeds":[3,1]},"seed":7}'
+
+
+def test_passed_settings_are_attributes() -> None:
+    settings = Settings.from_json(PASSED)
+    assert settings.seed == 7
+    assert settings.pruning.local == 0.2
+    assert settings.evaluation.seeds == (3, 1)
+
+
+def test_nested_source() -> None:
+    settings = Settings.from_json('{"model":{"source":{"kind":"hub","ref":"a/b","revision":null,"sha256":null}}}')
+    assert (settings.model.source.kind, settings.model.source.revision) == ("hub", None)
+
+
+@pytest.mark.parametrize(
+    ("read", "name"),
+    [
+        (lambda settings: settings.training, "setting training was not passed"),
+        (lambda settings: settings.pruning.keep_ratios, r"setting pruning\.keep_ratios was not passed"),
+    ],
+)
+def test_setting_that_was_not_passed_is_named(read: typing.Callable[[Settings], object], name: str) -> None:
+    with pytest.raises(AttributeError, match=name):
+        read(Settings.from_json(PASSED))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"sed":1}', "setting sed is not known; settings has run, seed, model"),
+        ('{"training":{"stepz":1}}', r"setting training\.stepz is not known; training has keep_ratio, steps"),
+        ('{"training":{"weights":{"kl":1}}}', r"setting training\.weights\.kl is not known; training\.weights has ce, mse"),
+    ],
+)
+def test_unknown_setting_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Settings.from_json(text)
+
+
+def test_settings_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Settings.from_json(PASSED).seed = 1  # type: ignore[misc]
+
+
+def test_printed_settings_are_those_passed() -> None:
+    assert repr(Settings.from_json('{"seed":7,"evaluation":{"seeds":[3]}}')) == (
+        "Settings(seed=7, evaluation=EvaluationSettings(seeds=(3,)))"
+    )
+
+
+def test_schedule_of_the_settings() -> None:
+    schedule = Settings.from_json(PASSED).schedule(num_layers=12, ratio=0.5)
+    assert schedule == PruningSchedule(layers=(4, 7, 10), keep=(0.5, 0.25, 0.125), sinks=2, local=0.2, min_local=8)
+
+
+def test_blocks_have_the_keys_of_the_schema() -> None:
+    def fields(block: type[Block]) -> dict[str, object]:
+        hints = {name: hint for name, hint in typing.get_type_hints(block).items() if not name.startswith("_")}
+        return {name: fields(hint) if isinstance(hint, type) and issubclass(hint, Block) else None for name, hint in hints.items()}
+
+    def keys(node: dict[str, typing.Any]) -> dict[str, object]:
+        return {name: keys(child) if child["type"] == "object" else None for name, child in node["properties"].items()}
+
+    # Tracking never reaches a step as a setting.
+    assert fields(Settings) == {name: child for name, child in keys(SCHEMA).items() if name != "tracking"}
+
+
+def test_whole_configuration_is_accepted() -> None:
+    config = {key: value for key, value in resolved("config.yaml").items() if key != "tracking"}
+    assert Settings.from_mapping(config).benchmark.prompt_tokens == (512, 1024, 2048)

@@ -1,0 +1,236 @@
+"""The dataset folder: splits, sources and what the manifest says of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from sdtp.errors import UserError
+from sdtp.pipeline.config import DataSettings
+from sdtp.pipeline.corpus import read_corpus, split_documents
+from sdtp.pipeline.data import MAX_RESPONSE_TOKENS, benchmark_prompt, build_dataset, load_split
+from sdtp.pipeline.facts import TEST, TRAIN
+from sdtp.pipeline.files import canonical_json
+from sdtp.pipeline.prompts import encode, render
+from tests.pipeline.conftest import TURNS
+from tests.pipeline.hub import COMMIT, serve
+from tests.pipeline.test_tasks import documents
+
+Install = Callable[..., Path]
+
+
+@pytest.fixture
+def tokenizer(make_tokenizer: Callable[..., PreTrainedTokenizerBase]) -> PreTrainedTokenizerBase:
+    return make_tokenizer(template=TURNS)
+
+
+@pytest.fixture
+def speeches(corpus_package: Install) -> dict[str, Any]:
+    """A source: a package of 20 documents."""
+    corpus_package("speeches", {document.name: document.text for document in documents(20)})
+    return source("package", "speeches")
+
+
+def source(kind: str, ref: str | Path, **fields: Any) -> dict[str, Any]:
+    return {"kind": kind, "ref": str(ref), "revision": None, "sha256": None, **fields}
+
+
+def settings(train: dict[str, Any], test: dict[str, Any], **fields: Any) -> DataSettings:
+    values = {"max_tokens": 900, "distractors": 8, "examples": 6, "heldout": 3, "tests": 4, **fields}
+    return DataSettings.from_mapping(
+        {
+            "max_tokens": values["max_tokens"],
+            "train": {"source": train, "examples": values["examples"], "heldout": values["heldout"]},
+            "test": {"source": test, "examples": values["tests"]},
+            "distractors": values["distractors"],
+        },
+        "data",
+    )
+
+
+def write_rows(path: Path, count: int, **fields: str) -> Path:
+    rows = [{"id": f"r{n}", "prompt": f"question {n}", "response": f"answer {n}", **fields} for n in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_corpus_gives_both_tasks_from_different_documents(
+    tokenizer: PreTrainedTokenizerBase, speeches: dict[str, Any], tmp_path: Path
+) -> None:
+    manifest = build_dataset(tokenizer, settings(speeches, speeches), 0, tmp_path / "data")
+    splits = {name: load_split(tmp_path / "data", name).to_list() for name in ("train", "heldout", "test")}
+    tasks = {name: [row["task"] for row in rows] for name, rows in splits.items()}
+    assert tasks["train"] == ["retrieval", "continuation"] * 3
+    assert tasks["heldout"] == ["retrieval", "continuation", "retrieval"]
+    assert tasks["test"] == ["retrieval", "continuation"] * 4
+    used = {name: {part for row in rows for part in row["source"].split("+")} for name, rows in splits.items()}
+    assert not used["train"] & used["test"]
+    assert not used["heldout"] & (used["train"] | used["test"])
+    for name, vocabulary in (("train", TRAIN), ("heldout", TRAIN), ("test", TEST)):
+        known = {value for value_type in vocabulary.value_types for value in value_type.values}
+        assert {row["response"].strip() for row in splits[name] if row["task"] == "retrieval"} <= known
+    rows = [row for part in splits.values() for row in part]
+    assert len({row["id"] for row in rows}) == len(rows)
+    assert {len(row["prompt_ids"]) for row in rows} == {900}
+    assert list(rows[0]) == ["id", "task", "prompt_ids", "response_ids", "prompt", "response", "source"]
+    assert manifest["splits"]["test"]["tasks"] == {"retrieval": 4, "continuation": 4}
+    assert manifest["splits"]["test"]["source"]["sha256"] == read_corpus("speeches").sha256
+
+
+def test_columns_are_int32_and_text(
+    tokenizer: PreTrainedTokenizerBase, speeches: dict[str, Any], tmp_path: Path
+) -> None:
+    build_dataset(tokenizer, settings(speeches, speeches), 0, tmp_path / "data")
+    features = load_split(tmp_path / "data", "test").features
+    assert features["prompt_ids"].feature.dtype == features["response_ids"].feature.dtype == "int32"
+    assert {features[name].dtype for name in ("id", "task", "prompt", "response", "source")} == {"string"}
+
+
+def test_content_hash_is_over_rows_in_order_and_repeats(
+    tokenizer: PreTrainedTokenizerBase, speeches: dict[str, Any], tmp_path: Path
+) -> None:
+    manifest = build_dataset(tokenizer, settings(speeches, speeches), 0, tmp_path / "a")
+    digest = hashlib.sha256()
+    for row in load_split(tmp_path / "a", "train"):
+        digest.update(canonical_json(row).encode() + b"\n")
+    assert manifest["splits"]["train"]["content_sha256"] == digest.hexdigest()
+    assert build_dataset(tokenizer, settings(speeches, speeches), 0, tmp_path / "b") == manifest
+    assert json.loads((tmp_path / "b" / "manifest.json").read_text()) == manifest
+    other = build_dataset(tokenizer, settings(speeches, speeches), 1, tmp_path / "c")
+    assert other["content_sha256"] != manifest["content_sha256"]
+
+
+def test_more_examples_leave_the_first_ones_as_they_were(
+    tokenizer: PreTrainedTokenizerBase, speeches: dict[str, Any], tmp_path: Path
+) -> None:
+    build_dataset(tokenizer, settings(speeches, speeches, tests=3), 0, tmp_path / "few")
+    build_dataset(tokenizer, settings(speeches, speeches, tests=5), 0, tmp_path / "more")
+    few, more = (load_split(tmp_path / name, "test").to_list() for name in ("few", "more"))
+    assert more[: len(few)] == few
+
+
+def test_benchmark_text_is_the_test_documents(
+    tokenizer: PreTrainedTokenizerBase, speeches: dict[str, Any], tmp_path: Path
+) -> None:
+    build_dataset(tokenizer, settings(speeches, speeches), 0, tmp_path / "data")
+    first = split_documents(read_corpus("speeches").documents)["test"][0]
+    beginning = str(tokenizer.decode(benchmark_prompt(tmp_path / "data", 300))).strip()
+    assert len(beginning) > 500
+    assert first.text.startswith(beginning)
+    assert len(benchmark_prompt(tmp_path / "data", 2048)) == 2048
+    with pytest.raises(UserError, match=r"benchmark\.prompt_tokens: 200000 is not in 1\.\."):
+        benchmark_prompt(tmp_path / "data", 200000)
+
+
+def test_records_of_one_source_are_disjoint_between_splits(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    rows = source("jsonl", write_rows(tmp_path / "rows.jsonl", 13))
+    build_dataset(tokenizer, settings(rows, rows), 0, tmp_path / "data")
+    prompts = [row["prompt"] for name in ("train", "heldout", "test") for row in load_split(tmp_path / "data", name)]
+    assert sorted(prompts) == sorted(f"question {n}" for n in range(13))
+    with pytest.raises(UserError, match=r"5 test examples asked after 9 for other splits.*13 usable records of 13"):
+        build_dataset(tokenizer, settings(rows, rows, tests=5), 0, tmp_path / "more")
+
+
+def test_records_become_instructions_in_the_chat_template(
+    tokenizer: PreTrainedTokenizerBase, speeches: dict[str, Any], tmp_path: Path
+) -> None:
+    rows = source("jsonl", write_rows(tmp_path / "rows.jsonl", 9))
+    manifest = build_dataset(tokenizer, settings(rows, speeches), 0, tmp_path / "data")
+    row = load_split(tmp_path / "data", "train")[0]
+    assert row["task"] == "instruction"
+    assert row["prompt_ids"] == encode(tokenizer, render(tokenizer, row["prompt"]))
+    assert row["response_ids"] == encode(tokenizer, row["response"])
+    assert row["id"] == "train-r" + row["response"].split()[1]
+    assert row["source"] == f"rows.jsonl, line {int(row['response'].split()[1]) + 1}"
+    assert manifest["chat_template_tasks"] == ["retrieval", "instruction"]
+
+
+def test_cut_and_skipped_records_are_counted(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    write_rows(path, 2)
+    with path.open("a") as file:
+        file.write(json.dumps({"prompt": "first " + "word " * 400 + "last", "response": "value " * 400}) + "\n")
+        file.write('{"prompt": "p", "response": ""}\n\n{"prompt": "question 0", "response": "answer 0"}\n')
+    rows = source("jsonl", path)
+    wanted = settings(rows, rows, max_tokens=200, examples=3, heldout=0, tests=0)
+    described = build_dataset(tokenizer, wanted, 0, tmp_path / "data")["splits"]["train"]
+    long = max(load_split(tmp_path / "data", "train"), key=lambda row: len(row["prompt_ids"]))
+    assert described["records"] == {"total": 5, "usable": 3, "skipped": {"empty_response": 1, "duplicate": 1}}
+    whole = len(encode(tokenizer, render(tokenizer, long["prompt"])))
+    assert len(long["prompt_ids"]) == 200
+    assert len(long["response_ids"]) == MAX_RESPONSE_TOKENS
+    counts = {key: described[key] for key in ("prompts_cut", "prompt_tokens_cut", "responses_cut")}
+    assert counts == {"prompts_cut": 1, "prompt_tokens_cut": whole - 200, "responses_cut": 1}
+    text = str(tokenizer.decode(long["prompt_ids"]))
+    assert text.startswith("[turn]user\nfirst word")
+    assert text.endswith("last[end]\n[turn]assistant\n")
+    assert described["prompt_tokens"]["max"] == 200
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_pinned_checksum_of_a_source_is_verified(
+    tokenizer: PreTrainedTokenizerBase, speeches: dict[str, Any], tmp_path: Path, part: str
+) -> None:
+    found = read_corpus("speeches").sha256
+    pinned = {**speeches, "sha256": "0" * 64}
+    chosen = settings(pinned, speeches) if part == "train" else settings(speeches, pinned)
+    with pytest.raises(UserError, match=rf"data\.{part}\.source\.sha256: expected 0+, found {found} for speeches"):
+        build_dataset(tokenizer, chosen, 0, tmp_path / "data")
+    right = {**speeches, "sha256": found}
+    build_dataset(tokenizer, settings(right, right), 0, tmp_path / "data")
+
+
+def test_pinned_checksum_of_another_test_source_is_verified(
+    tokenizer: PreTrainedTokenizerBase, speeches: dict[str, Any], tmp_path: Path
+) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", 4)
+    right = hashlib.sha256(path.read_bytes()).hexdigest()
+    manifest = build_dataset(tokenizer, settings(speeches, source("jsonl", path, sha256=right)), 0, tmp_path / "data")
+    assert manifest["splits"]["test"]["source"]["sha256"] == right
+    with pytest.raises(UserError, match=rf"data\.test\.source\.sha256: expected 1+, found {right}"):
+        build_dataset(tokenizer, settings(speeches, source("jsonl", path, sha256="1" * 64)), 0, tmp_path / "other")
+
+
+def test_unknown_split_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has train, heldout, test"):
+        load_split(tmp_path, "validation")
+
+
+@pytest.mark.slow
+def test_data_step_reads_a_hub_dataset_at_its_commit(
+    tokenizer: PreTrainedTokenizerBase, corpus_package: Install, tmp_path: Path
+) -> None:
+    repository, model = tmp_path / "repository", tmp_path / "model"
+    repository.mkdir()
+    write_rows(repository / "rows.jsonl", 12)
+    tokenizer.save_pretrained(model)
+    (model / "config.json").write_text('{"model_type": "llama"}')
+    (model / "manifest.json").write_text('{"trust_remote_code": false}')
+    hub = source("hub", "someone/rows", revision="v1")
+    data: dict[str, Any] = {"max_tokens": 300, "distractors": 8}
+    data |= {"train": {"source": hub, "examples": 6, "heldout": 2}, "test": {"source": hub, "examples": 4}}
+    arguments = ["--settings", json.dumps({"seed": 0, "data": data}), "--model", str(model)]
+    arguments += ["--output", str(tmp_path / "data"), "--metrics", str(tmp_path / "metrics.json")]
+    with serve("someone/rows", repository, "datasets") as (endpoint, _):
+        done = subprocess.run(
+            [sys.executable, "-m", "sdtp.cli", "data", *arguments],
+            env={**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home")},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
+    assert manifest["splits"]["test"]["source"]["revision"] == COMMIT
+    assert [len(load_split(tmp_path / "data", name)) for name in ("train", "heldout", "test")] == [6, 2, 4]
+    assert json.loads((tmp_path / "metrics.json").read_text())["train/examples"] == 6

@@ -1,0 +1,82 @@
+"""What the benchmark, evaluate and generate steps add to the rooms they call."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from sdtp.errors import UserError
+from sdtp.evaluation import methods
+from sdtp.pipeline.config import BenchmarkSettings
+from sdtp.pipeline.steps import benchmark, evaluate, generate
+from sdtp.pruning import flops, scorers
+from sdtp.pruning.pruner import TokenPruner
+from sdtp.pruning.schedule import PruningSchedule
+
+SCHEDULE = PruningSchedule((1, 3), (0.5, 0.25), sinks=2, min_local=4)
+SETTINGS = BenchmarkSettings(prompt_tokens=(24, 40), new_tokens=3, repeats=4, warmup=2)
+
+
+def test_benchmark_refuses_lengths_beyond_the_context() -> None:
+    benchmark.check_context(SETTINGS, types.SimpleNamespace(max_position_embeddings=43))
+    with pytest.raises(UserError, match=r"has 40, .* makes 43 tokens: the model's context is 42"):
+        benchmark.check_context(SETTINGS, types.SimpleNamespace(max_position_embeddings=42))
+
+
+def test_benchmark_rows(tiny_model: Callable[..., PreTrainedModel]) -> None:
+    model = tiny_model()
+    pruner = TokenPruner(SCHEDULE, scorers.Learned(32, 2, width=8))
+    unpruned, pruned = benchmark.measure(model, pruner, list(range(3, 43)), SETTINGS)
+    assert (unpruned["method"], pruned["method"]) == ("unpruned", "sdtp")
+    for row in (unpruned, pruned):
+        assert (row["prompt_tokens"], row["new_tokens"]) == (40, 3)
+        assert [len(row[name]) for name in ("prefill_s", "decode_s", "end_to_end_s")] == [4, 4, 4]
+        for prefill, decode, total in zip(row["prefill_s"], row["decode_s"], row["end_to_end_s"], strict=True):
+            assert prefill + decode == pytest.approx(total)
+    assert len(pruned["ideal_s"]) == 4
+    assert (unpruned["kept_tokens"], pruned["kept_tokens"]) == (40, 10)
+    assert (unpruned["kv_cache_bytes"], pruned["kv_cache_bytes"]) == (160 * 128, 90 * 128)
+    scoring = pruned["scoring_flop"]
+    assert scoring == (40 + 20) * 2 * (32 * 8 + 2 * 8)
+    assert pruned["prefill_flop"] == flops.prefill(model.config, 40, SCHEDULE) + scoring
+    assert unpruned["prefill_flop"] == flops.prefill(model.config, 40)
+
+
+def test_evaluation_rows(tiny_model: Callable[..., PreTrainedModel]) -> None:
+    model = tiny_model()
+    prompt = list(range(3, 43))
+    best = int(model(input_ids=torch.tensor([prompt])).logits[0, -1].argmax())
+    examples = [
+        {"id": "a", "task": "retrieval", "prompt_ids": prompt, "response_ids": [best]},
+        {"id": "b", "task": "retrieval", "prompt_ids": prompt, "response_ids": [(best + 1) % 128]},
+        {"id": "c", "task": "continuation", "prompt_ids": prompt, "response_ids": [best, 5]},
+    ]
+    rows = list(evaluate.evaluate(model, examples, methods.unpruned))
+    assert [row["correct"] for row in rows] == [True, False, None]
+    assert [row["kept_tokens"] for row in rows] == [40, 40, 40]
+    assert [row["response_tokens"] for row in rows] == [1, 1, 2]
+    assert rows[0]["loss"] < rows[1]["loss"]
+    pruned = list(evaluate.evaluate(model, examples, methods.baseline("recent", SCHEDULE, 0)))
+    assert [row["kept_tokens"] for row in pruned] == [10, 10, 10]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--method", "sdtp", "--keep-ratio", "0.9"], "--pruner is missing"),
+        (["--method", "unpruned", "--keep-ratio", "0.9"], "--keep-ratio is 0.9"),
+    ],
+)
+def test_evaluate_refuses_arguments_that_do_not_go_together(arguments: list[str], named: str) -> None:
+    files = ["--settings", "{}", "--model", "m", "--data", "d", "--output", "o", "--metrics", "f"]
+    with pytest.raises(UserError, match=named):
+        evaluate.main([*files, *arguments])
+
+
+def test_generations_take_turns_between_tasks() -> None:
+    assert generate.spread(["r", "r", "r", "c"], 3) == [0, 3, 1]
+    assert generate.spread(["r", "c"], 9) == [0, 1]

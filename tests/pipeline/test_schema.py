@@ -1,0 +1,114 @@
+"""The schema fills, converts and refuses; what it refuses, it explains."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from sdtp.errors import UserError
+from sdtp.pipeline.schema import accepted, check_sources, leaves, resolve
+from tests.workflow.golden import SCHEMA
+
+HUB = {"kind": "hub", "ref": "a/b", "revision": None, "sha256": None}
+
+
+@pytest.mark.parametrize(
+    ("config", "lines"),
+    [
+        ({"seed": "a"}, ['seed = "a": must be a whole number ≥ 0 and ≤ 4294967295']),
+        ({"seed": True}, ["seed = true: must be a whole number ≥ 0 and ≤ 4294967295"]),
+        ({"seed": 0.5}, ["seed = 0.5: must be a whole number ≥ 0 and ≤ 4294967295"]),
+        ({"seed": -1}, ["seed = -1: must be a whole number ≥ 0 and ≤ 4294967295"]),
+        ({"run": "a/b"}, ['run = "a/b": must be text matching `^[A-Za-z0-9][A-Za-z0-9._-]*$`']),
+        ({"training": None}, ["training = null: must be a block of keys"]),
+        ({"training": {"steps": 0}}, ["training.steps = 0: must be a whole number ≥ 1"]),
+        ({"training": {"keep_ratio": 1.0}}, ["training.keep_ratio = 1.0: must be a number > 0 and < 1"]),
+        (
+            {"training": {"learning_rate": "1e-3"}},
+            ['training.learning_rate = "1e-3": must be a number > 0 (YAML reads 1e-3 as text; write 0.001)'],
+        ),
+        ({"pruning": {"start": 0}}, ["pruning.start = 0: must be a whole number ≥ 1"]),
+        ({"pruning": {"local": math.nan}}, ["pruning.local = NaN: must be finite"]),
+        ({"training": {"weights": {"ce": math.inf}}}, ["training.weights.ce = Infinity: must be finite"]),
+        ({"pruning": {"keep_ratios": [0.9, 1.5]}}, ["pruning.keep_ratios.1 = 1.5: must be a number > 0 and ≤ 1"]),
+        (
+            {"pruning": {"keep_ratios": [0.9, 0.9]}},
+            ["pruning.keep_ratios = [0.9, 0.9]: must be a list of distinct values, each a number > 0 and ≤ 1"],
+        ),
+        ({"benchmark": {"repeats": 4}}, ["benchmark.repeats = 4: must be a whole number ≥ 5"]),
+        ({"model": {"dtype": "fp16"}}, ['model.dtype = "fp16": must be one of auto, float32, bfloat16, float16']),
+        (
+            {"evaluation": {"methods": ["unpruned"]}},
+            ['evaluation.methods.0 = "unpruned": must be one of sdtp, random, recent, hiddennorm, lastquery, oracle'],
+        ),
+        (
+            {"model": {"source": HUB | {"sha256": "ABC"}}},
+            ['model.source.sha256 = "ABC": must be text or null matching `^[0-9a-f]{64}$`'],
+        ),
+        (
+            {"data": {"train": {"source": {"kind": "s3", "ref": "x", "revision": None, "sha256": None}}}},
+            ['data.train.source.kind = "s3": must be one of hub, local, jsonl, package'],
+        ),
+        (
+            {"tracing": {}, "training": {"stepz": 3, "steps": 0}},
+            [
+                "tracing = {}: no such key; the config has run, seed, model, data, pruning, saliency, training, "
+                "generation, benchmark, evaluation, tracking",
+                "training.steps = 0: must be a whole number ≥ 1",
+                "training.stepz = 3: no such key; training has keep_ratio, steps, batch_size, learning_rate, width, "
+                "temperature, weights, evaluate_every, checkpoint_every",
+            ],
+        ),
+    ],
+)
+def test_fault_names_key_value_and_what_is_accepted(config: dict[str, Any], lines: list[str]) -> None:
+    with pytest.raises(UserError) as raised:
+        resolve(config, SCHEMA)
+    assert str(raised.value).splitlines() == ["the configuration is not valid:", *(f"  {line}" for line in lines)]
+
+
+def test_numbers_get_the_type_the_schema_gives_them() -> None:
+    config = resolve({"training": {"steps": 60.0, "temperature": 2}, "pruning": {"keep_ratios": [1]}}, SCHEMA)
+    assert [repr(config["training"][key]) for key in ("steps", "temperature")] == ["60", "2.0"]
+    assert repr(config["pruning"]["keep_ratios"]) == "[1.0]"
+
+
+def test_defaults_are_filled_beside_what_is_stated() -> None:
+    config = resolve({"training": {"weights": {"mse": 0}}}, SCHEMA)
+    assert config["training"]["weights"] == {"ce": 1.0, "mse": 0.0, "rank": 1.0}
+    assert config["training"]["steps"] == 60
+
+
+def test_resolving_changes_neither_its_input_nor_the_schema() -> None:
+    config: dict[str, Any] = {"training": {}}
+    resolve(config, SCHEMA)["pruning"]["keep_ratios"].append(0.1)
+    assert config == {"training": {}}
+    assert resolve({}, SCHEMA)["pruning"]["keep_ratios"] == [0.9, 0.8, 0.7]
+
+
+@pytest.mark.parametrize(
+    ("overlay", "message"),
+    [
+        ({"model": {"source": {"ref": "a/b"}}}, r'model\.source = {"ref": "a/b"}: also needs kind, revision, sha256;'),
+        ({"data": {"test": {"source": {**HUB, "sha256": None} | {}}, "train": {"source": {}}}}, r"data\.train\.source = {}"),
+    ],
+)
+def test_overlay_states_a_source_whole(overlay: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_sources(overlay, SCHEMA)
+
+
+@pytest.mark.parametrize("overlay", [{}, {"seed": 1}, {"model": {"dtype": "auto"}}, {"model": {"source": HUB}}, {"model": 3}])
+def test_overlay_without_half_a_source_passes(overlay: dict[str, Any]) -> None:
+    check_sources(overlay, SCHEMA)
+
+
+def test_accepted_in_words() -> None:
+    assert accepted({"type": ["string", "null"]}) == "text or null"
+    assert accepted({"type": "number", "minimum": 0, "exclusiveMaximum": 1}) == "a number ≥ 0 and < 1"
+
+
+def test_leaves_have_dotted_names() -> None:
+    assert dict(leaves({"a": 1, "b": {"c": [2], "d": {"e": None}}})) == {"a": 1, "b.c": [2], "b.d.e": None}

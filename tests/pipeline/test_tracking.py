@@ -1,0 +1,382 @@
+"""Runs in a real MLflow store on SQLite: what they hold, how they end, and that no failure of theirs reaches a step."""
+
+import argparse
+import json
+import logging
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdtp.errors import UserError
+from sdtp.pipeline.step import step
+from sdtp.pipeline.tracking import finish_pipeline, start_pipeline
+
+mlflow = pytest.importorskip("mlflow")
+
+PATIENCE = 120.0
+CONFIG = {"run": "default", "training": {"steps": 60}, "data": {"train": {"source": {"ref": "sotu"}}}}
+
+# A step with metrics of its own; the rest of the command line says what happens to it.
+STEP = """
+import argparse, sys
+from pathlib import Path
+from sdtp.pipeline.step import step
+output, points = Path(sys.argv[1]), int(sys.argv[2])
+print("started", flush=True)
+sys.stdin.readline()
+with step("train", argparse.Namespace(settings="{}", metrics=f"{output}.json"), outputs=[output]) as log:
+    for at in range(points):
+        log.metric("loss", 1 / (at + 1), step=at)
+    if "hang" in sys.argv:
+        print("inside", flush=True)
+        sys.stdin.readline()
+"""
+
+
+class Runs:
+    """The runs of one results folder, read back through MLflow."""
+
+    def __init__(self, results: Path) -> None:
+        self.results = results
+        self.run_folder = results / "default"
+        self.client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{results / 'mlflow.db'}")
+
+    def of(self, output: Path) -> list[Any]:
+        """Runs that wrote `output`, the latest first."""
+        return list(self.client.search_runs(self._experiments(), f"tags.`sdtp.output` = '{output.resolve()}'"))
+
+    def parent_id(self) -> str:
+        return str(json.loads((self.run_folder / "mlflow-parent.json").read_text())["run_id"])
+
+    def curve(self, run: Any, name: str) -> list[tuple[int, float]]:
+        history = self.client.get_metric_history(run.info.run_id, name)
+        return sorted((point.step, point.value) for point in history)
+
+    def artifact(self, run_id: str, name: str) -> str:
+        return Path(self.client.download_artifacts(run_id, name)).read_text()
+
+    def _experiments(self) -> list[str]:
+        return [experiment.experiment_id for experiment in self.client.search_experiments()]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    results = tmp_path_factory.mktemp("project") / "results"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        start_pipeline(results / "default", CONFIG, "sdtp", None)
+    return Runs(results)
+
+
+@pytest.fixture
+def runs(store: Runs, monkeypatch: pytest.MonkeyPatch) -> Runs:
+    """A store with a pipeline's run, and the environment that the workflow gives its steps."""
+    for name in ("MLFLOW_TRACKING_URI", "SDTP_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SDTP_PARENT_RUN_FILE", str(store.run_folder / "mlflow-parent.json"))
+    monkeypatch.setenv("SDTP_EXPERIMENT", "sdtp")
+    monkeypatch.setenv("SDTP_RUN", "default")
+    return store
+
+
+@pytest.fixture
+def process() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    started = []
+
+    def start(*arguments: str | Path) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", STEP, *map(str, arguments)]
+        pipe = subprocess.PIPE
+        one = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+        started.append(one)
+        assert one.stdout is not None
+        assert one.stdout.readline() == "started\n"
+        return one
+
+    yield start
+    for one in started:
+        one.kill()
+        one.communicate()
+
+
+def inside(one: subprocess.Popen[str]) -> None:
+    """Lets a started step go on, until it says that it is in its block."""
+    assert one.stdin is not None
+    assert one.stdout is not None
+    one.stdin.write("\n")
+    one.stdin.flush()
+    assert one.stdout.readline() == "inside\n"
+
+
+def arguments(folder: Path, settings: dict[str, Any] | None = None) -> argparse.Namespace:
+    return argparse.Namespace(settings=json.dumps(settings or {}), metrics=folder / "metrics.json")
+
+
+def test_a_run_holds_what_its_step_reported(runs: Runs, tmp_path: Path) -> None:
+    output = tmp_path / "pruner"
+    settings = {"seed": 0, "training": {"steps": 60, "layers": [4, 7], "note": None, "kind": "ce"}}
+    wildcards: dict[str, str | float] = {"keep_ratio": 0.8, "method": "sdtp"}
+    with step("train", arguments(tmp_path, settings), outputs=[output], wildcards=wildcards) as log:
+        log.metric("loss", 4.0, step=0)
+        log.metric("loss", 2.0, step=10)
+        log.metric("loss", 1.5, step=10)
+        log.metrics({"tau": 0.25})
+        output.mkdir()
+        (output / "pruner.json").write_text("{}")
+        log.artifact(output, folder="checkpoints/step-10")
+        log.dataset("train", tmp_path / "data", digest="ab" * 32, revision="main")
+    [run] = runs.of(output)
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "train keep_ratio=0.8 method=sdtp")
+    assert run.info.end_time >= run.info.start_time
+    assert run.data.params == {
+        "seed": "0",
+        "training.steps": "60",
+        "training.layers": "[4,7]",
+        "training.note": "null",
+        "training.kind": "ce",
+    }
+    assert runs.curve(run, "loss") == [(0, 4.0), (10, 1.5)]  # one value a step
+    assert run.data.metrics["tau"] == 0.25
+    assert run.data.metrics["peak_rss_bytes"] > 1e7
+    assert json.loads(run.data.tags["sdtp.wildcards"]) == wildcards
+    assert run.data.tags["mlflow.parentRunId"] == runs.parent_id()
+    assert {"sdtp.device": "cpu", "sdtp.step": "train", "sdtp.run": "default"}.items() <= run.data.tags.items()
+    assert run.data.tags["sdtp.version.torch"].startswith("2.")
+    assert json.loads(runs.artifact(run.info.run_id, "settings.json")) == settings
+    assert runs.artifact(run.info.run_id, "checkpoints/step-10/pruner/pruner.json") == "{}"
+    [dataset] = [used.dataset for used in run.inputs.dataset_inputs]
+    assert (dataset.name, dataset.digest) == ("train", ("ab" * 32)[:36])
+    assert json.loads(dataset.source) == {"uri": str(tmp_path / "data"), "digest": "ab" * 32, "revision": "main"}
+
+
+def test_the_pipelines_run_holds_config_and_commit(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*command: str) -> str:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@example.com"]
+        return subprocess.run(["git", *identity, *command], check=True, capture_output=True, text=True).stdout.strip()
+
+    monkeypatch.chdir(tmp_path)
+    git("init", "--quiet")
+    (tmp_path / "x").write_text("1")
+    git("add", "x")
+    git("commit", "--quiet", "-m", "one")
+    folder = runs.results / "another"
+    start_pipeline(folder, CONFIG, "sdtp", None)
+    finish_pipeline(folder, "FINISHED")
+    (tmp_path / "x").write_text("2")
+    start_pipeline(folder, {**CONFIG, "seed": 1}, "sdtp", None)
+    second, first = runs.of(folder)
+    assert (first.info.status, second.info.status) == ("FINISHED", "RUNNING")
+    assert first.data.tags["mlflow.source.git.commit"] == git("rev-parse", "HEAD")
+    assert [run.data.tags["sdtp.git_dirty"] for run in (first, second)] == ["false", "true"]
+    assert first.data.tags["sdtp.config_sha256"] != second.data.tags["sdtp.config_sha256"]
+    assert second.data.tags["sdtp.supersedes"] == first.info.run_id
+    assert "steps: 60" in runs.artifact(first.info.run_id, "config.yaml")
+    monkeypatch.setenv("SDTP_PARENT_RUN_FILE", str(folder / "mlflow-parent.json"))
+    with step("train", arguments(tmp_path), outputs=[tmp_path / "out"]):
+        pass
+    [child] = runs.of(tmp_path / "out")
+    for tag in ("mlflow.source.git.commit", "sdtp.git_dirty", "sdtp.config_sha256"):
+        assert child.data.tags[tag] == second.data.tags[tag]
+    finish_pipeline(folder, "FAILED")
+    assert [run.info.status for run in runs.of(folder)] == ["FAILED", "FINISHED"]
+
+
+def test_a_rerun_is_a_new_run_that_names_the_old_one(runs: Runs, tmp_path: Path) -> None:
+    def train(rate: float, steps: list[int]) -> None:
+        with step("train", arguments(tmp_path, {"rate": rate}), outputs=[tmp_path / "out"]) as log:
+            for at in steps:
+                log.metric("loss", rate * at, step=at)
+            if len(steps) == 2:
+                raise RuntimeError("crash")
+
+    with pytest.raises(RuntimeError, match="crash"):
+        train(1e-3, [0, 1])
+    train(1e-3, [1, 2, 3])
+    train(2e-3, [1, 2, 3])
+    changed, again, crashed = runs.of(tmp_path / "out")
+    assert [run.info.status for run in (crashed, again, changed)] == ["FAILED", "FINISHED", "FINISHED"]
+    assert [run.data.params["rate"] for run in (crashed, again, changed)] == ["0.001", "0.001", "0.002"]
+    assert runs.curve(crashed, "loss") == [(0, 0.0), (1, 0.001)]
+    assert [at for at, _ in runs.curve(again, "loss")] == [1, 2, 3]
+    assert "sdtp.supersedes" not in crashed.data.tags
+    assert again.data.tags["sdtp.supersedes"] == crashed.info.run_id
+    assert changed.data.tags["sdtp.supersedes"] == again.info.run_id
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_as_killed(
+    runs: Runs, tmp_path: Path, process: Callable[..., subprocess.Popen[str]], number: signal.Signals
+) -> None:
+    one = process(tmp_path / "out", "3", "hang")
+    inside(one)
+    [run] = runs.of(tmp_path / "out")
+    assert (run.info.status, run.info.end_time) == ("RUNNING", None)
+    one.send_signal(number)
+    one.communicate(timeout=PATIENCE)
+    assert one.returncode == -number
+    [run] = runs.of(tmp_path / "out")
+    assert run.info.status == "KILLED"
+    assert run.info.end_time is not None
+    assert len(runs.curve(run, "loss")) == 3  # what waited was sent
+
+
+@pytest.mark.slow
+def test_a_run_that_could_not_say_it_died_is_closed_by_the_next(
+    runs: Runs, tmp_path: Path, process: Callable[..., subprocess.Popen[str]]
+) -> None:
+    one = process(tmp_path / "out", "3", "hang")
+    inside(one)
+    one.kill()
+    one.wait(PATIENCE)
+    with step("train", arguments(tmp_path), outputs=[tmp_path / "out"]):
+        pass
+    second, first = runs.of(tmp_path / "out")
+    assert (first.info.status, second.info.status) == ("KILLED", "FINISHED")
+
+
+def test_numbers_that_are_not_finite_stay_out_of_the_store(runs: Runs, tmp_path: Path) -> None:
+    with step("train", arguments(tmp_path), outputs=[tmp_path / "out"]) as log:
+        for at, value in enumerate([float("nan"), 2.0, float("inf"), float("-inf")]):
+            log.metric("loss", value, step=at)
+        log.metric("best", float("inf"))
+    [run] = runs.of(tmp_path / "out")
+    assert runs.curve(run, "loss") == [(1, 2.0)]
+    assert "best" not in run.data.metrics
+
+
+def test_long_settings_are_whole_in_the_artifact_only(runs: Runs, tmp_path: Path) -> None:
+    settings = {"template": "x" * 7000, "seed": 3}
+    with step("data", arguments(tmp_path, settings), outputs=[tmp_path / "out"]):
+        pass
+    [run] = runs.of(tmp_path / "out")
+    assert run.data.params == {"seed": "3"}
+    assert json.loads(runs.artifact(run.info.run_id, "settings.json")) == settings
+
+
+@pytest.mark.parametrize("uri", ["file:./mlruns", "file:///tmp/mlruns", "./mlruns", "mlruns", "/tmp/mlruns"])
+@pytest.mark.parametrize("variable", ["MLFLOW_TRACKING_URI", "SDTP_TRACKING_URI"])
+def test_folders_are_refused_before_any_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, uri: str, variable: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv(variable, uri)
+    with (
+        pytest.raises(UserError, match=rf"tracking\.uri.*'{uri}'.*sqlite:///"),
+        step("train", arguments(tmp_path), outputs=[tmp_path / "out"]),
+    ):
+        pytest.fail("the step ran")
+    with pytest.raises(UserError, match=r"tracking\.uri"):
+        start_pipeline(tmp_path / "results" / "default", CONFIG, "sdtp", uri)
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_step_called_by_hand_is_not_tracked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MLFLOW_TRACKING_URI", "SDTP_TRACKING_URI", "SDTP_PARENT_RUN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    with step("train", arguments(tmp_path), outputs=[tmp_path / "a" / "out"]) as log:
+        log.metric("tau", 0.5)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [".out.lock", "a", "metrics.json"]
+
+
+def test_mlflows_own_variable_wins(monkeypatch: pytest.MonkeyPatch, runs: Runs, tmp_path: Path) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{runs.results / 'mlflow.db'}")
+    monkeypatch.setenv("SDTP_TRACKING_URI", f"sqlite:///{tmp_path / 'other.db'}")
+    with step("train", arguments(tmp_path), outputs=[tmp_path / "out"]):
+        pass
+    assert len(runs.of(tmp_path / "out")) == 1
+    assert not (tmp_path / "other.db").exists()
+
+
+def test_a_broken_store_costs_one_warning(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "results" / "default"
+    folder.mkdir(parents=True)
+    (tmp_path / "results" / "mlflow.db").write_bytes(b"not a database " * 100)
+    for name in ("MLFLOW_TRACKING_URI", "SDTP_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SDTP_PARENT_RUN_FILE", str(folder / "mlflow-parent.json"))
+    with caplog.at_level(logging.WARNING, "sdtp"):
+        start_pipeline(folder, CONFIG, "sdtp", None)
+        assert len(caplog.records) == 1
+        with step("train", arguments(tmp_path), outputs=[tmp_path / "out"]) as log:
+            log.metric("tau", 0.5)
+            log.artifact(tmp_path)
+        finish_pipeline(folder, "FINISHED")
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2
+    assert all("file is not a database" in message for message in messages)
+    assert json.loads((tmp_path / "metrics.json").read_text())["tau"] == 0.5
+
+
+def test_a_store_that_breaks_during_a_step_costs_one_warning(
+    runs: Runs, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with (
+        caplog.at_level(logging.WARNING, "sdtp"),
+        step("train", arguments(tmp_path), outputs=[tmp_path / "out"]) as log,
+    ):
+        log.artifact(tmp_path / "does not exist")
+        log.artifact(tmp_path / "nor does this")
+        log.metric("tau", 0.5)
+    [message] = [record.getMessage() for record in caplog.records]
+    assert "does not exist" in message
+    [run] = runs.of(tmp_path / "out")
+    assert run.info.status == "FINISHED"
+    assert json.loads((tmp_path / "metrics.json").read_text())["tau"] == 0.5
+
+
+def go(jobs: list[subprocess.Popen[str]]) -> None:
+    """Lets started steps go at the same moment; all must end well, without a word."""
+    for job in jobs:
+        assert job.stdin is not None
+        job.stdin.write("\n")
+        job.stdin.flush()
+    for job in jobs:
+        _, complaints = job.communicate(timeout=PATIENCE)
+        assert "tracking failed" not in complaints
+        assert job.returncode == 0, complaints
+
+
+def rows(database: Path, query: str) -> list[tuple[Any, ...]]:
+    connection = sqlite3.connect(database)
+    try:
+        return connection.execute(query).fetchall()
+    finally:
+        connection.close()
+
+
+@pytest.mark.slow
+def test_four_steps_start_together_on_an_empty_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, process: Callable[..., subprocess.Popen[str]]
+) -> None:
+    monkeypatch.delenv("SDTP_PARENT_RUN_FILE", raising=False)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("SDTP_EXPERIMENT", "sdtp")
+    database = tmp_path / "results" / "mlflow.db"
+    monkeypatch.setenv("SDTP_TRACKING_URI", f"sqlite:///{database}")
+    go([process(tmp_path / f"out-{index}", "20") for index in range(4)])
+    assert rows(database, "select count(*) from experiments where name = 'sdtp'") == [(1,)]
+    assert rows(database, "select status, count(*) from runs group by status") == [("FINISHED", 4)]
+    assert rows(database, "select count(*) from metrics where key = 'loss'") == [(80,)]
+
+
+@pytest.mark.slow
+def test_eight_steps_write_to_one_store(
+    runs: Runs, tmp_path: Path, process: Callable[..., subprocess.Popen[str]]
+) -> None:
+    go([process(tmp_path / f"out-{index}", "1500") for index in range(8)])
+    for index in range(8):
+        [run] = runs.of(tmp_path / f"out-{index}")
+        assert run.info.status == "FINISHED"
+        assert rows(
+            runs.results / "mlflow.db",
+            f"select count(*) from metrics where key = 'loss' and run_uuid = '{run.info.run_id}'",
+        ) == [(1500,)]

@@ -1,0 +1,131 @@
+"""The MLflow pages a person opens with `make ui`, in a real browser, over a store that two real steps wrote."""
+
+import argparse
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sdtp.pipeline.step import step
+from sdtp.pipeline.tracking import finish_pipeline, start_pipeline
+
+selenium = pytest.importorskip("selenium", reason="selenium is not installed")
+
+from selenium import webdriver  # noqa: E402
+from selenium.webdriver.common.by import By  # noqa: E402
+from selenium.webdriver.support.wait import WebDriverWait  # noqa: E402
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None or DRIVER is None, reason="chromium or chromedriver is not on PATH"),
+]
+
+PATIENCE = 60.0
+FLAGS = [
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--window-size=1600,1000",
+]
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A results folder with a pipeline's run and two steps' runs in it."""
+    folder = tmp_path / "results" / "default"
+    for name in ("MLFLOW_TRACKING_URI", "SDTP_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SDTP_PARENT_RUN_FILE", str(folder / "mlflow-parent.json"))
+    start_pipeline(folder, {"run": "default"}, "sdtp", None)
+    for ratio, tau in ((0.9, 0.6125), (0.8, 0.5375)):
+        args = argparse.Namespace(settings='{"seed":0}', metrics=folder / f"metrics/train-{ratio}.json")
+        with step("train", args, outputs=[folder / f"out-{ratio}"], wildcards={"keep_ratio": ratio}) as log:
+            log.metric("tau", tau)
+    finish_pipeline(folder, "FINISHED")
+    return folder.parent
+
+
+@pytest.fixture
+def address(results: Path) -> Iterator[str]:
+    """The address of a server started as `make ui` starts it; it answers from the moment the test begins."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        "timeout",
+        "300",
+        sys.executable,
+        "-m",
+        "mlflow",
+        "ui",
+        "--backend-store-uri",
+        "sqlite:///results/mlflow.db",
+    ]
+    server = subprocess.Popen(
+        [*command, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"],
+        cwd=results.parent,
+        env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # its workers are stopped with it
+    )
+    try:
+        assert server.stdout is not None
+        said = []
+        for line in server.stdout:
+            said.append(line)
+            if "startup complete" in line:
+                break
+        else:
+            pytest.fail("the server did not start:\n" + "".join(said))
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.communicate()
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[webdriver.Chrome]:
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(CHROMIUM)
+    for flag in [*FLAGS, f"--user-data-dir={tmp_path / 'profile'}"]:
+        options.add_argument(flag)
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(str(DRIVER)))
+    driver.set_page_load_timeout(PATIENCE)
+    yield driver
+    driver.quit()
+
+
+def test_a_person_finds_the_runs_and_a_metric(address: str, browser: webdriver.Chrome) -> None:
+    with urllib.request.urlopen(f"{address}/health", timeout=PATIENCE) as answer:
+        assert answer.status == 200
+    browser.get(f"{address}/#/experiments/1/runs")
+
+    def shows(*texts: str) -> None:
+        WebDriverWait(browser, PATIENCE).until(
+            lambda page: all(text in page.find_element(By.TAG_NAME, "body").text for text in texts),
+            message=f"{texts} not all on {browser.current_url}",
+        )
+
+    shows("pipeline default")
+    # The first button of the pipeline's row unfolds its steps.
+    row = browser.find_element(By.XPATH, "//div[@role='row'][.//a[contains(., 'pipeline default')]]")
+    row.find_element(By.TAG_NAME, "button").click()
+    shows("train keep_ratio=0.9", "train keep_ratio=0.8")
+    browser.find_element(By.PARTIAL_LINK_TEXT, "train keep_ratio=0.8").click()
+    shows("tau", "0.5375")

@@ -1,0 +1,105 @@
+"""The command line maps names to steps, tells a user's fault in one line, and keeps a log."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sdtp import cli
+from sdtp.errors import UserError
+
+STEPS = "benchmark data evaluate figures generate model report saliency saliency-index tables train".split()
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    logging.captureWarnings(False)
+    root.handlers[:], root.level = handlers, level
+
+
+@pytest.fixture
+def step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[str]]]:
+    """A module that stands in for step `model`, and the arguments it was called with."""
+    calls: list[list[str]] = []
+
+    class Module:
+        @staticmethod
+        def main(argv: list[str]) -> None:
+            calls.append(argv)
+            if "--fault" in argv:
+                raise UserError("model.source.ref = 'x': no such folder")
+            if "--crash" in argv:
+                raise RuntimeError("a defect")
+
+    monkeypatch.setitem(sys.modules, "sdtp.pipeline.steps.model", Module)  # type: ignore[arg-type]
+    yield calls
+
+
+def test_every_step_is_listed_with_what_it_does() -> None:
+    assert list(cli.steps()) == STEPS
+    listed = cli._parser().format_help().split("steps:\n")[1].splitlines()
+    assert [line.split()[0] for line in listed] == [*STEPS, "lease"]
+    assert all(len(line.split(maxsplit=1)[1]) > 15 for line in listed)
+
+
+@pytest.mark.slow
+def test_help_and_version_do_not_import_torch() -> None:
+    code = (
+        "import sys\nfrom sdtp.cli import main\n"
+        "try:\n    main([sys.argv[1]])\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        "assert not {'torch', 'transformers', 'mlflow', 'snakemake'} & set(sys.modules)"
+    )
+    for option in ("--help", "--version"):
+        subprocess.run([sys.executable, "-c", code, option], check=True, capture_output=True)
+
+
+def test_arguments_reach_the_step_as_they_are(step: list[list[str]]) -> None:
+    arguments = ["--settings", '{"a": "b c"}', "--output", "x", "--", "--log", "y"]
+    assert cli.main(["model", *arguments]) == 0
+    assert step == [arguments]
+
+
+def test_users_fault_is_one_line(step: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = tmp_path / "logs" / "model.log"
+    assert cli.main(["--log", str(log), "model", "--fault"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].endswith(": model --fault")
+    assert lines[1:] == ["error: model.source.ref = 'x': no such folder"]
+    assert log.read_text(encoding="utf-8").splitlines() == lines
+
+
+def test_debug_shows_where_a_fault_was_raised(step: list[list[str]]) -> None:
+    with pytest.raises(UserError):
+        cli.main(["--debug", "model", "--fault"])
+
+
+def test_defect_is_raised_and_logged_with_its_traceback(step: list[list[str]], tmp_path: Path) -> None:
+    log = tmp_path / "model.log"
+    with pytest.raises(RuntimeError, match="a defect"):
+        cli.main(["--log", str(log), "model", "--crash"])
+    text = log.read_text(encoding="utf-8")
+    assert "Traceback" in text
+    assert "RuntimeError: a defect" in text
+
+
+def test_finished_step_says_so_in_its_log(step: list[list[str]], tmp_path: Path) -> None:
+    log = tmp_path / "model.log"
+    log.write_text("of the run before\n", encoding="utf-8")
+    assert cli.main(["--log", str(log), "model"]) == 0
+    assert "model: done in 0.0 s" in log.read_text(encoding="utf-8")
+    assert "of the run before" not in log.read_text(encoding="utf-8")
+
+
+def test_unknown_step_lists_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["trian"])
+    assert end.value.code == 2
+    assert "saliency-index" in capsys.readouterr().err

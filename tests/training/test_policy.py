@@ -1,0 +1,306 @@
+"""The masking policy: its values are those of physical removal, its gradients those of the masks."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from sdtp.errors import UserError
+from sdtp.pruning.schedule import PruningSchedule
+from sdtp.pruning.scorers import Learned
+from sdtp.training.attention import masked_key_attention
+from sdtp.training.policy import MaskingPolicy, gumbel_noise
+
+N, R = 30, 6
+SCHEDULE = PruningSchedule((1, 2, 3), (0.7, 0.5, 0.3), sinks=2, local=0.1, min_local=3)
+
+
+def ids(length=N + R):
+    return torch.randint(3, 128, (1, length), generator=torch.Generator().manual_seed(0))
+
+
+def make_scorer(schedule=SCHEDULE):
+    torch.manual_seed(7)
+    return Learned(32, schedule.stages, width=16)
+
+
+def noise(stage, tokens):
+    return gumbel_noise(0, 0, "example", stage, tokens)
+
+
+def removal(model, input_ids, prompt_tokens, schedule, score):
+    """The meaning of pruning, layer by layer on gathered states: survivors keep position and order."""
+    backbone = model.model
+    hidden = backbone.embed_tokens(input_ids)
+    positions = torch.arange(input_ids.shape[1])
+    prompt = list(range(prompt_tokens))
+    counts = schedule.surviving(prompt_tokens)
+    entering, kept = [], []
+    for index, layer in enumerate(backbone.layers):
+        if index in schedule.layers:
+            stage = schedule.layers.index(index)
+            n = len(prompt)
+            tail = schedule.protected_tail(n)
+            values = score(stage, hidden[0, :n], prompt)
+            entering.append((list(prompt), hidden[0, :n]))
+            forced = [i for i in range(n) if prompt[i] < schedule.sinks or i >= n - tail]
+            free = sorted((i for i in range(n) if i not in forced), key=lambda i: (-values[i].item(), i))
+            chosen = sorted(forced + free[: counts[stage] - len(forced)])
+            columns = torch.tensor(chosen + list(range(n, hidden.shape[1])))
+            hidden, positions = hidden[:, columns], positions[columns]
+            prompt = [prompt[i] for i in chosen]
+            kept.append(prompt)
+        length = hidden.shape[1]
+        mask = torch.full((length, length), -torch.inf, dtype=hidden.dtype).triu(1)[None, None]
+        rope = backbone.rotary_emb(hidden, position_ids=positions[None])
+        hidden = layer(hidden, attention_mask=mask, position_ids=positions[None], position_embeddings=rope)
+    return backbone.norm(hidden)[0], kept, entering
+
+
+@pytest.mark.parametrize(
+    ("attention", "dtype", "tolerance"),
+    # The eager attention of transformers takes its softmax in float32 whatever the dtype.
+    [("sdpa", torch.float32, 1e-5), ("sdpa", torch.float64, 1e-9), ("eager", torch.float32, 1e-5)],
+)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("noisy", [False, True])
+def test_values_are_those_of_physical_removal(tiny_model, family, attention, dtype, tolerance, noisy):
+    model = tiny_model(family, dtype=dtype, attention=attention)
+    scorer = make_scorer()
+    policy = MaskingPolicy(SCHEDULE, scorer, temperature=0.3)
+
+    def score(stage, hidden, prompt):
+        scores = scorer.keep_scores(stage, hidden)
+        return scores + 0.3 * noise(stage, N)[prompt] if noisy else scores
+
+    states, kept, entering = removal(model, ids(), N, SCHEDULE, score)
+    logits = model.lm_head(states)
+    seen = []
+    hook = model.model.norm.register_forward_hook(lambda module, args, output: seen.append(output[0]))
+    with policy(model, N, noise if noisy else None) as trace:
+        output = model(ids(), use_cache=False)
+    hook.remove()
+    assert [positions.tolist() for positions in trace.kept] == kept
+    assert [len(positions) for positions in kept] == SCHEDULE.surviving(N) == [21, 15, 9]
+    columns = torch.tensor(kept[-1] + list(range(N, N + R)))
+    torch.testing.assert_close(seen[0][columns], states, rtol=0, atol=tolerance * max(1, states.abs().max().item()))
+    torch.testing.assert_close(
+        output.logits[0, columns], logits, rtol=0, atol=tolerance * max(1, logits.abs().max().item())
+    )
+    # The scorer read the states that pruning would have given it.
+    for stage, (positions, hidden) in enumerate(entering):
+        assert trace.entering[stage].tolist() == positions
+        expected = scorer.keep_scores(stage, hidden)
+        torch.testing.assert_close(trace.scores[stage][positions], expected, rtol=0, atol=1e-5)
+
+
+def test_the_last_prompt_position_predicts_as_under_removal(tiny_model):
+    """The first response token is predicted by the last prompt token, which the tail protects."""
+    model = tiny_model()
+    scorer = make_scorer()
+    states, _kept, _ = removal(
+        model, ids(N), N, SCHEDULE, lambda stage, hidden, prompt: scorer.keep_scores(stage, hidden)
+    )
+    with MaskingPolicy(SCHEDULE, scorer)(model, N):
+        logits = model(ids(), use_cache=False, logits_to_keep=R + 1).logits[0, 0]
+    torch.testing.assert_close(logits, model.lm_head(states[-1]), rtol=0, atol=1e-5 * max(1, logits.abs().max().item()))
+
+
+@pytest.mark.parametrize(("keep", "changes"), [((1.0, 1.0, 1.0), False), ((0.5, 0.5, 0.5), True)])
+def test_a_schedule_that_keeps_all_changes_nothing(tiny_model, keep, changes):
+    model = tiny_model()
+    plain = model(ids()).logits
+    with MaskingPolicy(dataclasses.replace(SCHEDULE, keep=keep), make_scorer())(model, N):
+        masked = model(ids(), use_cache=False).logits
+    assert ((masked - plain).abs().max().item() > 1e-3) == changes
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 9])
+def test_short_prompts_keep_what_the_schedule_says(tiny_model, tokens):
+    model = tiny_model()
+    with MaskingPolicy(SCHEDULE, make_scorer())(model, tokens) as trace:
+        assert model(ids(tokens + R), use_cache=False).logits.isfinite().all()
+    assert [len(positions) for positions in trace.kept] == SCHEDULE.surviving(tokens)
+
+
+def explicit(query, key, value, mask, scaling):
+    """The formula of the policy, as autograd sees it."""
+    scores = query @ key.mT * scaling
+    weights = mask.tril() * (scores - scores.amax(-1, keepdim=True)).exp()
+    return weights / weights.sum(-1, keepdim=True) @ value
+
+
+@pytest.mark.parametrize("block", [1, 3, 256])
+@pytest.mark.parametrize("hard", [False, True])
+def test_attention_has_the_gradients_of_its_formula_also_for_hidden_keys(monkeypatch, block, hard):
+    monkeypatch.setattr("sdtp.training.attention._BLOCK", block)
+    query, key, value = (torch.randn(2, 3, 7, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    mask = torch.rand(2, 1, 7, 7, dtype=torch.float64)
+    if hard:
+        mask = (mask > 0.5).double()
+    mask.diagonal(dim1=-2, dim2=-1).fill_(1)
+    mask.requires_grad_(True)
+    inputs = (query, key, value, mask)
+    upstream = torch.randn(2, 3, 7, 4, dtype=torch.float64)
+    expected = explicit(*inputs, 0.5)
+    found = masked_key_attention(*inputs, 0.5)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    wanted = torch.autograd.grad(expected, inputs, upstream)
+    gradients = torch.autograd.grad(found, inputs, upstream)
+    for ours, theirs in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    if hard:
+        hidden = (mask.detach() == 0) & torch.ones(7, 7, dtype=torch.bool).tril()
+        assert (gradients[3][hidden].abs() > 1e-8).all()
+
+
+def masked_loss(model, masks):
+    """A loss of the response with token i weighed by masks[layer][i] as a key of that layer, by an explicit bias."""
+    backbone, tokens = model.model, N + R
+    hidden = backbone.embed_tokens(ids())
+    rope = backbone.rotary_emb(hidden, position_ids=torch.arange(tokens)[None])
+    for index, layer in enumerate(backbone.layers):
+        row = torch.cat([masks.get(index, torch.ones(N)).double(), torch.ones(R, dtype=torch.float64)])
+        weight = torch.where(torch.eye(tokens, dtype=torch.bool), 1.0, row.expand(tokens, tokens))
+        future = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
+        bias = weight.clamp_min(1e-300).log().masked_fill(future, -torch.inf)
+        hidden = layer(hidden, attention_mask=bias[None, None], position_embeddings=rope)
+    return model.lm_head(backbone.norm(hidden))[0, N - 1 :].logsumexp(-1).sum()
+
+
+def test_straight_through_gradient_is_that_of_the_masks_times_the_sigmoid(tiny_model):
+    """d loss / d score = (d loss / d mask of that token) * sigmoid'((score - cut) / T) / T, at both stages."""
+    model = tiny_model(dtype=torch.float64)
+    schedule = PruningSchedule((1, 3), (0.6, 0.4), sinks=2, local=0.0, min_local=3)
+    temperature = 0.7
+    with MaskingPolicy(schedule, make_scorer(schedule), temperature)(model, N, noise) as trace:
+        loss = model(ids(), use_cache=False).logits[0, N - 1 :].logsumexp(-1).sum()
+    gradients = torch.autograd.grad(loss, trace.scores)
+
+    free = list(range(2, N - 3))
+    hard, relative = [], []
+    for stage in range(2):
+        scores = (trace.scores[stage] + temperature * noise(stage, N)).detach().double()
+        entering, kept = trace.entering[stage].tolist(), trace.kept[stage].tolist()
+        dropped = [i for i in entering if i not in kept]
+        cut = (max(scores[i] for i in dropped) + min(scores[i] for i in kept if i in free)) / 2
+        # Tokens that are gone already are held against the same cut as those that are not.
+        hard.append(torch.tensor([i in kept if i in entering else bool(scores[i] > cut) for i in range(N)]).double())
+        relative.append((scores - cut) / temperature)
+    gone = [i for i in free if not hard[0][i]]
+    assert 0 < sum(hard[1][i] for i in gone) < len(gone)  # some would have stayed, some not
+
+    def loss_of(first, second):
+        return masked_loss(model, {1: first, 2: first, 3: first * second})
+
+    torch.testing.assert_close(loss.detach(), loss_of(*hard), rtol=1e-9, atol=1e-9)
+    for stage in range(2):
+        for token in trace.entering[stage].tolist():
+            masks = [mask.clone() for mask in hard]
+            masks[stage][token] = max(hard[stage][token].item(), 1e-6)  # the reference takes a logarithm
+            masks[stage].requires_grad_(True)
+            (slope,) = torch.autograd.grad(loss_of(*masks), masks[stage])
+            sigmoid = torch.sigmoid(relative[stage][token])
+            expected = (slope[token] * sigmoid * (1 - sigmoid) / temperature).item() if token in free else 0.0
+            assert gradients[stage][token].item() == pytest.approx(expected, rel=1e-3, abs=1e-9)
+
+
+def test_the_loss_reaches_every_stage_and_no_stage_trains_through_a_later_score(tiny_model):
+    model = tiny_model()
+    scorer = make_scorer()
+    with MaskingPolicy(SCHEDULE, scorer)(model, N, noise) as trace:
+        loss = model(ids(), use_cache=False).logits[0, N:].square().mean()
+    loss.backward(retain_graph=True)
+    for stage in range(3):
+        assert scorer.mlps[stage][0].weight.grad.norm() > 1e-6
+    assert all(parameter.grad is None for parameter in model.parameters())
+    # What stage 2 scores is a constant to stages 0 and 1.
+    reached = torch.autograd.grad(trace.scores[2].sum(), list(scorer.mlps[0].parameters()), allow_unused=True)
+    assert all(gradient is None for gradient in reached)
+
+
+def test_a_token_an_earlier_stage_dropped_gives_no_gradient_to_a_later_one(tiny_model):
+    model = tiny_model()
+    with MaskingPolicy(SCHEDULE, make_scorer())(model, N) as trace:
+        loss = model(ids(), use_cache=False).logits[0, N:].square().mean()
+    gradients = torch.autograd.grad(loss, trace.scores)
+    gone = [i for i in range(N) if i not in trace.entering[1].tolist()]
+    assert torch.equal(gradients[1][gone], torch.zeros(len(gone)))
+    assert (gradients[0][gone].abs() > 0).all()
+
+
+def test_without_gradient_only_the_scores_are_on_the_graph(tiny_model):
+    model = tiny_model()
+    with MaskingPolicy(SCHEDULE, make_scorer())(model, N, gradient=False) as trace:
+        logits = model(ids(), use_cache=False).logits
+    assert not logits.requires_grad
+    assert all(scores.requires_grad for scores in trace.scores)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_model_is_left_as_it_was_also_after_an_exception(tiny_model, attention):
+    model = tiny_model(attention=attention)
+    plain = model(ids()).logits
+    scorer = make_scorer()
+    with torch.no_grad():
+        scorer.mlps[2][2].bias.fill_(torch.nan)  # fails in the last stage, with the others' masks in place
+    with pytest.raises(UserError), MaskingPolicy(SCHEDULE, scorer)(model, N):
+        model(ids(), use_cache=False)
+    assert model.config._attn_implementation == attention
+    assert not any(layer._forward_pre_hooks for layer in model.model.layers)
+    assert torch.equal(model(ids()).logits, plain)
+
+
+def test_padding_is_refused(tiny_model):
+    mask = torch.ones(1, N + R, dtype=torch.long)
+    mask[0, 0] = 0
+    model = tiny_model()
+    with pytest.raises(UserError, match="without padding"), MaskingPolicy(SCHEDULE, make_scorer())(model, N):
+        model(ids(), attention_mask=mask, use_cache=False)
+
+
+def test_non_finite_scores_name_the_stage(tiny_model):
+    scorer = make_scorer()
+    with torch.no_grad():
+        scorer.mlps[1][2].bias.fill_(torch.nan)
+    model = tiny_model()
+    with pytest.raises(UserError, match=r"stage 1 \(layer 2\)"), MaskingPolicy(SCHEDULE, scorer)(model, N):
+        model(ids(), use_cache=False)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+def test_temperature_must_be_positive(temperature):
+    with pytest.raises(UserError, match=r"training\.temperature"):
+        MaskingPolicy(SCHEDULE, make_scorer(), temperature)
+
+
+def test_noise_depends_on_all_of_its_key_and_on_nothing_else():
+    torch.manual_seed(1)
+    first = gumbel_noise(0, 0, "a", 0, 64)
+    torch.manual_seed(2)
+    assert torch.equal(gumbel_noise(0, 0, "a", 0, 64), first)
+    for key in ((1, 0, "a", 0), (0, 1, "a", 0), (0, 0, "b", 0), (0, 0, "a", 1)):
+        assert not torch.equal(gumbel_noise(*key, 64), first)
+    many = gumbel_noise(0, 0, "a", 0, 100_000)
+    assert many.mean().item() == pytest.approx(0.5772, abs=0.02)  # Euler's constant
+    assert many.var().item() == pytest.approx(1.6449, abs=0.05)  # pi^2 / 6
+
+
+def test_sampling_keeps_the_budget_and_follows_the_scores(tiny_model):
+    """Gumbel top-1 of three free tokens: each is drawn with its softmax probability."""
+
+    class Fixed(Learned):
+        def keep_scores(self, stage, hidden):
+            return torch.tensor([0.0, 1.0, 2.0, 0.0])
+
+    schedule = PruningSchedule((3,), (0.5,), sinks=0, local=0.0, min_local=1)
+    model = tiny_model()
+    policy = MaskingPolicy(schedule, Fixed(32, 1))
+    drawn = torch.zeros(4)
+    for epoch in range(600):
+        with torch.no_grad(), policy(model, 4, lambda stage, n, e=epoch: gumbel_noise(0, e, "a", stage, n)) as trace:
+            model(ids(5), use_cache=False)
+        assert len(trace.kept[0]) == 2
+        assert trace.kept[0][-1] == 3
+        drawn[trace.kept[0]] += 1
+    torch.testing.assert_close(drawn[:3] / 600, torch.tensor([0.0, 1.0, 2.0]).softmax(0), rtol=0, atol=0.06)

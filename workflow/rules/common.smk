@@ -1,0 +1,132 @@
+"""What the rules share: the checked config, the lists that wildcards run over, and the params that decide reruns."""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+from snakemake.logging import logger
+
+# A Snakemake that is not the project's own (--sdm conda) finds the package in the repository, and the shell commands
+# find `sdtp` beside the Python that runs Snakemake, whether or not its environment was activated.
+ROOT = Path(workflow.basedir).parent if Path(workflow.basedir).name == "workflow" else Path(workflow.basedir)
+if str(ROOT / "src") not in sys.path:
+    sys.path.insert(0, str(ROOT / "src"))
+os.environ.update(PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+
+from sdtp.errors import UserError
+from sdtp.pipeline import schema, tracking
+from sdtp.pipeline.codehash import code_hash
+from sdtp.pipeline.files import canonical_json
+from sdtp.pipeline.mlflow_store import tracking_uri
+
+try:
+    SCHEMA = schema.load_schema(ROOT / "workflow" / "schemas" / "config.schema.yaml")
+    schema.check_sources(workflow.config_settings.overwrite_config, SCHEMA)
+    config.update(schema.resolve(config, SCHEMA))
+    RESULTS = f"results/{config['run']}"
+    LOGS = f"logs/{config['run']}"
+    tracking_uri(Path(RESULTS), config["tracking"]["uri"])
+except UserError as error:
+    raise WorkflowError(str(error))
+
+# Text as paths show it: 0.9, 0.85, 1.0.
+KEEP_RATIOS = [str(ratio) for ratio in config["pruning"]["keep_ratios"]]
+UNPRUNED_RATIO = "1.0"
+METHODS = config["evaluation"]["methods"]
+SHARDS = [str(shard) for shard in range(config["saliency"]["shards"])]
+FIGURES = ["saliency", "sparsity", "training", "latency", "speedup", "quality"]
+
+# Steps that use the whole machine. Without --cores (a cluster decides) a profile sets their threads.
+ALL_CORES = workflow.cores or 1
+
+# The network fails now and then; a file on this machine does not.
+MODEL_RETRIES = 2 if config["model"]["source"]["kind"] == "hub" else 0
+DATA_RETRIES = 2 if "hub" in [config["data"][split]["source"]["kind"] for split in ("train", "test")] else 0
+
+# Read by every step (sdtp.pipeline.tracking); in the environment, since nothing about tracking may rerun a step.
+PARENT_RUN_FILE = f"{RESULTS}/{tracking.PARENT_FILE}"
+os.environ.update(
+    SDTP_RUN=config["run"],
+    SDTP_EXPERIMENT=config["tracking"]["experiment"],
+    SDTP_TRACKING_URI=config["tracking"]["uri"] or "",
+    SDTP_PARENT_RUN_FILE=PARENT_RUN_FILE,
+)
+
+
+def settings(*keys):
+    """The config values under dotted keys, as one canonical JSON text: a rule names exactly what its step uses."""
+    chosen = {}
+    for key in keys:
+        *blocks, leaf = key.split(".")
+        source, target = config, chosen
+        for block in blocks:
+            source, target = source[block], target.setdefault(block, {})
+        target[leaf] = source[leaf]
+    return canonical_json(chosen)
+
+
+def one_of(values):
+    """A wildcard constraint: exactly these values."""
+    return "|".join(re.escape(value) for value in values)
+
+
+def evaluate_settings(wildcards):
+    """Settings of one evaluation: what a method does not use is not passed, and so reruns nothing."""
+    keys = ["model.dtype", "model.attention"]
+    if wildcards.method != "unpruned":
+        keys += SCHEDULE
+    if wildcards.method == "random":
+        keys += ["evaluation.seeds"]
+    if wildcards.method == "oracle":
+        keys += ["saliency.reduction", "saliency.target"]
+    return settings(*keys)
+
+
+# Where tokens are removed and which are protected; the ratios themselves are wildcards.
+SCHEDULE = [
+    "pruning.start",
+    "pruning.step",
+    "pruning.sinks",
+    "pruning.local",
+    "pruning.min_local",
+]
+
+
+def evaluated_pruner(wildcards):
+    """The trained pruner, for the one method that uses it."""
+    return "<results>/pruner" if wildcards.method == "sdtp" else []
+
+
+def pruner_option(wildcards):
+    """The command-line option for it."""
+    return f"--pruner {RESULTS}/pruner" if wildcards.method == "sdtp" else ""
+
+
+def evaluations():
+    """Every evaluation's file: the unpruned model, and each method at each keep ratio."""
+    cells = [("unpruned", UNPRUNED_RATIO)] + [(method, ratio) for method in METHODS for ratio in KEEP_RATIOS]
+    return [f"<results>/evaluation/{method}-{ratio}.jsonl" for method, ratio in cells]
+
+
+def announce():
+    """Names every step before Snakemake decides which have to run: where none has, it says no more than that."""
+    if workflow.is_main_process:
+        steps = [rule.name for rule in workflow.rules if not rule.norun]
+        logger.info(f"Checking the {len(steps)} steps of run {config['run']}: {', '.join(steps)}")
+
+
+def start_tracking():
+    """Opens the MLflow run that the steps' runs belong to."""
+    tracking.start_pipeline(
+        Path(RESULTS),
+        config,
+        config["tracking"]["experiment"],
+        config["tracking"]["uri"],
+    )
+
+
+def finish_tracking(status):
+    """Closes it."""
+    tracking.finish_pipeline(Path(RESULTS), status)

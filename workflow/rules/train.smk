@@ -1,0 +1,31 @@
+rule train:
+    input:
+        model="<results>/model",
+        data="<results>/data",
+        index="<results>/saliency/index.json",
+        shards=expand("<results>/saliency/shard-{shard}.safetensors", shard=SHARDS),
+    output:
+        pruner=directory("<results>/pruner"),
+        history=ensure("<results>/training/history.csv", non_empty=True),
+        metrics="<results>/metrics/train.json",
+    log:
+        "<logs>/train.log",
+    benchmark:
+        "<benchmarks>/train.tsv"
+    conda:
+        "../../envs/sdtp.yaml"
+    threads: ALL_CORES
+    resources:
+        gpu=1,
+    params:
+        settings=settings("seed", "model.dtype", "model.attention", *SCHEDULE, "training"),
+        # Declared outputs are deleted before a rerun; what an interrupted training resumes from must not be.
+        checkpoints=f"{RESULTS}/checkpoints/train",
+        code=code_hash("sdtp.pipeline.steps.train"),
+    message:
+        "Stage 2: training the pruner"
+    shell:
+        "sdtp lease --gpus {resources.gpu} --"
+        " sdtp --log {log} train --settings {params.settings:q} --model {input.model} --data {input.data}"
+        " --saliency {input.index} --checkpoints {params.checkpoints} --output {output.pruner}"
+        " --history {output.history} --metrics {output.metrics}"
