@@ -13,7 +13,19 @@ import pytest
 from sdtp import cli
 from sdtp.errors import UserError
 
-STEPS = "benchmark data evaluate figures generate model report saliency saliency-index tables train".split()
+STEPS = [
+    "benchmark",
+    "data",
+    "evaluate",
+    "figures",
+    "generate",
+    "model",
+    "report",
+    "saliency",
+    "saliency-index",
+    "tables",
+    "train",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +38,7 @@ def logging_as_before() -> Iterator[None]:
 
 
 @pytest.fixture
-def step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[str]]]:
+def step(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """A module that stands in for step `model`, and the arguments it was called with."""
     calls: list[list[str]] = []
 
@@ -40,7 +52,7 @@ def step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[
                 raise RuntimeError("a defect")
 
     monkeypatch.setitem(sys.modules, "sdtp.pipeline.steps.model", Module)  # type: ignore[arg-type]
-    yield calls
+    return calls
 
 
 def test_every_step_is_listed_with_what_it_does() -> None:

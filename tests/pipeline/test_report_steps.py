@@ -103,8 +103,9 @@ def draw(folder: Path) -> None:
 def write(folder: Path) -> str:
     timings = [str(folder / "benchmark" / f"ratio-{ratio}.json") for ratio in synthetic_run.RATIOS]
     report.main(
-        [*common(folder), "--benchmarks", *timings, "--pruner", str(folder / "pruner"), "--figures", str(folder / "figures"),
-         "--output", str(folder / "report.html"), "--metrics", str(folder / "metrics" / "report.json")]
+        [*common(folder), "--benchmarks", *timings, "--pruner", str(folder / "pruner"),
+         "--figures", str(folder / "figures"), "--output", str(folder / "report.html"),
+         "--metrics", str(folder / "metrics" / "report.json")]
     )  # fmt: skip
     return (folder / "report.html").read_text("utf-8")
 

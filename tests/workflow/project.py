@@ -25,7 +25,9 @@ def copy_project(folder: Path) -> Path:
     return folder
 
 
-def snakemake(folder: Path, *arguments: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+def snakemake(
+    folder: Path, *arguments: str, check: bool = True, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Runs Snakemake in `folder` on that folder's own code; output and errors are in `stdout`, together."""
     process = subprocess.run(
         [sys.executable, "-m", "snakemake", "--cores", "2", *arguments],

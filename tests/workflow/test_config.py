@@ -50,7 +50,7 @@ def test_schema_defaults_are_the_default_run() -> None:
     assert resolve({}, SCHEMA) == resolve(read("config.yaml"), SCHEMA)
 
 
-@pytest.mark.parametrize(("path", "node"), list(nodes(SCHEMA)), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(("path", "node"), [pytest.param(*pair, id=pair[0]) for pair in nodes(SCHEMA)])
 def test_schema_node_is_complete(path: str, node: dict[str, Any]) -> None:
     assert node["description"]
     if node["type"] == "object":

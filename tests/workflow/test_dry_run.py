@@ -61,7 +61,7 @@ def test_overlay_has_a_run_of_its_own(clone: Path, name: str) -> None:
         ("trainig: {steps: 3}", 'trainig = {"steps": 3}: no such key; the config has run, seed, model,'),
         ("training: {steps: many}", 'training.steps = "many": must be a whole number ≥ 1'),
         ("pruning: {start: 0}", "pruning.start = 0: must be a whole number ≥ 1"),
-        (f"model: {{source: {SOURCE.replace('hub', 'jsonl')}}}", 'model.source.kind = "jsonl": must be one of hub, local,'),
+        (f"model: {{source: {SOURCE.replace('hub', 'jsonl')}}}", 'model.source.kind = "jsonl": must be one of hub,'),
         ("model: {source: {kind: hub, ref: a/b}}", "also needs revision, sha256; a file given on top of the default"),
         ("tracking: {uri: 'file:./mlruns'}", 'tracking.uri = "file:./mlruns": must be'),
     ],

@@ -136,14 +136,14 @@ def test_deleted_figure_is_drawn_again(project: Path) -> None:
     drawn = figure.read_bytes()
     figure.unlink()
     assert planned(project, "--configfile", "tiny.yaml") == {"figures", "report"}
-    snakemake(project, "--configfile", "tiny.yaml", str(figure.relative_to(project)))
+    snakemake(project, str(figure.relative_to(project)), "--configfile", "tiny.yaml")
     assert figure.read_bytes() == drawn
 
 
 def test_added_keep_ratio_joins_the_tables_without_the_old_one(project: Path, tmp_path: Path) -> None:
     config = overlay(tmp_path / "changed.yaml", {"pruning": {"keep_ratios": [0.8, 0.6]}})
     before = (project / "results" / "tiny" / "pruner" / "pruner.safetensors").stat().st_mtime_ns
-    snakemake(project, "--configfile", config, "results/tiny/tables/quality.csv")
+    snakemake(project, "results/tiny/tables/quality.csv", "--configfile", config)
     rows = (project / "results" / "tiny" / "tables" / "quality.csv").read_text(encoding="utf-8").splitlines()
     columns = rows[0].split(",")
     assert {row.split(",")[columns.index("keep_ratio")] for row in rows[1:]} == {"1.0", "0.8", "0.6"}

@@ -38,8 +38,9 @@ METHODS = config["evaluation"]["methods"]
 SHARDS = [str(shard) for shard in range(config["saliency"]["shards"])]
 FIGURES = ["saliency", "sparsity", "training", "latency", "speedup", "quality"]
 
-# Steps that use the whole machine. Without --cores (a cluster decides) a profile sets their threads.
-ALL_CORES = workflow.cores or 1
+# For steps that use the whole machine. Without --cores (on a cluster) a profile sets their threads, and `workflow.cores`
+# would raise.
+ALL_CORES = workflow.resource_settings.cores or 1
 
 # The network fails now and then; a file on this machine does not.
 MODEL_RETRIES = 2 if config["model"]["source"]["kind"] == "hub" else 0

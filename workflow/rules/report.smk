@@ -85,7 +85,6 @@ rule report:
         quality="<results>/tables/quality.csv",
         benchmarks=expand("<results>/benchmark/ratio-{keep_ratio}.json", keep_ratio=KEEP_RATIOS),
         figures=rules.figures.output.svg,
-        template=ROOT / "src/sdtp/pipeline/templates/report.html.j2", # no Python: code_hash does not see it
     output:
         html=report("<results>/report.html", caption="../report/report.rst", category="Report"),
         metrics="<results>/metrics/report.json",

@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jsonschema
 import yaml
@@ -57,7 +57,9 @@ def resolve(config: Mapping[str, Any], schema: Schema) -> dict[str, Any]:
     validator = jsonschema.Draft202012Validator(schema)
     faults = [line for error in validator.iter_errors(filled) for line in _explain(error)]
     faults += [
-        f"{key} = {value}: must be finite" for key, value in leaves(filled) if isinstance(value, float) and not math.isfinite(value)
+        f"{key} = {_show(value)}: must be finite"
+        for key, value in leaves(filled)
+        if isinstance(value, float) and not math.isfinite(value)
     ]
     if faults:
         raise UserError("the configuration is not valid:\n" + "\n".join(f"  {line}" for line in sorted(faults)))
@@ -81,8 +83,8 @@ def check_sources(overlay: Mapping[str, Any], schema: Schema) -> None:
         missing = [key for key in node.get("required", []) if isinstance(value, dict) and key not in value]
         if missing:
             faults.append(
-                f"{'.'.join(path)} = {_show(value)}: also needs {', '.join(missing)}; a file given on top of the default "
-                "config states a source whole, or what it leaves out would stay from the default"
+                f"{'.'.join(path)} = {_show(value)}: also needs {', '.join(missing)}; a file given on top of the "
+                "default config states a source whole, or what it leaves out would stay from the default"
             )
     if faults:
         raise UserError("the configuration is not valid:\n" + "\n".join(f"  {line}" for line in faults))
@@ -147,22 +149,24 @@ def _with_types(value: Any, node: Schema) -> Any:
 
 def _explain(error: jsonschema.ValidationError) -> Iterator[str]:
     key = ".".join(str(part) for part in error.absolute_path)
+    # The types of jsonschema allow for errors that belong to no schema; those of a validation do.
+    node, constraint, instance = cast(Schema, error.schema), cast(Any, error.validator_value), cast(Any, error.instance)
     if error.validator == "additionalProperties":
-        known = error.schema["properties"]
-        for name in sorted(set(error.instance) - set(known)):
+        known = node["properties"]
+        for name in sorted(set(instance) - set(known)):
             where = f"{key}.{name}" if key else name
-            yield f"{where} = {_show(error.instance[name])}: no such key; {key or 'the config'} has {', '.join(known)}"
+            yield f"{where} = {_show(instance[name])}: no such key; {key or 'the config'} has {', '.join(known)}"
         return
     if error.validator == "required":
-        missing = [name for name in error.validator_value if name not in error.instance]
+        missing = [name for name in constraint if name not in instance]
         # One error a missing key: each reports its own.
         name = next(name for name in missing if f"'{name}'" in error.message)
-        yield f"{key} = {_show(error.instance)}: needs the key {name}"
+        yield f"{key} = {_show(instance)}: needs the key {name}"
         return
     hint = ""
-    if isinstance(error.instance, str) and error.validator == "type" and _is_number(error.instance):
-        hint = f" (YAML reads {error.instance} as text; write {float(error.instance)!r})"
-    yield f"{key} = {_show(error.instance)}: must be {accepted(error.schema)}{hint}"
+    if isinstance(instance, str) and error.validator == "type" and _is_number(instance):
+        hint = f" (YAML reads {instance} as text; write {float(instance)!r})"
+    yield f"{key} = {_show(instance)}: must be {accepted(node)}{hint}"
 
 
 def accepted(node: Schema) -> str:

@@ -15,7 +15,7 @@ from sdtp.pipeline.prompts import decode, encode_after, frame
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CONTINUATION_TOKENS = 48
+CONTINUATION_TOKENS = 32
 _OPENING = "Read the text, then answer the question.\n\nText:"
 _QUESTION = "\n\nQuestion: {question}"
 
@@ -129,7 +129,7 @@ def continuation_examples(
     split: str,
     seed: int,
 ) -> Iterator[Example]:
-    """`count` passages of documents, with the 48 tokens that follow as the response.
+    """`count` passages of documents, with the 32 tokens that follow as the response.
 
     A completion, not a conversation: no chat template, and a beginning-of-sequence token where the tokenizer adds one.
     """

@@ -32,13 +32,16 @@ class Checkpoints:
         self.folder = folder
         self.fingerprint = fingerprint
 
-    def save(self, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+    def save(self, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> Path:
         """Write a checkpoint under a temporary name, rename it into place, and drop all but the last two.
 
         Args:
             step: optimizer steps done.
             tensors: what is stored as tensors, by name.
             state: JSON values.
+
+        Returns:
+            The checkpoint's folder.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         final = self.folder / f"step-{step:08d}"
@@ -57,6 +60,7 @@ class Checkpoints:
         _sync(self.folder)
         for old in self._newest_first()[_KEPT:]:
             shutil.rmtree(old)
+        return final
 
     def load(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
         """Tensors and state of the newest checkpoint that is whole and of this fingerprint; None if there is none."""

@@ -94,6 +94,7 @@ def fit(
     log: Log,
     checkpoints: Path | None = None,
     inputs: str = "",
+    on_checkpoint: Callable[[Path], None] | None = None,
 ) -> dict[str, float]:
     """Train the scorer in place; the model stays as it is.
 
@@ -110,6 +111,7 @@ def fit(
             interrupted is logged again, so that the curve is whole.
         checkpoints: folder of the resume state; None keeps none.
         inputs: anything that identifies the inputs; a checkpoint made with other inputs, settings or shapes is ignored.
+        on_checkpoint: called with the folder of every checkpoint once it is whole.
 
     Returns:
         The last held-out metrics: `tau`, `overlap` and `ce` (see `evaluate`).
@@ -173,7 +175,9 @@ def fit(
             report(evaluate(model, policy, heldout), step, "heldout")
         if store is not None and (step % options.checkpoint_every == 0 or step == options.steps):
             tensors, state = snapshot(scorer, optimizer, rates)
-            store.save(step, tensors, {**state, "history": history})
+            saved = store.save(step, tensors, {**state, "history": history})
+            if on_checkpoint is not None:
+                on_checkpoint(saved)
     progress.close()
     return next((metrics for metrics, _, split in reversed(history) if split == "heldout"), {})
 

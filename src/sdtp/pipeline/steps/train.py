@@ -90,6 +90,7 @@ def main(argv: list[str]) -> None:
             record,
             checkpoints=args.checkpoints,
             inputs=canonical_json([made_of, settings.model.dtype, settings.model.attention]),
+            on_checkpoint=lambda folder: log.artifact(folder, "checkpoints"),
         )
         with atomic_folder(args.output) as temporary:
             TokenPruner(schedule, scorer.cpu()).save_pretrained(temporary)
