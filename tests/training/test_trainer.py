@@ -19,6 +19,8 @@ from sdtp.training.trainer import Example, Options, Weights, epoch_order, fit
 
 SCHEDULE = PruningSchedule((1, 3), (0.7, 0.4), sinks=1, local=0.1, min_local=2)
 OPTIONS = Options(
+    label_epochs=0,
+    label_examples=3,
     steps=15,
     batch_size=2,
     learning_rate=1e-2,
@@ -152,8 +154,8 @@ def test_checkpoints_of_other_settings_or_inputs_are_ignored(tiny_model, tmp_pat
     _, log, seen = run(model, examples, tmp_path, stop_at=1, **change)
     assert len(seen) == 2
     assert [row[0] for row in log] == [0, 1]
-    # A stale checkpoint never comes back, not even for the settings it was made with.
-    assert not list(tmp_path.glob("step-*"))
+    # A stale checkpoint never comes back, not even for the settings it was made with: only the new run's start is left.
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000000"]
 
 
 def test_checkpoints_hold_no_pickle(tiny_model, tmp_path):
@@ -274,3 +276,21 @@ def test_epoch_order_depends_on_seed_and_epoch_alone():
     assert sorted(order) == list(range(50))
     assert epoch_order(0, 1, 50) != order
     assert epoch_order(1, 0, 50) != order
+
+
+def test_label_epochs_come_first_and_once(tiny_model, tmp_path):
+    model = tiny_model()
+    examples = make_examples(model, 4)
+    options = dataclasses.replace(OPTIONS, steps=4, label_epochs=2, label_examples=3)
+    weights, log, seen = run(model, examples, options=options)
+    assert [entry[:2] for entry in log[:3]] == [(1, "labels"), (2, "labels"), (0, "heldout")]
+    assert seen[:3] == ["example-0", "example-1", "example-2"]
+    plain, _, _ = run(model, examples, options=dataclasses.replace(options, label_epochs=0))
+    assert not torch.equal(plain["mlps.0.0.weight"], weights["mlps.0.0.weight"])
+
+    # Killed in the first step: what the labels gave is in a checkpoint, and is not fitted again.
+    run(model, examples, tmp_path, stop_at=1, options=options)
+    resumed, again, second = run(model, examples, tmp_path, options=options)
+    assert second == seen[3:]
+    assert again == log
+    assert all(torch.equal(resumed[name], weights[name]) for name in weights)

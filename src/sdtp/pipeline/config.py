@@ -149,6 +149,8 @@ class TrainingSettings(Block):
     """Stage 2: fitting the scorers on the frozen model."""
 
     keep_ratio: float
+    label_epochs: int
+    label_examples: int
     steps: int
     batch_size: int
     learning_rate: float

@@ -19,6 +19,7 @@ from sdtp.pruning.schedule import PruningSchedule
 from sdtp.pruning.scorers import Learned
 from sdtp.training.agreement import stage_agreement
 from sdtp.training.checkpoints import Checkpoints, restore, snapshot
+from sdtp.training.label_fit import fit_labels, stage_states
 from sdtp.training.losses import pairwise_ranking, response_cross_entropy, standardise, standardised_mse
 from sdtp.training.policy import MaskingPolicy, PolicyTrace, gumbel_noise
 
@@ -65,7 +66,9 @@ class Options:
     """How long and how fast to train.
 
     Attributes:
-        steps: optimizer steps.
+        label_epochs: passes over stored states before the first step, on saliency alone (see `label_fit`); 0 for none.
+        label_examples: the first so many examples take part in these; their states are held in memory.
+        steps: optimizer steps through the masked model.
         batch_size: examples an optimizer step averages over; they run one by one.
         learning_rate: peak of the cosine schedule with linear warm-up.
         temperature: of the relaxed masks and their noise, see `MaskingPolicy`.
@@ -74,6 +77,8 @@ class Options:
         seed: keys the order of the examples and the noise.
     """
 
+    label_epochs: int
+    label_examples: int
     steps: int
     batch_size: int
     learning_rate: float
@@ -107,8 +112,8 @@ def fit(
         schedule: what pruning is trained for.
         train, heldout: examples; held-out ones may be none.
         options: see `Options`.
-        log: `log(metrics, step, split)` with split "train" or "heldout"; what a resumed run did before it was
-            interrupted is logged again, so that the curve is whole.
+        log: `log(metrics, step, split)` with split "train" or "heldout", or "labels" where the step is an epoch; what a
+            resumed run did before it was interrupted is logged again, so that the curve is whole.
         checkpoints: folder of the resume state; None keeps none.
         inputs: anything that identifies the inputs; a checkpoint made with other inputs, settings or shapes is ignored.
         on_checkpoint: called with the folder of every checkpoint once it is whole.
@@ -136,6 +141,13 @@ def fit(
         history.append((metrics, step, split))
         log(metrics, step, split)
 
+    def save() -> None:
+        if store is not None:
+            tensors, state = snapshot(scorer, optimizer, rates)
+            saved = store.save(step, tensors, {**state, "history": history})
+            if on_checkpoint is not None:
+                on_checkpoint(saved)
+
     store = None if checkpoints is None else Checkpoints(checkpoints, _fingerprint(options, schedule, scorer, inputs))
     step = 0
     if store is not None and (found := store.load()) is not None:
@@ -144,11 +156,13 @@ def fit(
         restore(scorer, optimizer, rates, tensors, state)
         for metrics, at, split in state["history"]:
             report(metrics, at, split)
-    elif store is not None:
-        store.clear()
-
-    if step == 0 and heldout:
-        report(evaluate(model, policy, heldout), 0, "heldout")
+    else:
+        if store is not None:
+            store.clear()
+        _fit_labels(model, scorer, schedule, train, options, report)
+        if heldout:
+            report(evaluate(model, policy, heldout), 0, "heldout")
+        save()
     progress = tqdm(initial=step, total=options.steps, desc="training", unit="step")
     while step < options.steps:
         sums: dict[str, float] = {}
@@ -173,13 +187,37 @@ def fit(
         progress.set_postfix(loss=f"{sums['loss']:.3f}")
         if heldout and (step % options.evaluate_every == 0 or step == options.steps):
             report(evaluate(model, policy, heldout), step, "heldout")
-        if store is not None and (step % options.checkpoint_every == 0 or step == options.steps):
-            tensors, state = snapshot(scorer, optimizer, rates)
-            saved = store.save(step, tensors, {**state, "history": history})
-            if on_checkpoint is not None:
-                on_checkpoint(saved)
+        if step % options.checkpoint_every == 0 or step == options.steps:
+            save()
     progress.close()
     return next((metrics for metrics, _, split in reversed(history) if split == "heldout"), {})
+
+
+def _fit_labels(
+    model: PreTrainedModel,
+    scorer: Learned,
+    schedule: PruningSchedule,
+    train: Sequence[Example],
+    options: Options,
+    report: Log,
+) -> None:
+    """The label epochs, if there are any and a loss that uses labels has a weight."""
+    weights = options.weights
+    if not options.label_epochs or not (weights.mse or weights.rank):
+        return
+    chosen = [train[index] for index in range(min(len(train), options.label_examples))]
+    progress = tqdm(chosen, desc="states for saliency", unit="example")
+    fit_labels(
+        scorer,
+        [stage_states(model, example.prompt_ids, schedule.layers) for example in progress],
+        [example.saliency for example in chosen],
+        epochs=options.label_epochs,
+        learning_rate=options.learning_rate,
+        mse=weights.mse,
+        rank=weights.rank,
+        seed=options.seed,
+        log=lambda loss, epoch: report({"loss": loss}, epoch, "labels"),
+    )
 
 
 def epoch_order(seed: int, epoch: int, examples: int) -> list[int]:

@@ -67,7 +67,8 @@ def main(argv: list[str]) -> None:
         history: list[tuple[int, str, str, float]] = []
 
         def record(metrics: dict[str, float], at: int, split: str) -> None:
-            history.extend((at, split, name, value) for name, value in metrics.items())
+            if split != "labels":  # whose steps are epochs: another axis
+                history.extend((at, split, name, value) for name, value in metrics.items())
             log.metrics({f"{split}/{name}": value for name, value in metrics.items()}, step=at)
 
         weights = training.weights
@@ -78,6 +79,8 @@ def main(argv: list[str]) -> None:
             Examples(load_split(args.data, "train"), labels),
             Examples(load_split(args.data, "heldout"), labels),
             Options(
+                label_epochs=training.label_epochs,
+                label_examples=training.label_examples,
                 steps=training.steps,
                 batch_size=training.batch_size,
                 learning_rate=training.learning_rate,

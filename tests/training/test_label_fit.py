@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from scipy.stats import kendalltau
+
+from sdtp.errors import UserError
+from sdtp.pruning.scorers import Learned
+from sdtp.training.label_fit import fit_labels, stage_states
+
+
+def fit(scorer, states, saliency, epochs=30, seed=0, mse=1.0, rank=1.0):
+    losses = []
+    fit_labels(
+        scorer, states, saliency, epochs=epochs, learning_rate=1e-2, mse=mse, rank=rank, seed=seed,
+        log=lambda loss, epoch: losses.append((epoch, loss)),
+    )  # fmt: skip
+    return losses
+
+
+def make_scorer():
+    torch.manual_seed(3)
+    return Learned(16, 2, width=8)
+
+
+@pytest.fixture
+def data():
+    """Three examples of different lengths whose saliency is a function of the states."""
+    direction = torch.randn(16)
+    states = [torch.randn(2, n, 16).half() for n in (40, 50, 60)]
+    return states, [(s.float() @ direction).exp() for s in states]
+
+
+def test_states_are_those_that_enter_the_layers(tiny_model):
+    model = tiny_model()
+    ids = torch.randint(3, 128, (20,))
+    expected = model(ids[None], output_hidden_states=True).hidden_states
+    states = stage_states(model, ids, (1, 3))
+    for stage, layer in enumerate((1, 3)):
+        hidden = expected[layer][0]
+        normed = hidden / hidden.square().mean(-1, keepdim=True).sqrt()
+        assert torch.allclose(states[stage].float(), normed, atol=2e-3)
+        # A scorer divides by the root mean square itself: stored states give it what the model's own give.
+        scorer = Learned(32, 2, width=8)
+        stored, own = scorer.keep_scores(stage, states[stage]), scorer.keep_scores(stage, hidden)
+        assert torch.allclose(stored, own, atol=2e-3)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(("mse", "rank"), [(1.0, 0.0), (0.0, 1.0), (1.0, 1.0)])
+def test_scores_come_to_order_tokens_as_saliency_does(data, mse, rank):
+    states, saliency = data
+    scorer = make_scorer()
+    losses = fit(scorer, states, saliency, mse=mse, rank=rank)
+    assert [epoch for epoch, _ in losses] == list(range(1, 31))
+    assert losses[-1][1] < losses[0][1] / 2
+    for stage in range(2):
+        scores = scorer.keep_scores(stage, states[0][stage])
+        assert kendalltau(scores.detach(), saliency[0][stage]).statistic > 0.8
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(data):
+    runs = []
+    for seed in (0, 0, 1):
+        scorer = make_scorer()
+        fit(scorer, *data, epochs=2, seed=seed)
+        runs.append(scorer.state_dict()["mlps.0.0.weight"])
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+
+
+def test_a_loss_that_is_not_finite_stops(data):
+    states, saliency = data
+    states[1][0, 0, 0] = torch.inf
+    with pytest.raises(UserError, match="label epoch 1 is nan"):
+        fit(make_scorer(), states, saliency)
