@@ -42,7 +42,7 @@ def test_setting_that_was_not_passed_is_named(read: typing.Callable[[Settings], 
     ("text", "message"),
     [
         ('{"sed":1}', "setting sed is not known; settings has run, seed, model"),
-        ('{"training":{"stepz":1}}', r"setting training\.stepz is not known; training has keep_ratio, steps"),
+        ('{"training":{"stepz":1}}', r"setting training\.stepz is not known; training has keep_ratio, label_epochs"),
         ('{"training":{"weights":{"kl":1}}}', r"setting training\.weights\.kl is not known; training\.weights has ce,"),
     ],
 )
