@@ -57,8 +57,8 @@ HUB = {"kind": "hub", "ref": "a/b", "revision": None, "sha256": None}
                 "tracing = {}: no such key; the config has run, seed, model, data, pruning, saliency, training, "
                 "generation, benchmark, evaluation, tracking",
                 "training.steps = 0: must be a whole number ≥ 1",
-                "training.stepz = 3: no such key; training has keep_ratio, steps, batch_size, learning_rate, width, "
-                "temperature, weights, evaluate_every, checkpoint_every",
+                "training.stepz = 3: no such key; training has keep_ratio, label_epochs, label_examples, steps, "
+                "batch_size, learning_rate, width, temperature, weights, evaluate_every, checkpoint_every",
             ],
         ),
     ],

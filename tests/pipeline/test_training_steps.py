@@ -35,6 +35,8 @@ TRAIN = {
     "pruning": {"start": 1, "step": 2, "sinks": 1, "local": 0.1, "min_local": 2},
     "training": {
         "keep_ratio": 0.7,
+        "label_epochs": 1,
+        "label_examples": 2,
         "steps": 4,
         "batch_size": 1,
         "learning_rate": 1e-2,

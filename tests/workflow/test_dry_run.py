@@ -57,7 +57,7 @@ def test_overlay_has_a_run_of_its_own(clone: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("overlay", "message"),
     [
-        ("training: {stepz: 3}", "training.stepz = 3: no such key; training has keep_ratio, steps,"),
+        ("training: {stepz: 3}", "training.stepz = 3: no such key; training has keep_ratio, label_epochs,"),
         ("trainig: {steps: 3}", 'trainig = {"steps": 3}: no such key; the config has run, seed, model,'),
         ("training: {steps: many}", 'training.steps = "many": must be a whole number ≥ 1'),
         ("pruning: {start: 0}", "pruning.start = 0: must be a whole number ≥ 1"),
