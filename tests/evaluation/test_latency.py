@@ -165,6 +165,22 @@ class TestInterleave:
         # The warm-up rounds, 5 being B's second, are in no statistic.
         assert [timing.prefill_s for timing in samples["B"].warm] == [8.0, 11.0, 14.0]
 
+    def test_first_pass_of_each_arm_has_its_context(self) -> None:
+        events = []
+
+        @contextlib.contextmanager
+        def first_pass(name: str) -> Iterator[None]:
+            events.append(f"<{name}")
+            yield
+            events.append(f"{name}>")
+
+        def run() -> Timing:
+            events.append("run")
+            return Timing(1.0, 1.0, 1)
+
+        interleave({"A": run, "B": run}, repeats=1, warmup=1, first_pass=first_pass)
+        assert events == ["<A", "run", "A>", "<B", "run", "B>", "run", "run"]
+
     @pytest.mark.parametrize(("repeats", "warmup", "named"), [(0, 1, "repeats is 0"), (5, 0, "warmup is 0")])
     def test_refuses_to_run_without_rounds(self, repeats: int, warmup: int, named: str) -> None:
         with pytest.raises(ValueError, match=named):

@@ -21,6 +21,7 @@ from sdtp.pruning.adapter import decoder_layers
 from sdtp.pruning.pruner import TokenPruner
 
 Context = Callable[[], contextlib.AbstractContextManager[Any]]
+FirstPass = Callable[[str], contextlib.AbstractContextManager[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,13 +120,16 @@ def timed_pass(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int, wa
     return Timing(first - start, end - start, new_tokens)
 
 
-def interleave(passes: Mapping[str, Callable[[], Timing]], repeats: int, warmup: int) -> dict[str, Samples]:
+def interleave(
+    passes: Mapping[str, Callable[[], Timing]], repeats: int, warmup: int, first_pass: FirstPass | None = None
+) -> dict[str, Samples]:
     """Run the arms in turn, A B C A B C, so that what changes on the machine meets all of them alike.
 
     Args:
         passes: one pass of each arm, by name. They have the shapes that are timed, in warm-up too.
         repeats: timed rounds, >= 1.
         warmup: rounds before them, >= 1; the first gives the cold figures.
+        first_pass: `first_pass(name)` is a context for an arm's very first pass, which is in no statistic.
 
     Raises:
         ValueError: `repeats` or `warmup` is below 1.
@@ -133,10 +137,13 @@ def interleave(passes: Mapping[str, Callable[[], Timing]], repeats: int, warmup:
     for name, count in (("repeats", repeats), ("warmup", warmup)):
         if count < 1:
             raise ValueError(f"{name} is {count}: at least one round is needed")
-    rounds = [
-        {name: run() for name, run in passes.items()}
-        for _ in tqdm(range(warmup + repeats), desc="timing", unit="round", leave=False)
-    ]
+    rounds: list[dict[str, Timing]] = []
+    for _ in tqdm(range(warmup + repeats), desc="timing", unit="round", leave=False):
+        timings = {}
+        for name, run in passes.items():
+            with contextlib.nullcontext() if rounds or first_pass is None else first_pass(name):
+                timings[name] = run()
+        rounds.append(timings)
     return {name: Samples(rounds[0][name], [r[name] for r in rounds[warmup:]]) for name in passes}
 
 
@@ -189,6 +196,7 @@ def compare(
     repeats: int,
     warmup: int,
     clock: Callable[[], float] = time.perf_counter,
+    first_pass: FirstPass | None = None,
 ) -> dict[str, Samples]:
     """Time `unpruned`, `sdtp` and `ideal` (the length bound; prefill only) on one prompt, interleaved.
 
@@ -200,6 +208,7 @@ def compare(
         repeats: timed rounds.
         warmup: rounds before them.
         clock: seconds, monotonic.
+        first_pass: see `interleave`.
     """
     lengths = pruner.schedule.layer_lengths(prompt.shape[1], len(decoder_layers(model)))
     watch = Stopwatch(prompt.device, clock)
@@ -216,7 +225,7 @@ def compare(
         "sdtp": arm(lambda: pruner(model), new_tokens),
         "ideal": arm(lambda: cut_to_lengths(model, lengths), 1),
     }
-    return interleave(passes, repeats, warmup)
+    return interleave(passes, repeats, warmup, first_pass)
 
 
 def prefill_tokens_per_second(batch: int, prompt_tokens: int, prefill_s: float) -> float:

@@ -25,7 +25,7 @@ class Peak:
 
 @contextlib.contextmanager
 def peak_memory(device: torch.device, process: Path = PROCESS) -> Iterator[Peak]:
-    """Measure the most memory held at once inside the block, model weights included. Do not time the same block.
+    """Measure the most memory held at once inside the block, model weights included; a time taken in it is a cold one.
 
     On CUDA the allocator's peak on `device`, reset first. On the CPU the process's peak resident set, interpreter and
     libraries included: freed memory is handed back and the kernel's high-water mark reset first (Linux only).

@@ -23,12 +23,17 @@ def masked_key_attention(
 ) -> torch.Tensor:
     """Causal attention with probabilities `p_ij = m_ij e^{a_ij} / sum_k m_ik e^{a_ik}`, `a` the scaled dot products.
 
-    A key with `m = 0` has no part in the result, exactly as if it had been removed, yet its mask gets the gradient: how
-    the result would change if the key came back. The attention matrix is formed in blocks of rows in the backward pass.
+    A key with `m = 0` has no part in the result, exactly as if it had been removed, yet its mask gets a gradient: how
+    the result would change if the key came back. The derivative at 0 would be of no use for that. It grows with
+    `r = e^{a_j} / sum_k m_k e^{a_k}`, in the hundreds where few keys are left and attention wants the hidden one, while
+    the key, once back, weighs `r / (1 + r)` and not more. The gradient is the slope between hidden and back, which has
+    that weight; for a visible key, weighing `r`, it is the derivative.
+
+    The attention matrix is formed in blocks of rows in the backward pass.
 
     Args:
         query, key, value: [batch, heads, tokens, head_dim]; `value` may have another head_dim.
-        mask: [batch, 1, tokens, tokens] float, >= 0; rows are queries. Entries above the diagonal are ignored.
+        mask: [batch, 1, tokens, tokens] float, 0 or 1; rows are queries. Entries above the diagonal are ignored.
         scaling: factor of the dot products.
 
     Returns:
@@ -69,13 +74,15 @@ class _MaskedKeyAttention(torch.autograd.Function):
             scores.masked_fill_(~causal, -torch.inf)
             weight = mask[:, :, rows, seen].to(wide)
             normaliser = (scores + weight.log()).logsumexp(-1, keepdim=True)
-            # What a key would weigh per unit of its mask, hidden keys included.
+            # What a key weighs per unit of its mask, hidden keys included.
             relative = scores.sub_(normaliser).exp_()
             probability = relative * weight
             gain = (g @ v.mT).to(wide)  # d loss / d probability
             mean_gain = (probability * gain).sum(-1, keepdim=True)
             gain.sub_(mean_gain)
-            grad_mask[:, :, rows, seen] = (relative.mul_(gain)).sum(1, keepdim=True).to(mask.dtype)
+            # What a key weighs once it is visible: unchanged for those that are.
+            visible = relative.div_(1 + (1 - weight) * relative)
+            grad_mask[:, :, rows, seen] = visible.mul_(gain).sum(1, keepdim=True).to(mask.dtype)
             grad_value[:, :, seen] += (probability.to(g.dtype).mT @ g).to(wide)
             grad_scores = probability.mul_(gain).mul_(ctx.scaling).to(q.dtype)
             grad_query[:, :, rows] = grad_scores @ k

@@ -3,8 +3,8 @@
 import argparse
 import json
 import platform
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -97,16 +97,26 @@ def measure(
     prompt = torch.tensor([list(prompt_ids)], device=model.device)
     length, schedule = len(prompt_ids), pruner.schedule
     width = pruner.scorer.width if isinstance(pruner.scorer, Learned) else 0  # the baselines' scoring is no product
-    samples = latency.compare(model, pruner, prompt, settings.new_tokens, settings.repeats, settings.warmup)
+    held: dict[str, dict[str, int | None]] = {}
+
+    @contextmanager
+    def first_pass(arm: str) -> Iterator[None]:
+        # An arm's first pass is in no timing: memory is measured there, and costs no pass of its own.
+        with memory(model) as held[arm]:
+            yield
+
+    samples = latency.compare(
+        model, pruner, prompt, settings.new_tokens, settings.repeats, settings.warmup, first_pass=first_pass
+    )
     unpruned = {
         **times("unpruned", length, samples["unpruned"]),
-        **memory(nullcontext(), model, prompt, settings.new_tokens),
+        **held["unpruned"],
         "kept_tokens": length,
         "prefill_flop": flops.prefill(model.config, length),
     }
     pruned = {
         **times("sdtp", length, samples["sdtp"]),
-        **memory(pruner(model), model, prompt, settings.new_tokens),
+        **held["sdtp"],
         "ideal_s": [timing.prefill_s for timing in samples["ideal"].warm],
         "kept_tokens": schedule.surviving(length)[-1],
         "prefill_flop": flops.prefill(model.config, length, schedule, width),
@@ -128,15 +138,22 @@ def times(method: str, prompt_tokens: int, samples: latency.Samples) -> dict[str
     }
 
 
-def memory(
-    context: AbstractContextManager[Any], model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int
-) -> dict[str, int | None]:
-    """Peak of one untimed pass in `context`, and the bytes of the KV cache after its prefill."""
-    with context, torch.inference_mode(), peak_memory(model.device) as peak:
-        token, cache = latency.prefill(model, prompt)
-        held = cache_bytes(cache)
-        latency.decode(model, token, cache, new_tokens)
-    return {"peak_memory_bytes": peak.bytes, "kv_cache_bytes": held}
+@contextmanager
+def memory(model: PreTrainedModel) -> Iterator[dict[str, int | None]]:
+    """Fills in the peak of the block, and the bytes of the KV cache after the block's first forward, its prefill."""
+    measured: dict[str, int | None] = {}
+
+    def after_prefill(module: torch.nn.Module, args: Any, output: Any) -> None:
+        if not measured:
+            measured["kv_cache_bytes"] = cache_bytes(output.cache)
+
+    hook = model.register_forward_hook(after_prefill)
+    try:
+        with peak_memory(model.device) as peak:
+            yield measured
+    finally:
+        hook.remove()
+    measured["peak_memory_bytes"] = peak.bytes
 
 
 def device_name(device: torch.device) -> str:
