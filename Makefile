@@ -1,10 +1,12 @@
-# run, test, lint, study, bench, ui, lock, clean. Each target that needs the environment makes it first, in .venv.
+# install, run, study, bench, ui, test, lint, lock, clean. What needs the environment makes it first, in .venv.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := run
-.PHONY: run study bench ui test lint lock clean
+.PHONY: install run study bench ui test lint lock clean
 
 PYTHON ?= python3
+# Of the machine's; each job on the CPU holds its model in memory, so fewer cores need less.
+CORES ?= all
 BIN := .venv/bin
 STAMP := .venv/.installed
 # The one place that pins torch is pyproject.toml; which build it is, CPU or CUDA, the package index decides.
@@ -21,12 +23,15 @@ $(STAMP): envs/requirements.lock pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
 
+install: $(STAMP)
+
 # One run at a time in this folder: whoever holds the lock may clear what a killed run left locked.
+ALONE = mkdir -p .snakemake/locks; exec 9> .snakemake/make.lock; \
+	flock --nonblock 9 || { echo "another make is running the workflow in this folder; wait until it ends"; exit 1; }
 define SNAKEMAKE
-	@mkdir -p .snakemake/locks; exec 9> .snakemake/make.lock; \
-	flock --nonblock 9 || { echo "another make is running the workflow in this folder; wait until it ends"; exit 1; }; \
+	@$(ALONE); \
 	if [ -n "$$(ls -A .snakemake/locks)" ]; then $(BIN)/snakemake --quiet all --unlock; fi; \
-	$(BIN)/snakemake --cores all
+	$(BIN)/snakemake --cores $(CORES)
 endef
 
 run: $(STAMP)
@@ -67,5 +72,6 @@ config/README.md: workflow/schemas/config.schema.yaml src/sdtp/pipeline/schema.p
 
 # What runs made and what tools cached; the environment stays.
 clean:
-	find results -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +
+	@$(ALONE); set -x; \
+	find results -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +; \
 	rm -rf logs .snakemake .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -15,6 +15,7 @@ from sdtp.errors import UserError
 
 STEPS = [
     "benchmark",
+    "check",
     "data",
     "evaluate",
     "figures",

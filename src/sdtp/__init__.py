@@ -1,7 +1,6 @@
 """SDTP: saliency-driven dynamic token pruning for decoder language models (arXiv 2504.04514)."""
 
 import importlib
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -10,7 +9,6 @@ if TYPE_CHECKING:
     from sdtp.pruning.schedule import PruningSchedule
 
 __all__ = ["PruningSchedule", "TokenPruner", "flops", "scorers"]
-__version__ = version("sdtp")
 
 # Imported on first use: importing any module of the package runs this file, and the command line and the workflow's dry
 # run must not wait for torch.
@@ -19,6 +17,9 @@ _CLASSES = {"PruningSchedule": "sdtp.pruning.schedule", "TokenPruner": "sdtp.pru
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        # Not at import: a Snakemake in another environment finds the package by its folder, where it has no metadata.
+        return importlib.import_module("importlib.metadata").version("sdtp")
     if name in _MODULES:
         return importlib.import_module(f"sdtp.pruning.{name}")
     if name in _CLASSES:

@@ -9,6 +9,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from sdtp.evaluation.stats import (
+    holm,
     mean_interval,
     paired_difference,
     paired_ratios,
@@ -83,6 +84,15 @@ def test_paired_difference_p_value_is_exact_for_few_examples() -> None:
 def test_paired_difference_needs_the_same_examples() -> None:
     with pytest.raises(ValueError, match="3 and 2 values"):
         paired_difference([1.0, 2.0, 3.0], [1.0, 2.0])
+
+
+def test_holm_by_hand_in_the_order_of_its_arguments() -> None:
+    # Ascending 0.01 * 4, 0.02 * 3, then 0.03 * 2 and 0.04 * 1, which may not fall below the 0.06 before them.
+    assert holm([0.03, 0.01, 0.04, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm([0.01, 0.01, 0.5]) == pytest.approx([0.03, 0.03, 0.5])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+    assert holm([0.03]) == [0.03]
+    assert holm([]) == []
 
 
 def test_ratios_are_paired_before_the_median() -> None:

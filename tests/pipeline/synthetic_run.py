@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sdtp.pipeline.report import FIGURES, Run
+from sdtp.pipeline.figures import FIGURES
+from sdtp.pipeline.report import Run
+from sdtp.pipeline.results import pairs_of
 
 LAYERS = (4, 7, 10)
 RATIOS = (0.9, 0.8, 0.7)
@@ -49,6 +51,13 @@ def _latency_row(
         "flop_efficiency": 1 / 1.05,
         "peak_memory_bytes": 1.2e9 - (0.1e9 if method == "sdtp" else 0),
         "kv_cache_bytes": int(length * 46080 / speedup),
+        # Not the ratio of the medians above: another job's unpruned times are in those.
+        "decode_speedup": 1.25 if method == "sdtp" else 1.0,
+        "end_to_end_speedup": 0.9 * speedup if method == "sdtp" else 1.0,
+        "kept_tokens": round(length * ratio**3),
+        "cold_prefill_s": 2 * prefill,
+        "scoring_tflop": length * 1e-6 if method == "sdtp" else 0.0,
+        "overhead_s": 0.03 * prefill if method == "sdtp" else 0.0,
     }
 
 
@@ -64,6 +73,20 @@ def quality(n: int = 28) -> pd.DataFrame:
             value = max(0.0, base - change) if metric == "accuracy" else base + change
             rows.append((task, metric, method, ratio, value, max(0.0, value - 0.08), value + 0.08, n, value / base))
     names = ["task", "metric", "method", "keep_ratio", "value", "ci_low", "ci_high", "n", "retained"]
+    return pd.DataFrame(rows, columns=names)
+
+
+def comparisons(quality: pd.DataFrame) -> pd.DataFrame:
+    """Differences of the values of `quality`, each with an interval of 0.04 to both sides."""
+    keys = ["task", "metric", "method", "keep_ratio"]
+    values = quality.set_index(keys)["value"].to_dict()
+    counts = quality.set_index(keys)["n"].to_dict()
+    rows = []
+    for task, metric, method, other, ratio in pairs_of(quality[keys].itertuples(index=False, name=None)):
+        mean = values[task, metric, method, ratio] - values[task, metric, other, 1.0 if other == "unpruned" else ratio]
+        n = counts[task, metric, method, ratio]
+        rows.append((task, metric, method, other, ratio, mean, mean - 0.04, mean + 0.04, 0.02, n, 0.06))
+    names = ["task", "metric", "method", "other", "keep_ratio", "mean", "ci_low", "ci_high", "p_value", "n", "p_holm"]
     return pd.DataFrame(rows, columns=names)
 
 
@@ -141,7 +164,8 @@ def generations(count: int = 120) -> list[dict[str, Any]]:
 
 
 def run(n: int = 28, **changes: Any) -> Run:
-    """A whole run; `changes` replace its fields."""
+    """A whole run; `changes` replace its fields. Comparisons follow from the quality where they are not replaced."""
+    table = changes.get("quality", quality(n))
     fields: dict[str, Any] = {
         "settings": {"run": "synthetic", "seed": 0, "pruning": {"keep_ratios": list(RATIOS)}},
         "model": {"source": {"kind": "package", "ref": "some-model/weights.gguf"}, "parameters": 134515008},
@@ -149,13 +173,16 @@ def run(n: int = 28, **changes: Any) -> Run:
         "layers": LAYERS,
         "tests": {"retrieval": [500] * n, "continuation": [480] * n},
         "latency": latency(),
-        "quality": quality(n),
+        "quality": table,
+        "comparisons": comparisons(table),
         "history": history(),
         "generations": generations(),
         "shown": "r-0",
         "tokens": tokens(),
         "figures": dict.fromkeys(FIGURES, SVG),
         "timed_on": "cpu, float32, sdpa attention, torch 2.13.0",
+        "warmup": 2,
+        "reduction": "abs",
         "versions": {"machine": "Linux x86_64, 2 CPUs", "python": "3.12.0"},
     }
     return Run(**{**fields, **changes})

@@ -8,7 +8,6 @@ import typing
 import pytest
 
 from sdtp.pipeline.config import Block, Settings
-from sdtp.pruning.schedule import PruningSchedule
 from tests.workflow.golden import SCHEMA, resolved
 
 PASSED = '{"pruning":{"local":0.2,"min_local":8,"sinks":2,"start":4,"step":3},"evaluation":{"seeds":[3,1]},"seed":7}'
@@ -60,11 +59,6 @@ def test_printed_settings_are_those_passed() -> None:
     assert repr(Settings.from_json('{"seed":7,"evaluation":{"seeds":[3]}}')) == (
         "Settings(seed=7, evaluation=EvaluationSettings(seeds=(3,)))"
     )
-
-
-def test_schedule_of_the_settings() -> None:
-    schedule = Settings.from_json(PASSED).schedule(num_layers=12, ratio=0.5)
-    assert schedule == PruningSchedule(layers=(4, 7, 10), keep=(0.5, 0.25, 0.125), sinks=2, local=0.2, min_local=8)
 
 
 def test_blocks_have_the_keys_of_the_schema() -> None:

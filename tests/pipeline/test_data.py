@@ -17,10 +17,12 @@ from transformers import PreTrainedTokenizerBase
 from sdtp.errors import UserError
 from sdtp.pipeline.config import DataSettings
 from sdtp.pipeline.corpus import read_corpus, split_documents
-from sdtp.pipeline.data import MAX_RESPONSE_TOKENS, benchmark_prompt, build_dataset, load_split
+from sdtp.pipeline.data import benchmark_prompt, build_dataset, load_split, split_hash
 from sdtp.pipeline.facts import TEST, TRAIN
 from sdtp.pipeline.files import canonical_json
+from sdtp.pipeline.instructions import MAX_RESPONSE_TOKENS
 from sdtp.pipeline.prompts import encode, render
+from sdtp.pipeline.steps import data as step
 from tests.pipeline.conftest import TURNS
 from tests.pipeline.hub import COMMIT, serve
 from tests.pipeline.test_tasks import documents
@@ -103,6 +105,7 @@ def test_content_hash_is_over_rows_in_order_and_repeats(
     for row in load_split(tmp_path / "a", "train"):
         digest.update(canonical_json(row).encode() + b"\n")
     assert manifest["splits"]["train"]["content_sha256"] == digest.hexdigest()
+    assert split_hash(tmp_path / "a", "train") == digest.hexdigest()
     assert build_dataset(tokenizer, settings(speeches, speeches), 0, tmp_path / "b") == manifest
     assert json.loads((tmp_path / "b" / "manifest.json").read_text()) == manifest
     other = build_dataset(tokenizer, settings(speeches, speeches), 1, tmp_path / "c")
@@ -136,8 +139,81 @@ def test_records_of_one_source_are_disjoint_between_splits(tokenizer: PreTrained
     build_dataset(tokenizer, settings(rows, rows), 0, tmp_path / "data")
     prompts = [row["prompt"] for name in ("train", "heldout", "test") for row in load_split(tmp_path / "data", name)]
     assert sorted(prompts) == sorted(f"question {n}" for n in range(13))
-    with pytest.raises(UserError, match=r"5 test examples asked after 9 for other splits.*13 usable records of 13"):
+    with pytest.raises(UserError, match=r"data\.test\.examples: 5 .* 4 are left: 13 of 13 are usable, and 9 of these"):
         build_dataset(tokenizer, settings(rows, rows, tests=5), 0, tmp_path / "more")
+    with pytest.raises(UserError, match=r"data\.train\.heldout: 8 .* 7 are left: 13 of 13 are usable, and 6 of these"):
+        build_dataset(tokenizer, settings(rows, rows, heldout=8), 0, tmp_path / "more")
+
+
+def prompts(folder: Path, *splits: str) -> set[str]:
+    return {row["prompt"] for split in splits for row in load_split(folder, split)}
+
+
+def test_another_spelling_of_the_training_file_gives_no_training_prompt(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rows(tmp_path / "rows.jsonl", 13)
+    monkeypatch.chdir(tmp_path)
+    chosen = settings(source("jsonl", "rows.jsonl"), {**source("jsonl", ""), "ref": "./rows.jsonl"})
+    manifest = build_dataset(tokenizer, chosen, 0, tmp_path / "data")
+    assert len(prompts(tmp_path / "data", "train", "heldout", "test")) == 13
+    left_out = {split: part["in_training"] for split, part in manifest["splits"].items()}
+    assert left_out == {"train": 0, "heldout": 6, "test": 9}
+
+
+def test_prompts_that_overlap_with_training_are_left_out_however_they_are_written(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    trained = source("jsonl", write_rows(tmp_path / "rows.jsonl", 9))
+    path = tmp_path / "other.jsonl"
+    written = ["QUESTION  0", "question\n1", "question 2", "question 20", "question 21"]
+    path.write_text("".join(json.dumps({"prompt": prompt, "response": "another"}) + "\n" for prompt in written))
+    manifest = build_dataset(tokenizer, settings(trained, source("jsonl", path), tests=2), 0, tmp_path / "data")
+    assert prompts(tmp_path / "data", "test") == {"question 20", "question 21"}
+    assert manifest["splits"]["test"]["in_training"] == 3
+    assert manifest["splits"]["test"]["records"]["usable"] == 5
+    with pytest.raises(UserError, match=r"data\.test\.examples: 3 records .* 2 are left: 5 of 5 .* 3 of these"):
+        build_dataset(tokenizer, settings(trained, source("jsonl", path), tests=3), 0, tmp_path / "more")
+
+
+def test_prompt_with_two_responses_is_in_one_split(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    rows = [{"prompt": f"question {n // 2}", "response": f"answer {n}"} for n in range(26)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    both = source("jsonl", path)
+    build_dataset(tokenizer, settings(both, both), 0, tmp_path / "data")
+    trained, heldout, tested = (prompts(tmp_path / "data", split) for split in ("train", "heldout", "test"))
+    assert not trained & heldout
+    assert not (trained | heldout) & tested
+
+
+def test_step_refuses_prompts_that_leave_no_room_for_the_response(
+    tokenizer: PreTrainedTokenizerBase, speeches: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MLFLOW_TRACKING_URI", "SDTP_TRACKING_URI", "SDTP_PARENT_RUN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+    manifest = {"trust_remote_code": False, "context_length": 931}
+    (tmp_path / "model" / "manifest.json").write_text(json.dumps(manifest))
+    source_of = {"train": speeches, "test": speeches}
+
+    def run() -> None:
+        data: dict[str, Any] = {"max_tokens": 900, "distractors": 8}
+        data |= {"train": {"source": source_of["train"], "examples": 2, "heldout": 1}}
+        data |= {"test": {"source": source_of["test"], "examples": 2}}
+        files = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "data")]
+        step.main(
+            ["--settings", json.dumps({"seed": 0, "data": data}), *files, "--metrics", str(tmp_path / "metrics.json")]
+        )
+
+    with pytest.raises(UserError, match=r"^900 \(data\.max_tokens\) \+ 32 \(longest response\) = 932 .* has 931$"):
+        run()
+    (tmp_path / "model" / "manifest.json").write_text(json.dumps(manifest | {"context_length": 932}))
+    run()
+    source_of["train"] = source("jsonl", write_rows(tmp_path / "rows.jsonl", 3))
+    with pytest.raises(UserError, match=r"\+ 256 \(longest response\) = 1156 tokens: the model's context has 932"):
+        run()
 
 
 def test_records_become_instructions_in_the_chat_template(
@@ -214,7 +290,7 @@ def test_data_step_reads_a_hub_dataset_at_its_commit(
     write_rows(repository / "rows.jsonl", 12)
     tokenizer.save_pretrained(model)
     (model / "config.json").write_text('{"model_type": "llama"}')
-    (model / "manifest.json").write_text('{"trust_remote_code": false}')
+    (model / "manifest.json").write_text('{"trust_remote_code": false, "context_length": null}')
     hub = source("hub", "someone/rows", revision="v1")
     data: dict[str, Any] = {"max_tokens": 300, "distractors": 8}
     data |= {"train": {"source": hub, "examples": 6, "heldout": 2}, "test": {"source": hub, "examples": 4}}

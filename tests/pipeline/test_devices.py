@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from sdtp.errors import UserError
-from sdtp.pipeline.devices import choose_device, choose_dtype, visible_gpus
+from sdtp.pipeline.devices import choose_device, visible_gpus
 
 # Says which devices it has and who it is, then holds them until its standard input ends.
 HOLD = ["bash", "-c", 'echo "$CUDA_VISIBLE_DEVICES"; read -r line || true']
@@ -318,14 +318,5 @@ def test_a_command_that_does_not_exist_is_named(machine: Callable[[int], None], 
     assert job.process.wait(PATIENCE) == 1
 
 
-def test_the_number_format_follows_the_device() -> None:
-    assert choose_dtype("auto", torch.device("cuda")) is torch.bfloat16
-    assert choose_dtype("auto", torch.device("cpu")) is torch.float32
-    assert choose_dtype("float16", torch.device("cpu")) is torch.float16
+def test_the_device_is_the_first_visible_gpu_or_the_cpu() -> None:
     assert choose_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@pytest.mark.parametrize("name", ["float64", "int8", ""])
-def test_other_number_formats_are_refused(name: str) -> None:
-    with pytest.raises(UserError, match=rf"model\.dtype: '{name}' .*auto, float32, bfloat16, float16"):
-        choose_dtype(name, torch.device("cpu"))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import types
+import json
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import PreTrainedModel
 
 from sdtp.errors import UserError
@@ -21,10 +24,40 @@ SCHEDULE = PruningSchedule((1, 3), (0.5, 0.25), sinks=2, min_local=4)
 SETTINGS = BenchmarkSettings(prompt_tokens=(24, 40), new_tokens=3, repeats=4, warmup=2)
 
 
-def test_benchmark_refuses_lengths_beyond_the_context() -> None:
-    benchmark.check_context(SETTINGS, types.SimpleNamespace(max_position_embeddings=43))
-    with pytest.raises(UserError, match=r"has 40, .* makes 43 tokens: the model's context is 42"):
-        benchmark.check_context(SETTINGS, types.SimpleNamespace(max_position_embeddings=42))
+@pytest.fixture(autouse=True)
+def no_tracking(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MLFLOW_TRACKING_URI", "SDTP_TRACKING_URI", "SDTP_PARENT_RUN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("main", "settings", "message"),
+    [
+        (
+            benchmark.main,
+            {"benchmark": {"prompt_tokens": [40], "new_tokens": 3}},
+            r"^40 \(benchmark\.prompt_tokens\) \+ 3 \(benchmark\.new_tokens\) = 43 tokens: the model's context has 42$",
+        ),
+        (
+            generate.main,
+            {"generation": {"examples": 2, "max_new_tokens": 4}},
+            r"^39 \(longest prompt\) \+ 4 \(generation\.max_new_tokens\) = 43 tokens: the model's context has 42$",
+        ),
+    ],
+)
+def test_tokens_beyond_the_context_are_refused_before_the_model_is_loaded(
+    tmp_path: Path, main: Callable[[list[str]], None], settings: dict[str, Any], message: str
+) -> None:
+    model, data = tmp_path / "model", tmp_path / "data"
+    model.mkdir()
+    (model / "manifest.json").write_text(json.dumps({"context_length": 42}))
+    rows = [{"task": "retrieval", "prompt_ids": [1] * length} for length in (39, 20, 60)]  # the third is not shown
+    Dataset.from_list(rows).save_to_disk(data / "test")
+    (data / "manifest.json").write_text(json.dumps({"splits": {"test": {"content_sha256": "d" * 64}}}))
+    files = ["--model", str(model), "--data", str(data), "--pruner", str(tmp_path / "pruner")]
+    files += ["--output", str(tmp_path / "output"), "--metrics", str(tmp_path / "metrics")]
+    with pytest.raises(UserError, match=message):
+        main(["--settings", json.dumps(settings), *files, "--keep-ratio", "0.5"])
 
 
 def test_benchmark_rows(tiny_model: Callable[..., PreTrainedModel]) -> None:

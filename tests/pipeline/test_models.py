@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BloomConfig, GPT2Config, PreTrainedModel, PreTrainedTokenizerBase
 
 from sdtp.errors import UserError
 from sdtp.pipeline.config import Source
 from sdtp.pipeline.corpus import package_files
-from sdtp.pipeline.models import fetch_model, load_model, load_tokenizer, weights_sha256
+from sdtp.pipeline.models import choose_dtype, fetch_model, load_model, load_tokenizer, weights_sha256
 from sdtp.pipeline.prompts import encode
 from tests.pipeline.conftest import TURNS
 from tests.pipeline.hub import COMMIT, serve
@@ -79,6 +79,18 @@ def test_loaded_model_is_the_saved_one_frozen_and_in_eval_mode(
     assert load_tokenizer(tmp_path / "model").chat_template == TURNS
 
 
+def test_the_number_format_follows_the_device() -> None:
+    assert choose_dtype("auto", torch.device("cuda")) is torch.bfloat16
+    assert choose_dtype("auto", torch.device("cpu")) is torch.float32
+    assert choose_dtype("float16", torch.device("cpu")) is torch.float16
+
+
+@pytest.mark.parametrize("name", ["float64", "int8", ""])
+def test_other_number_formats_are_refused(name: str) -> None:
+    with pytest.raises(UserError, match=rf"model\.dtype: '{name}' .*auto, float32, bfloat16, float16"):
+        choose_dtype(name, torch.device("cpu"))
+
+
 def test_settings_and_folders_that_cannot_load_are_refused(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model\.attention: 'fast' is not known; accepted: sdpa, eager"):
         load_model(saved, "auto", "fast", CPU)
@@ -119,6 +131,16 @@ def test_remote_code_is_left_behind_unless_asked_for(saved: Path, tmp_path: Path
     manifest = fetch_model(source("local", saved), tmp_path / "trusting", trust_remote_code=True)
     assert (tmp_path / "trusting" / "modeling_own.py").exists()
     assert manifest["trust_remote_code"] is True
+
+
+def test_unsupported_architecture_is_refused_before_a_weight_is_read(tmp_path: Path) -> None:
+    GPT2Config(n_layer=2).save_pretrained(tmp_path / "saved")
+    weights = tmp_path / "saved" / "model.safetensors"
+    weights.touch()
+    weights.chmod(0)  # for whom that does not hold, an empty file is still no safetensors file
+    with pytest.raises(UserError, match=r"model\.source: .*saved: GPT2LMHeadModel is not supported.*Llama, Qwen2"):
+        fetch_model(source("local", tmp_path / "saved"), tmp_path / "model")
+    assert not (tmp_path / "model").exists()
 
 
 def test_code_named_in_the_config_does_not_run_unless_asked_for(saved: Path, tmp_path: Path) -> None:
@@ -191,6 +213,18 @@ def test_hub_model_is_fetched_at_its_revision_without_pickles(saved: Path, tmp_p
     assert not load_model(tmp_path / "model", "float32", "sdpa", CPU).training
     assert unknown.returncode == 1
     assert "error: model.source: no 'someone/else' at revision None on the hub" in unknown.stderr
+
+
+@pytest.mark.slow
+def test_unsupported_hub_model_is_refused_before_its_weights_are_downloaded(saved: Path, tmp_path: Path) -> None:
+    BloomConfig(n_layer=2).save_pretrained(saved)
+    with serve("someone/bloom", saved) as (endpoint, requests):
+        done = run_model_step(endpoint, tmp_path, ref="someone/bloom", revision=None)
+    assert done.returncode == 1
+    assert "error: model.source: someone/bloom: BloomForCausalLM is not supported: it has no decoder" in done.stderr
+    assert [path for path in requests if path.endswith("config.json")]
+    assert not [path for path in requests if path.endswith(".safetensors")]
+    assert not (tmp_path / "model").exists()
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -15,14 +15,15 @@ from matplotlib.text import Text
 
 from sdtp.errors import UserError
 from sdtp.pipeline import plots
-from sdtp.pipeline.plotstyle import METHODS, label_ends, save, shades
+from sdtp.pipeline.plotstyle import METHODS, REDUCTIONS, label_ends, save, shades
+from sdtp.training.saliency import Reduction
 from tests.pipeline import synthetic_run
 
 KEPT = {0.9: np.array([0.9, 0.81, 0.73]), 0.7: np.array([0.7, 0.49, 0.34])}
 
 FIGURES: dict[str, Callable[[], Figure]] = {
     "saliency": lambda: plots.saliency(
-        synthetic_run.saliency()[0], synthetic_run.LAYERS, [f"{n}$" for n in range(400)]
+        synthetic_run.saliency()[0], synthetic_run.LAYERS, [f"{n}$" for n in range(400)], "abs"
     ),
     "sparsity": lambda: plots.sparsity(synthetic_run.saliency(), synthetic_run.LAYERS, KEPT),
     "latency": lambda: plots.latency(synthetic_run.latency()),
@@ -88,7 +89,7 @@ def test_saliency_draws_magnitudes_and_labels_the_most_salient_tokens_that_lie_a
     scores[:, 40] = -9.0
     scores[:, 41] = 8.0  # too near to be labelled
     scores[:, 70] = 5.0
-    figure = plots.saliency(scores, [4, 7], [f"t{index}" for index in range(100)])
+    figure = plots.saliency(scores, [4, 7], [f"t{index}" for index in range(100)], "abs")
     image = heat_map(figure)
     assert image.shape == (2, 100)
     assert image[0, 40] == 9.0
@@ -100,7 +101,7 @@ def test_saliency_draws_magnitudes_and_labels_the_most_salient_tokens_that_lie_a
 def test_saliency_of_a_long_prompt_keeps_the_largest_of_each_group() -> None:
     scores = np.full((1, 5000), 0.01)
     scores[0, 3333] = 7.0
-    image = heat_map(plots.saliency(scores, [4], ["x"] * 5000))
+    image = heat_map(plots.saliency(scores, [4], ["x"] * 5000, "abs"))
     assert image.shape == (1, 1000)
     assert image[0, 3333 // 5] == 7.0
 
@@ -110,7 +111,24 @@ def test_saliency_of_a_long_prompt_keeps_the_largest_of_each_group() -> None:
 )
 def test_saliency_refuses_what_it_cannot_draw(scores: Any, match: Any) -> None:
     with pytest.raises(UserError, match=match):
-        plots.saliency(scores, [4], ["a", "b", "c"])
+        plots.saliency(scores, [4], ["a", "b", "c"], "abs")
+
+
+@pytest.mark.parametrize(
+    ("reduction", "label"),
+    [
+        ("abs", "saliency: |Σ gradient × input|"),
+        ("signed", "saliency: magnitude of Σ gradient × input"),
+        ("l2", "saliency: √Σ (gradient × input)²"),
+    ],
+)
+def test_saliency_is_labelled_by_its_reduction(reduction: Any, label: Any) -> None:
+    figure = plots.saliency(np.array([[1.0, 2.0]]), [4], ["a", "b"], reduction)
+    assert [text for text in texts(figure) if text.startswith("saliency")] == [label]
+
+
+def test_every_reduction_of_saliency_has_a_name() -> None:
+    assert set(REDUCTIONS) == set(get_args(Reduction))
 
 
 def test_speedup_draws_both_bounds_and_a_bar_down_to_the_lower_quartile() -> None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sdtp.errors import UserError
 from sdtp.pipeline import report
+from sdtp.pipeline.figures import FIGURES
 from tests.pipeline import synthetic_run
 
 LOADING = {"src", "href", "srcset", "data", "poster", "action", "background", "xlink:href"}
@@ -69,25 +70,26 @@ def test_the_page_is_whole_small_and_loads_nothing() -> None:
     assert not {"script", "link", "iframe", "object"} & set(parsed.tags)
     # The browser is told as well, in case a later edit forgets.
     assert "default-src 'none'" in html
-    assert parsed.tags.count("img") == len(report.FIGURES)
+    assert parsed.tags.count("img") == len(FIGURES)
     assert "prefers-color-scheme: dark" in parsed.styles
 
 
 def test_figures_are_inside() -> None:
-    figures = {name: f"<svg>{name}</svg>".encode() for name in report.FIGURES}
+    figures = {name: f"<svg>{name}</svg>".encode() for name in FIGURES}
     links = page(figures=figures).links
     inside = [base64.b64decode(link.partition(",")[2]).decode() for link in links if link.startswith("data:")]
-    assert sorted(inside) == sorted(f"<svg>{name}</svg>" for name in report.FIGURES)
+    assert sorted(inside) == sorted(f"<svg>{name}</svg>" for name in FIGURES)
 
 
 def test_smoke_stands_where_quality_is_shown_on_few_examples_and_nowhere_else() -> None:
     few = page(n=28).text
     rows = len(synthetic_run.quality())
-    # The head of the summary, each cost of each ratio, each row of the tables, the figure's caption.
-    assert few.count("smoke: n = 28") == 1 + 3 * 3 + rows + 1
+    # The head of the summary, each cost of each ratio, each row of the tables, SDTP against three others at each ratio
+    # for each of three metrics, the figure's caption.
+    assert few.count("smoke: n = 28") == 1 + 3 * 3 + rows + 27 + 1
     many = page(n=400).text
     assert "smoke" not in many
-    assert many.count("n = 400") == 3 * 3 + rows + 1
+    assert many.count("n = 400") == 3 * 3 + rows + 27 + 1
 
 
 def test_equal_runs_give_equal_pages() -> None:
@@ -113,7 +115,7 @@ def test_text_of_prompts_and_models_is_only_text(attack: Any) -> None:
         versions={"machine": attack},
     )
     assert "script" not in parsed.tags
-    assert parsed.tags.count("img") == len(report.FIGURES)
+    assert parsed.tags.count("img") == len(FIGURES)
     assert all(link.startswith(("#", "data:")) for link in parsed.links)
     assert parsed.text.count(attack) > 3 * 120
 
@@ -127,46 +129,89 @@ def test_summary_says_what_was_gained_and_what_it_cost() -> None:
     # By hand: 1 + 5.2 * 0.1 = 1.52, times 1 + 2048 / 40960 = 1.05.
     assert longest["speedup"] == pytest.approx(1.52 * 1.05)
     assert longest["lower_quartile"] == pytest.approx(1.52 * 1.05 * 0.98)
-    full = 2048 / 600 * 1.25
-    assert longest["end_to_end"] == pytest.approx((full + 0.72) / (full / (1.52 * 1.05) + 0.72))
+    # The table's own paired ratio: the quotient of the two medians would be 1.47.
+    assert longest["end_to_end"] == pytest.approx(0.9 * 1.52 * 1.05)
     assert longest["cache_change"] == pytest.approx(1 / (1.52 * 1.05) - 1, abs=1e-6)
     assert longest["memory_change"] == pytest.approx(-0.1 / 1.2)
     accuracy, _, loss = first["costs"]
-    assert (accuracy["unpruned"], accuracy["verdict"]) == (0.75, "within the interval")
-    assert (accuracy["best_other"]["method"], accuracy["beaten"]) == ("recent", False)
+    assert (accuracy["unpruned"], accuracy["difference"]["verdict"]) == (0.75, "no difference shown")
+    assert (accuracy["best_other"]["method"], accuracy["beaten_by"]) == ("recent", [])
     assert loss["best_other"]["value"] == pytest.approx(3.1 + 2.5 * 0.1)
     text = words(page().text)
-    assert "2,048 tokens: prefill 1.60×, 0.97 of the length bound; prompt and 16 new tokens 1.47×" in text
+    assert "2,048 tokens: prefill 1.60×, 0.970 of the length bound; prompt and 16 new tokens 1.44×" in text
     assert "KV cache −37%, peak memory −8%" in text
-    assert "retrieval accuracy 0.65 [0.57, 0.73], unpruned 0.75: worse, outside the interval" in text
+    assert (
+        "retrieval accuracy 0.650 [0.570, 0.730], unpruned 0.750: worse; against the best other method, Recent 0.250: "
+        "better" in text
+    )
     assert "135 million parameters" in text
     assert "28 retrieval prompts of 500 tokens, 28 continuation prompts of 480 tokens" in text
 
 
-def test_a_method_that_beats_sdtp_is_said_to_be_better_but_the_oracle_is_no_method() -> None:
+def test_verdicts_are_of_the_paired_differences_and_not_of_the_rows_intervals() -> None:
     quality = synthetic_run.quality()
-    better = (quality["task"] == "continuation") & (quality["method"] == "recent") & (quality["keep_ratio"] == 0.9)
-    quality.loc[better, "value"] = 3.05
+    # Each row's own interval holds the unpruned value; each paired interval is 0.04 wide and leaves out 0.
+    quality = quality.assign(ci_low=quality["value"] - 5, ci_high=quality["value"] + 5)
+    costs = [card["costs"] for card in report.cards(synthetic_run.run(quality=quality))]
+    assert [[cost["difference"]["verdict"] for cost in card] for card in costs] == [
+        ["no difference shown"] * 3, ["worse"] * 3, ["worse"] * 3,
+    ]  # fmt: skip
+    rows = report.quality_tables(quality, synthetic_run.comparisons(quality))[0]["rows"]
+    verdicts = {(row["method"], row["keep_ratio"]): row["difference"] and row["difference"]["verdict"] for row in rows}
+    assert verdicts["unpruned", 1.0] is None
+    assert verdicts["sdtp", 0.9] == "no difference shown"
+    assert verdicts["recent", 0.9] == "worse"
+
+
+def test_only_methods_that_sdtp_is_shown_to_be_worse_than_beat_it_and_the_oracle_is_no_method() -> None:
+    quality = synthetic_run.quality()
+
+    def at(method: str) -> pd.Series:
+        return (quality["task"] == "continuation") & (quality["method"] == method) & (quality["keep_ratio"] == 0.9)
+
+    quality.loc[at("recent"), "value"] = 3.05
+    quality.loc[at("random"), "value"] = 3.04
+    quality.loc[at("lastquery"), "value"] = 3.08  # 0.02 better, in an interval of 0.04 to both sides
     oracle = quality[quality["method"] == "sdtp"].assign(method="oracle", value=0.5)
     quality = pd.concat([quality, oracle])
-    costs = report.cards(synthetic_run.run(quality=quality))[0]["costs"]
-    assert (costs[2]["best_other"]["method"], costs[2]["beaten"]) == ("recent", True)
-    assert "a better method: Recent 3.05" in words(page(quality=quality).text)
-
-
-def test_every_row_of_both_tables_is_shown() -> None:
-    text = words(page().text)
-    for label in ("Random 0.8 0.00 0.00 to 0.08", "SDTP 0.9 0.75 0.67 to 0.83 1.00 within the interval smoke: n = 28"):
-        assert label in text
-    assert "Unpruned 1.0 512 0.91 [0.89, 0.93]" in text
-    assert (
-        "SDTP 0.7 2,048 1.59 [1.56, 1.63] 2.69 [2.63] 2.77 0.97 2.82 0.95 0.21 0.72 2.31 16 33.5 MiB 1,049 MiB 5"
-        in text
+    cost = report.cards(synthetic_run.run(quality=quality))[0]["costs"][2]
+    assert [other["method"] for other in cost["beaten_by"]] == ["random", "recent"]
+    assert "unpruned 3.10: no difference shown; beaten by Random 3.04, Recent 3.05 smoke" in words(
+        page(quality=quality).text
     )
+    # The same means with wider intervals: the best of them is named, and nothing is claimed.
+    unclear = synthetic_run.comparisons(quality).assign(ci_low=-1.0, ci_high=1.0)
+    text = words(page(quality=quality, comparisons=unclear).text)
+    assert "against the best other method, Random 3.04: no difference shown" in text
+    assert "beaten" not in text
+
+
+def test_every_row_of_the_tables_is_shown() -> None:
+    text = words(page().text)
+    for label in (
+        "Random 0.8 0 [0, 0.0800] 0 −0.750 [−0.790, −0.710] 0.0600 worse smoke: n = 28",
+        "SDTP 0.9 0.750 [0.670, 0.830] 1.00 0 [−0.0400, +0.0400] 0.0600 no difference shown smoke: n = 28",
+        "LastQuery 0.9 +0.400 [+0.360, +0.440] 0.0600 better smoke: n = 28",
+        "Unpruned 1.0 512 0.907 [0.889, 0.934] 1 – – – – – 1.81",
+        "SDTP 0.7 2,048 1.59 [1.56, 1.63] 2.69 [2.63] 2.77 0.970 0.0476 2.82 0.952 3.17",
+        "SDTP 0.7 2,048 16 0.720 1.25 2.31 2.42 5",
+        "SDTP 0.7 2,048 702 0.206 0.00205 33.5 MiB 1,049 MiB",
+    ):
+        assert label in text
+
+
+def test_the_page_says_what_its_numbers_rest_on() -> None:
+    text = words(page(reduction="signed").text)
+    assert "2 rounds of warm-up, then 5 timed repeats of each pruned arm" in text.lower()
+    assert "1 round of warm-up with the timed shapes" in words(page(warmup=1).text)
+    assert "One prompt; magnitude of Σ gradient × input, summed" in text
+    assert "SDTP's are those of one trained pruner: the training seed is fixed" in text
+    assert "The values of Random's seeds are averaged example by example first" in text
+    assert "with each layer cut to the token count the schedule leaves it: whole prefills" in text
 
 
 def test_values_that_do_not_exist_are_dashes() -> None:
-    latency = synthetic_run.latency().assign(decode_s=np.nan, peak_memory_bytes=np.nan)
+    latency = synthetic_run.latency().assign(decode_s=np.nan, decode_speedup=np.nan, peak_memory_bytes=np.nan)
     text = page(latency=latency).text
     assert "nan" not in text.lower().replace("finance", "")
     assert "peak memory –" in text
@@ -210,7 +255,7 @@ def test_contradictions_and_gaps_are_named(changes: Any, match: Any) -> None:
 
 
 def test_a_page_that_would_be_too_large_is_refused() -> None:
-    figures = dict.fromkeys(report.FIGURES, b"x" * 1300000)
+    figures = dict.fromkeys(FIGURES, b"x" * 1300000)
     with pytest.raises(UserError, match=r"report is 10\.\d MB; accepted: below 10 MB"):
         report.render(synthetic_run.run(figures=figures))
 
@@ -244,21 +289,3 @@ def test_token_texts_keep_the_space_that_a_token_carries() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
     assert tokenizer.decode([1]) == "cat"  # decoded alone, a token loses its space
     assert report.token_texts(tokenizer, [0, 1, 2, 1]) == ["the", " cat", "s", " cat"]
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(0.0, "0.00"), (0.756, "0.76"), (1.5, "1.50"), (12.34, "12.3"), (134.5, "134"), (2048, "2,048"),
-     (15310.2, "15,310"), (0.00025, "2.5e-04"), (float("nan"), "–"), (-0.5, "-0.50")],
-)  # fmt: skip
-def test_number(value: Any, text: Any) -> None:
-    assert report.number(value) == text
-
-
-@pytest.mark.parametrize(("value", "text"), [(22.5 * 2**20, "22.5 MiB"), (48 * 2**30, "48.0 GiB"), (float("nan"), "–")])
-def test_memory(value: Any, text: Any) -> None:
-    assert report.memory(value) == text
-
-
-def test_flatten_keeps_lists_and_dots_nested_keys() -> None:
-    assert report.flatten({"a": {"b": {"c": 1}, "d": [1, 2]}, "e": None}) == {"a.b.c": 1, "a.d": [1, 2], "e": None}

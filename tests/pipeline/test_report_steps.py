@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from sdtp.errors import UserError
+from sdtp.pipeline.figures import FIGURES
 from sdtp.pipeline.files import sha256_file, write_jsonl
 from sdtp.pipeline.steps import figures, report
 from sdtp.pruning import scorers
@@ -20,7 +21,6 @@ from sdtp.pruning.pruner import TokenPruner
 from sdtp.pruning.schedule import PruningSchedule
 from tests.pipeline import synthetic_run
 
-FIGURES = ("saliency", "sparsity", "latency", "speedup", "quality", "training")
 WORDS = ["<unk>", "union", "state", "4711", "strong", "Harbour"]
 PROMPT = 120
 
@@ -75,13 +75,17 @@ def folder(tmp_path: Path) -> Path:
         (tmp_path / name).mkdir()
     synthetic_run.history().to_csv(tmp_path / "training" / "history.csv", index=False)
     synthetic_run.latency().to_csv(tmp_path / "tables" / "latency.csv", index=False)
-    synthetic_run.quality().to_csv(tmp_path / "tables" / "quality.csv", index=False)
+    quality = synthetic_run.quality()
+    quality.to_csv(tmp_path / "tables" / "quality.csv", index=False)
+    synthetic_run.comparisons(quality).to_csv(tmp_path / "tables" / "comparisons.csv", index=False)
     for ratio in synthetic_run.RATIOS:
         of_ratio = [row for row in synthetic_run.generations(PROMPT) if row["keep_ratio"] == ratio]
         write_jsonl(tmp_path / "generations" / f"ratio-{ratio}.jsonl", of_ratio)
     (tmp_path / "benchmark").mkdir()
     for ratio in synthetic_run.RATIOS:
-        timing = {"device": "cpu", "dtype": "float32", "attention": "sdpa", "versions": {"torch": "2.13.0"}}
+        timing = {
+            "device": "cpu", "dtype": "float32", "attention": "sdpa", "versions": {"torch": "2.13.0"}, "warmup": 3,
+        }  # fmt: skip
         (tmp_path / "benchmark" / f"ratio-{ratio}.json").write_text(json.dumps(timing))
     return tmp_path
 
@@ -92,18 +96,19 @@ def common(folder: Path) -> list[str]:
         "--settings", json.dumps({"run": "tiny"}), "--model", str(folder / "model"), "--data", str(folder / "data"),
         "--history", str(folder / "training" / "history.csv"), "--generations", *generations,
         "--latency", str(folder / "tables" / "latency.csv"), "--quality", str(folder / "tables" / "quality.csv"),
+        "--saliency", str(folder / "saliency" / "index.json"),
     ]  # fmt: skip
 
 
 def draw(folder: Path) -> None:
-    index = str(folder / "saliency" / "index.json")
-    figures.main([*common(folder), "--saliency", index, "--output", str(folder / "figures")])
+    figures.main([*common(folder), "--output", str(folder / "figures")])
 
 
 def write(folder: Path) -> str:
     timings = [str(folder / "benchmark" / f"ratio-{ratio}.json") for ratio in synthetic_run.RATIOS]
     report.main(
         [*common(folder), "--benchmarks", *timings, "--pruner", str(folder / "pruner"),
+         "--comparisons", str(folder / "tables" / "comparisons.csv"),
          "--figures", str(folder / "figures"), "--output", str(folder / "report.html"),
          "--metrics", str(folder / "metrics" / "report.json")]
     )  # fmt: skip
@@ -120,6 +125,7 @@ def test_figures_then_report(folder: Path) -> None:
     assert "A real prompt of 120 tokens (<code>r-0</code>)" in html
     assert "before decoder layers 4, 7, 10" in html
     assert "Timed on: cpu, float32, sdpa attention, torch 2.13.0." in html
+    assert "3 rounds of warm-up" in html
     assert "1 retrieval prompts of 120 tokens, 1 continuation prompts of 120 tokens" in html
     assert json.loads((folder / "metrics" / "report.json").read_text())["bytes"] == len(html.encode())
 
@@ -148,9 +154,20 @@ def test_kept_shares_are_means_over_the_examples_of_a_ratio(tmp_path: Path) -> N
 def test_ratios_timed_on_different_machines_are_refused(folder: Path) -> None:
     draw(folder)
     path = folder / "benchmark" / f"ratio-{synthetic_run.RATIOS[-1]}.json"
-    path.write_text(path.read_text().replace("2.13.0", "2.14.0"))
-    with pytest.raises(UserError, match=r"torch 2\.14\.0.*one machine for all"):
+    timing = path.read_text()
+    path.write_text(timing.replace("2.13.0", "2.14.0"))
+    with pytest.raises(UserError, match=r"torch 2\.14\.0.*one machine and as many rounds for all"):
         write(folder)
+    path.write_text(timing.replace('"warmup": 3', '"warmup": 1'))
+    with pytest.raises(UserError, match=r"after 1 rounds of warm-up.* after 3;"):
+        write(folder)
+
+
+def test_the_saliency_figure_and_its_caption_name_the_reduction(folder: Path) -> None:
+    index = folder / "saliency" / "index.json"
+    index.write_text(index.read_text().replace('"abs"', '"l2"'))
+    draw(folder)
+    assert "√Σ (gradient × input)², summed over the hidden dimension" in write(folder)
 
 
 def test_a_figure_or_generation_that_is_missing_is_named(folder: Path) -> None:

@@ -23,6 +23,9 @@ def test_tables_come_back_as_they_were_written(tmp_path: Path) -> None:
         (synthetic_run.history(), results.read_history),
     ):
         pd.testing.assert_frame_equal(read(write(table, tmp_path / "table.csv")), table)
+    quality = synthetic_run.quality()
+    table = synthetic_run.comparisons(quality)
+    pd.testing.assert_frame_equal(results.read_comparisons(write(table, tmp_path / "table.csv"), quality), table)
 
 
 @pytest.mark.parametrize(
@@ -60,6 +63,28 @@ def test_a_missing_quality_row_is_named(tmp_path: Path, task: Any, metric: Any, 
         results.read_quality(write(table[~gone], tmp_path / "quality.csv"))
 
 
+def test_pairs_are_each_method_with_unpruned_and_sdtp_with_each_other_method_at_its_ratio() -> None:
+    cells = [("t", "loss", *arm) for arm in (("unpruned", 1.0), ("sdtp", 0.9), ("random", 0.9), ("random", 0.8))]
+    assert results.pairs_of(cells) == [
+        ("t", "loss", "sdtp", "unpruned", 0.9),
+        ("t", "loss", "random", "unpruned", 0.9),
+        ("t", "loss", "random", "unpruned", 0.8),
+        ("t", "loss", "sdtp", "random", 0.9),
+    ]
+
+
+@pytest.mark.parametrize(("method", "other"), [("recent", "unpruned"), ("sdtp", "recent")])
+def test_a_missing_comparison_is_named(tmp_path: Path, method: Any, other: Any) -> None:
+    quality = synthetic_run.quality()
+    table = synthetic_run.comparisons(quality)
+    keys = ["task", "metric", "method", "other", "keep_ratio"]
+    gone = (table[keys] == ["continuation", "loss", method, other, 0.8]).all(axis=1)
+    assert gone.sum() == 1
+    named = rf"no row for task=continuation, metric=loss, method={method}, other={other}, keep_ratio=0\.8;"
+    with pytest.raises(UserError, match=named):
+        results.read_comparisons(write(table[~gone], tmp_path / "comparisons.csv"), quality)
+
+
 def test_a_row_that_is_there_twice_is_named(tmp_path: Path) -> None:
     table = synthetic_run.quality()
     with pytest.raises(
@@ -91,15 +116,16 @@ def test_nearest_length_is_a_benchmarked_one_and_the_shorter_of_two(tokens: Any,
 @pytest.mark.parametrize(
     ("metric", "low", "high", "expected"),
     [
-        ("accuracy", 0.6, 0.8, "within the interval"),
-        ("accuracy", 0.75, 0.9, "within the interval"),
-        ("accuracy", 0.6, 0.75, "within the interval"),
-        ("accuracy", 0.5, 0.74, "worse, outside the interval"),
-        ("accuracy", 0.76, 0.9, "better, outside the interval"),
-        ("loss", 0.5, 0.74, "better, outside the interval"),
-        ("loss", 0.76, 0.9, "worse, outside the interval"),
+        ("accuracy", -0.1, 0.1, "no difference shown"),
+        ("accuracy", 0.0, 0.1, "no difference shown"),
+        ("accuracy", -0.1, 0.0, "no difference shown"),
+        ("accuracy", 0.0, 0.0, "no difference shown"),
+        ("accuracy", -0.2, -0.1, "worse"),
+        ("accuracy", 0.1, 0.2, "better"),
+        ("loss", -0.2, -0.1, "better"),
+        ("loss", 0.1, 0.2, "worse"),
+        ("loss", float("nan"), float("nan"), "no difference shown"),
     ],
 )
-def test_verdict_says_where_the_unpruned_value_lies(metric: Any, low: Any, high: Any, expected: Any) -> None:
-    row = pd.Series({"metric": metric, "ci_low": low, "ci_high": high})
-    assert results.verdict(row, 0.75) == expected
+def test_verdict_is_that_of_the_paired_interval(metric: Any, low: Any, high: Any, expected: Any) -> None:
+    assert results.verdict({"metric": metric, "ci_low": low, "ci_high": high}) == expected

@@ -21,7 +21,7 @@ HUB = {"kind": "hub", "ref": "a/b", "revision": None, "sha256": None}
         ({"seed": True}, ["seed = true: must be a whole number ≥ 0 and ≤ 4294967295"]),
         ({"seed": 0.5}, ["seed = 0.5: must be a whole number ≥ 0 and ≤ 4294967295"]),
         ({"seed": -1}, ["seed = -1: must be a whole number ≥ 0 and ≤ 4294967295"]),
-        ({"run": "a/b"}, ['run = "a/b": must be text matching `^[A-Za-z0-9][A-Za-z0-9._-]*$`']),
+        ({"run": "a/b"}, [f'run = "a/b": must be text matching `{SCHEMA["properties"]["run"]["pattern"]}`']),
         ({"training": None}, ["training = null: must be a block of keys"]),
         ({"training": {"steps": 0}}, ["training.steps = 0: must be a whole number ≥ 1"]),
         ({"training": {"keep_ratio": 1.0}}, ["training.keep_ratio = 1.0: must be a number > 0 and < 1"]),
@@ -29,13 +29,37 @@ HUB = {"kind": "hub", "ref": "a/b", "revision": None, "sha256": None}
             {"training": {"learning_rate": "1e-3"}},
             ['training.learning_rate = "1e-3": must be a number > 0 (YAML reads 1e-3 as text; write 0.001)'],
         ),
+        (
+            {"pruning": {"start": "3"}},
+            [
+                'pruning.start = "3": must be a whole number ≥ 1 (text, not a number: no quotes in a '
+                "file; --config takes no numbers inside a block, use --configfile)"
+            ],
+        ),
+        ({"pruning": {"keep_ratios": [0.9, math.nan]}}, ["pruning.keep_ratios = [0.9, NaN]: must be finite"]),
+        (
+            {"pruning": {"keep_ratios": []}},
+            ["pruning.keep_ratios = []: must be a list of at least 1 distinct values, each a number > 0 and ≤ 1"],
+        ),
+        ({"tracking": {"experiment": ""}}, ['tracking.experiment = "": must be text of at least 1 character']),
+        (
+            {"run": "mlflow.db"},
+            [f'run = "mlflow.db": must be text matching `{SCHEMA["properties"]["run"]["pattern"]}`'],
+        ),
+        (
+            {3: 1, "colour": 1},
+            [f"{key} = 1: no such key; the config has {', '.join(SCHEMA['properties'])}" for key in (3, "colour")],
+        ),
         ({"pruning": {"start": 0}}, ["pruning.start = 0: must be a whole number ≥ 1"]),
         ({"pruning": {"local": math.nan}}, ["pruning.local = NaN: must be finite"]),
         ({"training": {"weights": {"ce": math.inf}}}, ["training.weights.ce = Infinity: must be finite"]),
         ({"pruning": {"keep_ratios": [0.9, 1.5]}}, ["pruning.keep_ratios.1 = 1.5: must be a number > 0 and ≤ 1"]),
         (
             {"pruning": {"keep_ratios": [0.9, 0.9]}},
-            ["pruning.keep_ratios = [0.9, 0.9]: must be a list of distinct values, each a number > 0 and ≤ 1"],
+            [
+                "pruning.keep_ratios = [0.9, 0.9]: must be a list of at least 1 distinct values, "
+                "each a number > 0 and ≤ 1"
+            ],
         ),
         ({"benchmark": {"repeats": 4}}, ["benchmark.repeats = 4: must be a whole number ≥ 5"]),
         ({"model": {"dtype": "fp16"}}, ['model.dtype = "fp16": must be one of auto, float32, bfloat16, float16']),

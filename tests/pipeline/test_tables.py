@@ -1,6 +1,7 @@
 """The tables of made-up measurements, against numbers worked out by hand."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -8,9 +9,17 @@ import pytest
 
 from sdtp.errors import UserError
 from sdtp.evaluation.stats import wilson_interval
-from sdtp.pipeline.results import LATENCY_COLUMNS, QUALITY_COLUMNS, read_latency, read_quality
+from sdtp.pipeline.results import (
+    COMPARISON_COLUMNS,
+    LATENCY_COLUMNS,
+    QUALITY_COLUMNS,
+    read_comparisons,
+    read_latency,
+    read_quality,
+    verdict,
+)
 from sdtp.pipeline.steps.tables import check_complete, write_csv
-from sdtp.pipeline.tables import against_baselines, efficiency, latency_table, quality_cells, quality_table
+from sdtp.pipeline.tables import comparison_table, efficiency, latency_table, quality_cells, quality_table
 
 
 def only(table: pd.DataFrame, **values: Any) -> pd.Series:
@@ -33,18 +42,26 @@ def arm(method: str, prefill: list[float], flop: float, **more: Any) -> dict[str
         "kv_cache_bytes": 100,
         "prefill_flop": flop,
         "cold_s": 99.0,
+        "kept_tokens": 512,
         **more,
     }
 
 
-def job(ratio: float, unpruned: list[float], pruned: list[float], ideal: list[float]) -> dict[str, Any]:
-    rows = [arm("unpruned", unpruned, 8e12), arm("sdtp", pruned, 4e12, ideal_s=ideal, kv_cache_bytes=60)]
+def job(
+    ratio: float, unpruned: list[float], pruned: list[float], ideal: list[float], decode: tuple[float, float]
+) -> dict[str, Any]:
+    """`decode`: seconds of every decode of the unpruned and of the pruned arm."""
+    rows = []
+    for method, prefill, seconds in (("unpruned", unpruned, decode[0]), ("sdtp", pruned, decode[1])):
+        times = {"decode_s": [seconds] * len(prefill), "end_to_end_s": [first + seconds for first in prefill]}
+        rows.append(arm(method, prefill, 8e12 if method == "unpruned" else 4e12, **times))
+    rows[1] |= {"ideal_s": ideal, "kv_cache_bytes": 60, "cold_s": 77.0, "kept_tokens": 373, "scoring_flop": 3e10}
     return {"keep_ratio": ratio, "rows": rows}
 
 
 # The machine was half as fast during the second job: a speedup across jobs would be nonsense.
-FAST = job(0.9, [2.0, 2.2, 1.8, 2.0, 2.0], [1.0, 1.0, 1.0, 1.25, 1.6], [0.8, 0.9, 0.95, 1.0, 1.6])
-SLOW = job(0.8, [4.0, 4.0, 4.0, 4.4, 4.0], [1.6, 2.0, 1.6, 2.0, 1.0], [1.6, 1.6, 1.6, 1.6, 1.0])
+FAST = job(0.9, [2.0, 2.2, 1.8, 2.0, 2.0], [1.0, 1.0, 1.0, 1.25, 1.6], [0.8, 0.9, 0.95, 1.0, 1.6], (0.5, 0.5))
+SLOW = job(0.8, [4.0, 4.0, 4.0, 4.4, 4.0], [1.6, 2.0, 1.6, 2.0, 1.0], [1.6, 1.6, 1.6, 1.6, 1.0], (1.0, 0.8))
 
 
 class TestLatency:
@@ -53,7 +70,14 @@ class TestLatency:
         return latency_table([FAST, SLOW])
 
     def test_columns_are_the_contracts(self) -> None:
-        assert list(latency_table([FAST]).columns) == LATENCY_COLUMNS
+        table = latency_table([FAST])
+        assert list(table.columns) == LATENCY_COLUMNS
+        # What others read by place stays in place; new columns come after.
+        assert list(table.columns[:19]) == [
+            "method", "keep_ratio", "prompt_tokens", "new_tokens", "prefill_s", "prefill_q25", "prefill_q75",
+            "decode_s", "end_to_end_s", "repeats", "prefill_tflop", "flop_bound", "length_bound", "prefill_speedup",
+            "speedup_q25", "efficiency", "flop_efficiency", "peak_memory_bytes", "kv_cache_bytes",
+        ]  # fmt: skip
 
     def test_one_unpruned_row_pools_the_repeats_of_all_jobs(self, table: pd.DataFrame) -> None:
         assert len(table) == 3
@@ -76,6 +100,23 @@ class TestLatency:
         assert row["efficiency"] == pytest.approx(0.9)
         assert only(table, method="sdtp", keep_ratio=0.8)["efficiency"] == pytest.approx(1.0)  # 1.0, 0.8, 1.0, 0.8, 1.0
 
+    def test_speedups_of_decode_and_of_the_whole_are_of_the_same_job(self, table: pd.DataFrame) -> None:
+        fast, slow = only(table, keep_ratio=0.9), only(table, keep_ratio=0.8)
+        # Paired: 2.5, 2.7, 2.3, 2.5, 2.5 over 1.5, 1.5, 1.5, 1.75, 2.1. Pooled medians would give 3.85 / 1.5 = 2.57.
+        assert fast["end_to_end_speedup"] == pytest.approx(2.3 / 1.5)
+        assert fast["decode_speedup"] == pytest.approx(1.0)  # 0.75 / 0.5 = 1.5 across jobs
+        # Paired: 5.0, 5.0, 5.0, 5.4, 5.0 over 2.4, 2.8, 2.4, 2.8, 1.8.
+        assert slow["end_to_end_speedup"] == pytest.approx(5.0 / 2.4)
+        assert slow["decode_speedup"] == pytest.approx(1.25)
+        unpruned = only(table, method="unpruned")
+        assert (unpruned["end_to_end_speedup"], unpruned["decode_speedup"]) == (1.0, 1.0)
+
+    def test_overhead_is_paired(self, table: pd.DataFrame) -> None:
+        # 0.2, 0.1, 0.05, 0.25, 0.0; the difference of the medians 1.0 and 0.95 would be 0.05.
+        assert only(table, keep_ratio=0.9)["overhead_s"] == pytest.approx(0.1)
+        assert only(table, keep_ratio=0.8)["overhead_s"] == pytest.approx(0.0)  # 0.0, 0.4, 0.0, 0.4, 0.0
+        assert only(table, method="unpruned")["overhead_s"] == 0.0
+
     def test_efficiency_has_quartiles(self) -> None:
         assert efficiency(FAST["rows"][1]) == pytest.approx((0.8, 0.9, 0.95))
 
@@ -89,17 +130,35 @@ class TestLatency:
         assert row["end_to_end_s"] == pytest.approx(1.5)
         assert row["decode_s"] == 0.5
         assert row["repeats"] == 5
+        assert row["kept_tokens"] == 373
+        assert row["scoring_tflop"] == pytest.approx(0.03)
+        unpruned = only(table, method="unpruned")
+        assert (unpruned["kept_tokens"], unpruned["scoring_tflop"]) == (512, 0.0)
 
-    def test_cold_time_is_in_no_column(self, table: pd.DataFrame) -> None:
-        assert table.select_dtypes("number").drop(columns=["peak_memory_bytes", "kv_cache_bytes"]).max().max() <= 512
+    def test_cold_time_is_in_its_own_column_and_in_no_other(self, table: pd.DataFrame) -> None:
+        assert table["cold_prefill_s"].tolist() == [99.0, 77.0, 77.0]
+        times = table.drop(columns=["cold_prefill_s"]).filter(regex="_s$|_q|speedup|bound|efficiency")
+        assert times.shape[1] == 14
+        assert times.max().max() < 6
 
     def test_what_was_not_measured_stays_empty(self) -> None:
         rows = [
             arm("unpruned", [2.0], 8e12, decode_s=[None], peak_memory_bytes=None, new_tokens=1),
-            arm("sdtp", [1.0], 4e12, decode_s=[None], peak_memory_bytes=None, new_tokens=1, ideal_s=[1.0]),
+            arm(
+                "sdtp",
+                [1.0],
+                4e12,
+                decode_s=[None],
+                peak_memory_bytes=None,
+                new_tokens=1,
+                ideal_s=[1.0],
+                scoring_flop=1e9,
+            ),
         ]
         table = latency_table([{"keep_ratio": 0.9, "rows": rows}])
         assert table["decode_s"].isna().all()
+        assert table["decode_speedup"].isna().all()
+        assert table["end_to_end_speedup"].tolist() == pytest.approx([1.0, 2.5 / 1.5])
         assert table["peak_memory_bytes"].isna().all()
 
     def test_refuses_jobs_of_different_lengths(self) -> None:
@@ -109,7 +168,7 @@ class TestLatency:
 
     def test_refuses_lists_that_are_not_paired(self) -> None:
         with pytest.raises(ValueError, match="zip"):
-            latency_table([job(0.9, [2.0, 2.0], [1.0], [1.0])])
+            latency_table([job(0.9, [2.0, 2.0], [1.0], [1.0], (0.5, 0.5))])
 
 
 def evaluated(
@@ -176,19 +235,6 @@ class TestQuality:
         table = quality_table(quality_cells([*missed, *evaluated("sdtp", 0.9, [True] * 3, [1.0] * 3)]))
         assert math.isnan(only(table, metric="accuracy", method="sdtp")["retained"])
 
-    def test_differences_are_of_the_same_examples(self) -> None:
-        shuffled = [*UNPRUNED, *SDTP[::-1], *RANDOM]
-        differences = against_baselines(quality_cells(shuffled))
-        assert set(differences) == {
-            ("retrieval", "accuracy", "random", 0.9),
-            ("retrieval", "loss", "random", 0.9),
-            ("continuation", "loss", "random", 0.9),
-        }
-        difference = differences["continuation", "loss", "random", 0.9]
-        assert difference.mean == pytest.approx(2.6 - 3.5)
-        # Example by example -1.9, -0.9, -0.9, 0.1: 4 of the 16 sign patterns are as extreme.
-        assert difference.p_value == pytest.approx(4 / 16)
-
     @pytest.mark.parametrize("rows", [SDTP, [*UNPRUNED, *SDTP[:-2]], [*UNPRUNED[2:], *SDTP]])
     def test_refuses_other_examples_than_the_unpruned_ones(self, rows: list[dict[str, Any]]) -> None:
         with pytest.raises(UserError, match=r"sdtp at keep ratio 0.9 .* all must be the same"):
@@ -199,21 +245,95 @@ class TestQuality:
             quality_cells([{**UNPRUNED[0], "task": "summary"}])
 
 
+class TestComparisons:
+    def test_columns_and_pairs(self) -> None:
+        table = comparison_table(quality_cells([*UNPRUNED, *SDTP, *RANDOM]))
+        assert list(table.columns) == COMPARISON_COLUMNS
+        pairs = [("sdtp", "unpruned", 0.9), ("random", "unpruned", 0.9), ("sdtp", "random", 0.9)]
+        panels = [("retrieval", "accuracy"), ("retrieval", "loss"), ("continuation", "loss")]
+        keys = table[["task", "metric", "method", "other", "keep_ratio"]].itertuples(index=False, name=None)
+        assert list(keys) == [(*panel, *pair) for panel in panels for pair in pairs]
+        assert set(table["n"]) == {4}  # examples, not rows
+
+    def test_a_shift_that_the_spread_of_examples_hides_is_worse(self) -> None:
+        # Losses from 1 to 6 nats, of which pruning adds some 0.1 to each: far inside the interval of either mean.
+        easy_to_hard = [1 + 5 * index / 27 for index in range(28)]
+        shifted = [loss + 0.1 + 0.02 * math.sin(index) for index, loss in enumerate(easy_to_hard)]
+        cells = quality_cells(
+            [
+                *evaluated("unpruned", 1.0, [True] * 28, easy_to_hard),
+                *evaluated("sdtp", 0.9, [True] * 28, shifted),
+                *evaluated("recent", 0.9, [True] * 28, [loss + 0.3 for loss in easy_to_hard]),
+            ]
+        )
+        quality = only(quality_table(cells), task="continuation", method="unpruned")
+        assert quality["ci_low"] < 3.6 < quality["ci_high"]
+        table = comparison_table(cells)
+        row = only(table, task="continuation", method="sdtp", other="unpruned")
+        assert row["mean"] == pytest.approx(0.1, abs=0.01)
+        assert verdict(dict(row)) == "worse"
+        assert verdict(dict(only(table, task="continuation", other="recent"))) == "better"
+        # A constant shift has no spread at all; equal values show no difference.
+        assert verdict(dict(only(table, task="continuation", method="recent"))) == "worse"
+        assert verdict(dict(only(table, metric="accuracy", other="recent"))) == "no difference shown"
+
+    def test_differences_are_of_the_same_examples_with_seeds_averaged_first(self) -> None:
+        table = comparison_table(quality_cells([*UNPRUNED, *SDTP[::-1], *RANDOM]))
+        row = only(table, task="continuation", method="sdtp", other="random")
+        assert row["mean"] == pytest.approx(2.6 - 3.5)
+        # Example by example -1.9, -0.9, -0.9, 0.1: 4 of the 16 sign patterns are as extreme.
+        assert row["p_value"] == pytest.approx(4 / 16)
+
+    def test_p_values_are_adjusted_within_their_task_and_metric(self) -> None:
+        table = comparison_table(quality_cells([*UNPRUNED, *SDTP, *RANDOM]))
+        family = table[table["task"] == "continuation"].set_index(["method", "other"])
+        # SDTP - unpruned is 0.1 four times: 2 of 16 sign patterns; Random - unpruned is 2, 1, 1, 0: 4 of 16.
+        assert family["p_value"].to_dict() == pytest.approx(
+            {("sdtp", "unpruned"): 2 / 16, ("random", "unpruned"): 4 / 16, ("sdtp", "random"): 4 / 16}
+        )
+        assert family["p_holm"].to_dict() == pytest.approx(
+            {("sdtp", "unpruned"): 6 / 16, ("random", "unpruned"): 8 / 16, ("sdtp", "random"): 8 / 16}
+        )
+
+
 class TestCompleteness:
+    @staticmethod
+    def check(rows: list[dict[str, Any]], ratios: Sequence[float] = (0.9,), seeds: Sequence[int] = (0, 1)) -> None:
+        check_complete(rows, list(dict.fromkeys(row["method"] for row in rows)), ratios, seeds, IDS)
+
     def test_accepts_what_is_due(self) -> None:
-        check_complete([*UNPRUNED, *SDTP, *RANDOM], ["unpruned", "sdtp", "random"], [0.9], IDS)
+        self.check([*UNPRUNED, *SDTP, *RANDOM])
 
     def test_names_a_missing_job(self) -> None:
         with pytest.raises(UserError, match=r"\('sdtp', 0.8\)"):
-            check_complete([*UNPRUNED, *SDTP], ["unpruned", "sdtp"], [0.9, 0.8], IDS)
+            self.check([*UNPRUNED, *SDTP], ratios=[0.9, 0.8])
 
-    def test_names_missing_examples(self) -> None:
-        with pytest.raises(UserError, match=r"sdtp at keep ratio 0.9 was evaluated on 7 examples, 7 of the 8"):
-            check_complete([*UNPRUNED, *SDTP[1:]], ["unpruned", "sdtp"], [0.9], IDS)
+    def test_names_a_missing_example(self) -> None:
+        with pytest.raises(UserError, match=r"sdtp at keep ratio 0.9 has no row for 1 of 8 .* 'r0' with seed None"):
+            self.check([*UNPRUNED, *SDTP[1:]])
+
+    def test_names_a_seed_that_one_example_lacks(self) -> None:
+        with pytest.raises(UserError, match=r"random at keep ratio 0.9 has no row for 1 of 16 .* 'c3' with seed 1 .*"):
+            self.check([*UNPRUNED, *SDTP, *RANDOM[:-1]])
+
+    def test_names_seeds_that_were_not_asked_for(self) -> None:
+        with pytest.raises(UserError, match=r"has no row for 8 of 16 .* seed 2 .*each seed of \[0, 2\] is needed"):
+            self.check([*UNPRUNED, *RANDOM], seeds=[0, 2])
+
+    @pytest.mark.parametrize("twice", [SDTP[3], RANDOM[5], UNPRUNED[0], {**SDTP[3], "id": "r9"}])
+    def test_names_a_row_too_many(self, twice: dict[str, Any]) -> None:
+        with pytest.raises(
+            UserError, match=rf"{twice['method']} at keep ratio .* has a row too many .* '{twice['id']}'"
+        ):
+            self.check([*UNPRUNED, *SDTP, *RANDOM, twice])
 
 
 def test_tables_can_be_read_by_figures_and_report(tmp_path: Any) -> None:
+    cells = quality_cells([*UNPRUNED, *SDTP])
     write_csv(latency_table([FAST, SLOW]), tmp_path / "latency.csv")
-    write_csv(quality_table(quality_cells([*UNPRUNED, *SDTP])), tmp_path / "quality.csv")
+    write_csv(quality_table(cells), tmp_path / "quality.csv")
+    write_csv(comparison_table(cells), tmp_path / "comparisons.csv")
     assert read_latency(tmp_path / "latency.csv")["prefill_speedup"].tolist() == pytest.approx([1.0, 1.8, 2.5])
-    assert read_quality(tmp_path / "quality.csv")["n"].tolist() == [4] * 6
+    quality = read_quality(tmp_path / "quality.csv")
+    assert quality["n"].tolist() == [4] * 6
+    assert len(read_comparisons(tmp_path / "comparisons.csv", quality)) == 3

@@ -12,7 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from sdtp.errors import UserError
@@ -20,6 +20,7 @@ from sdtp.pipeline.shards import Labels
 from sdtp.pipeline.steps import saliency, saliency_index, train
 from sdtp.pruning.pruner import TokenPruner
 from sdtp.pruning.scorers import Learned
+from sdtp.training import objective
 from sdtp.training.saliency import saliency as compute
 
 MODEL = {"dtype": "float32", "attention": "sdpa"}
@@ -71,7 +72,9 @@ def run(tmp_path: Path, tiny_model: Callable[..., PreTrainedModel]) -> Path:
     ]
     Dataset.from_list(rows[:4]).save_to_disk(tmp_path / "data" / "train")
     Dataset.from_list(rows[4:]).save_to_disk(tmp_path / "data" / "heldout")
-    (tmp_path / "data" / "manifest.json").write_text(json.dumps({"content_sha256": "d" * 64}))
+    splits = {split: {"content_sha256": "e" * 64} for split in ("train", "heldout")}
+    manifest = {"content_sha256": "d" * 64, "splits": splits}
+    (tmp_path / "data" / "manifest.json").write_text(json.dumps(manifest))
     return tmp_path
 
 
@@ -93,10 +96,10 @@ def index_of(run: Path, shards: list[Path]) -> Path:
     return output
 
 
-def fit(run: Path, index: Path, settings: dict = TRAIN) -> None:
+def fit(run: Path, index: Path, settings: dict = TRAIN, code: str = "c" * 64) -> None:
     files = ["--output", str(run / "pruner"), "--history", str(run / "history.csv")]
     files += ["--checkpoints", str(run / "checkpoints"), "--metrics", str(run / "metrics" / "train.json")]
-    train.main(["--settings", json.dumps(settings), *inputs(run), "--saliency", str(index), *files])
+    train.main(["--settings", json.dumps(settings), *inputs(run), "--saliency", str(index), "--code", code, *files])
 
 
 def test_shards_hold_each_example_once_with_what_made_them(
@@ -198,6 +201,34 @@ def test_train_resumes_from_checkpoints_outside_its_outputs(run: Path) -> None:
     resumed = load_file(run / "pruner" / "pruner.safetensors")
     assert all(torch.equal(resumed[name], value) for name, value in weights.items())
     assert (run / "history.csv").read_text() == history
+
+
+@pytest.mark.parametrize("changed", ["labels", "code"])
+def test_train_does_not_resume_what_other_labels_or_other_code_made(
+    run: Path, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    """A finished run leaves checkpoints; a rerun is there because something changed."""
+    index = index_of(run, [shard(run, 0), shard(run, 1)])
+    fit(run, index)
+    before = load_file(run / "pruner" / "pruner.safetensors")
+    code = "c" * 64
+    if changed == "labels":  # other numbers, of the same model, data and settings
+        for path in sorted((run / "saliency").glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                described = file.metadata()
+            save_file({name: -labels for name, labels in load_file(path).items()}, path, described)
+        index = index_of(run, sorted((run / "saliency").glob("*.safetensors")))
+    else:
+        code = "e" * 64
+        true_loss = objective.standardised_mse
+        monkeypatch.setattr(objective, "standardised_mse", lambda *args: 2 * true_loss(*args))
+    fit(run, index, code=code)
+    after = load_file(run / "pruner" / "pruner.safetensors")
+    shutil.rmtree(run / "checkpoints")
+    fit(run, index, code=code)
+    anew = load_file(run / "pruner" / "pruner.safetensors")
+    assert all(torch.equal(after[name], value) for name, value in anew.items())
+    assert not any(torch.equal(after[name], before[name]) for name in before if name.endswith("weight"))
 
 
 @pytest.mark.parametrize(

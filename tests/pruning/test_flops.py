@@ -3,6 +3,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+from transformers import MixtralConfig
 
 from sdtp.pruning import flops
 from sdtp.pruning.schedule import PruningSchedule
@@ -75,3 +76,8 @@ def test_cache_bytes_by_hand():
 def test_bounds_of_the_reference_models(config, ratio, tokens, bound):
     schedule = PruningSchedule.geometric(num_layers=config.num_hidden_layers, start=4, step=3, ratio=ratio)
     assert flops.prefill(config, tokens) / flops.prefill(config, tokens, schedule) == pytest.approx(bound, abs=0.02)
+
+
+def test_a_mixture_of_experts_is_not_counted_as_dense():
+    with pytest.raises(ValueError, match="mixture of experts"):
+        flops.prefill(MixtralConfig(num_local_experts=8), 1024)

@@ -8,7 +8,7 @@ import torch
 from sdtp.pruning import prefill, schedule, scorers
 from sdtp.pruning.pruner import TokenPruner
 from sdtp.pruning.schedule import PruningSchedule
-from tests.pruning.reference import masked_logits
+from tests.pruning.reference import masked_logits, removal
 
 SCHEDULE = PruningSchedule((1, 3), (0.6, 0.32), sinks=2, local=0.1, min_local=8)
 
@@ -53,8 +53,16 @@ def unsorted_survivors(patch):
     patch(prefill, "select", lambda *args: (original(*args)[0].flip(1), original(*args)[1]))
 
 
+def blank_states(patch):
+    """Scorers are handed zeros in place of the hidden states."""
+    patch(prefill, "StageView", lambda a, b, hidden, *rest: scorers.StageView(a, b, torch.zeros_like(hidden), *rest))
+
+
 def check(model):
-    """Removal against hidden keys in a padded batch, counts against the schedule, prompt lookup against greedy."""
+    """Removal against hidden keys in a padded batch, counts against the schedule, prompt lookup against greedy.
+
+    Last, the survivors of a scorer that reads states against those of removal one layer at a time.
+    """
     ids = torch.randint(3, 128, (1, 10)).repeat(2, 4)
     real = torch.ones_like(ids)
     real[1, :6] = 0
@@ -70,6 +78,10 @@ def check(model):
     assert (logits - expected).abs().max() <= 1e-9
     assert [(k >= 0).sum(1).tolist() for k in kept] == [[24, 20], [13, 11]]  # 0.6 and 0.32 of 40 and 34
     assert torch.equal(greedy, lookup)
+    with TokenPruner(SCHEDULE, scorers.HiddenNorm())(model) as trace, torch.no_grad():
+        model(ids[:1])
+        longest = removal(model, ids[:1], 40, SCHEDULE, lambda stage, hidden, prompt: hidden.norm(dim=-1))[1]
+    assert [k[0].tolist() for k in trace.kept] == longest
 
 
 def test_the_real_thing_passes(tiny_model):
@@ -85,11 +97,13 @@ def test_the_real_thing_passes(tiny_model):
         dropped_padding,
         candidates_counted,
         unsorted_survivors,
+        blank_states,
     ],
     ids=lambda mutant: mutant.__name__,
 )
 def test_every_mutant_is_noticed(tiny_model, monkeypatch, mutant):
     model = tiny_model(dtype=torch.float64)
     mutant(monkeypatch.setattr)
-    with pytest.raises((AssertionError, ValueError)):  # counted candidates run into the cache's own guard
+    # Counted candidates run into the cache's own guard; the others must be seen in what comes out.
+    with pytest.raises(ValueError if mutant is candidates_counted else AssertionError):
         check(model)

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationConfig,
+    Ministral3Config,
+    Olmo2Config,
+    SmolLM3Config,
+    StaticCache,
+)
 
 from sdtp.pruning import scorers
 from sdtp.pruning.cache import PrunedLayer
 from sdtp.pruning.prefill import Prefill
 from sdtp.pruning.pruner import TokenPruner
 from sdtp.pruning.schedule import PruningSchedule
+from tests.conftest import TINY
 from tests.pruning.reference import masked_logits
 
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral"]
@@ -240,8 +250,33 @@ def test_the_cache_knows_positions_through_decoding_reordering_and_cropping(tiny
     cache.crop(-2)
     assert cache.layers[2].positions.tolist() == [rows[1][:-2], rows[0][:-2]]
     assert cache.get_seq_length(2) == 10
-    with pytest.raises(ValueError, match="pruned prompt"):
-        cache.layers[2].crop(-1)
+    assert cache.layers[0].positions.tolist() == [[-1] * 5 + [*range(15)], [*range(20)]]
+
+
+@pytest.mark.parametrize("schedule", [SCHEDULE, PruningSchedule((3,), (0.3,), local=0.1, min_local=3)])
+def test_a_refusal_leaves_the_cache_as_it_was(tiny_model, schedule):
+    model = tiny_model(dtype=torch.float64)
+    ids, _ = prompt(20)
+    new = torch.randint(3, 128, (1, 3))
+    pruner = TokenPruner(SCHEDULE, scorers.Random(2))
+    with pruner(model) as trace, torch.no_grad():
+        cache = model(ids).cache
+        kept = [k.clone() for k in trace.kept]
+    refusals = [
+        (lambda: model(new, cache=cache), RuntimeError, "with pruner"),
+        (lambda: cache.crop(-1), ValueError, "pruned prompt"),
+        (lambda: cache.reset(), RuntimeError, "new cache"),
+    ]
+    for refused, error, words in refusals:
+        with pytest.raises(error, match=words), torch.no_grad():
+            refused()
+        assert [layer.get_seq_length() for layer in cache.layers] == [20, 12, 12, 6]
+    # What the first refusal advises is right afterwards, also under a pruner whose stages begin later.
+    with TokenPruner(schedule, scorers.Random(2))(model), torch.no_grad():
+        logits = model(new, cache=cache).logits
+    sequence = torch.cat([ids, new], dim=1)
+    expected = masked_logits(model, sequence, torch.ones_like(sequence), SCHEDULE.layers, kept, prompt=20)
+    assert_close(logits[0], expected[0, 20:], torch.float64)
 
 
 def test_outside_the_context_one_token_is_right_and_more_are_refused(tiny_model):
@@ -359,6 +394,8 @@ def test_what_a_pruned_prefill_refuses(tiny_model):
         (lambda: model(ids, labels=ids), "labels"),
         (lambda: model(ids, output_hidden_states=True), "output_hidden_states"),
         (lambda: model(ids, output_attentions=True), "output_attentions"),
+        (lambda: model.model(ids, output_hidden_states=True), "output_hidden_states"),
+        (lambda: model(ids, logits_to_keep=None), "logits_to_keep=None"),
         (lambda: model(ids, logits_to_keep=12), "logits_to_keep=12"),
         (lambda: model(ids, attention_mask=torch.ones(1, 1, 40, 40)), "4 dimensions"),
         (lambda: model(ids, attention_mask=torch.zeros(1, 40)), "no token"),
@@ -369,19 +406,36 @@ def test_what_a_pruned_prefill_refuses(tiny_model):
         for call, words in refused:
             with pytest.raises(ValueError, match=words):
                 call()
+        # As `generate` does, settings that the call leaves open are taken from the model's own configuration.
+        for name, value in (("prefill_chunk_size", 8), ("use_cache", False)):
+            usual = getattr(model.generation_config, name)
+            setattr(model.generation_config, name, value)
+            with pytest.raises(ValueError, match=f"{name}={value}"):
+                model.generate(input_ids=ids, generation_config=GenerationConfig(max_new_tokens=2))
+            setattr(model.generation_config, name, usual)
         with pytest.raises(TypeError, match="StaticLayer"):
             model(ids, cache=StaticCache(config=model.config, max_cache_len=64))
         assert model(ids, logits_to_keep=3).logits.shape[1] == 3
 
 
-def test_scores_that_are_not_numbers_name_the_stage(tiny_model):
+@pytest.mark.parametrize("keep", [(0.6, 0.3), (1.0, 0.3)])
+def test_scores_that_are_not_numbers_name_the_stage(tiny_model, keep):
     class Broken:
         def score(self, view):
             return torch.full(view.positions.shape, torch.nan if view.stage == 1 else 0.0)
 
     model = tiny_model()
-    with pytest.raises(ValueError, match="NaN scores at stage 1"), TokenPruner(SCHEDULE, Broken())(model):
+    schedule = dataclasses.replace(SCHEDULE, keep=keep)
+    with pytest.raises(ValueError, match="NaN scores at stage 1"), TokenPruner(schedule, Broken())(model):
         model(prompt(40)[0])
+
+
+def test_protect_of_another_shape_is_refused(tiny_model):
+    model = tiny_model()
+    for shape in ((0, 40), (40,), (1, 39)):
+        protect = torch.ones(shape, dtype=torch.bool)
+        with pytest.raises(ValueError, match="protect is"), TokenPruner(SCHEDULE, scorers.Random())(model, protect):
+            model(prompt(40)[0])
 
 
 def test_models_of_another_kind_or_size_are_refused_by_name(tiny_model):
@@ -395,3 +449,37 @@ def test_models_of_another_kind_or_size_are_refused_by_name(tiny_model):
         TokenPruner(SCHEDULE, scorers.Random())(tiny_model(num_hidden_layers=2)).__enter__()
     with pytest.raises(ValueError, match="3 stages, the schedule has 2"):
         TokenPruner(SCHEDULE, scorers.Learned(32, 3))
+    with pytest.raises(ValueError, match="5 stages, the schedule has 2"):
+        TokenPruner(SCHEDULE, scorers.Saliency(torch.rand(5, 1, 40)))
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (SmolLM3Config(**TINY, no_rope_layers=[1, 1, 1, 0]), "no rotary positions"),
+        (Ministral3Config(**TINY, sliding_window=None), "position_ids"),
+    ],
+    ids=["no rotary table in some layers", "attention reads position ids"],
+)
+def test_decoders_that_would_be_pruned_wrong_are_refused(config, reason):
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(TypeError, match=f"{type(model).__name__} is not supported: .*{reason}"):
+        TokenPruner(SCHEDULE, scorers.Random())(model).__enter__()
+
+
+def test_last_query_refuses_query_norms_it_does_not_know():
+    model = AutoModelForCausalLM.from_config(Olmo2Config(**TINY))
+    with (
+        pytest.raises(ValueError, match="query norms over one head"),
+        TokenPruner(SCHEDULE, scorers.LastQuery())(model),
+    ):
+        model(prompt(40)[0])
+
+
+def test_an_own_generate_of_the_model_is_put_back(tiny_model):
+    model = tiny_model()
+    own = model.generate
+    model.generate = own
+    with TokenPruner(SCHEDULE, scorers.Random())(model):
+        assert model.__dict__["generate"] is not own
+    assert model.__dict__["generate"] is own

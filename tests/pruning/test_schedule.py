@@ -69,6 +69,7 @@ def test_survives_json():
     [
         ({"layers": (0, 2)}, "layer 1 or later"),
         ({"layers": (2, 2)}, "ascending"),
+        ({"layers": (1.0, 2)}, "whole numbers"),
         ({"layers": (3,)}, "one per layer"),
         ({"keep": (0.5, 0.0)}, r"\(0, 1\]"),
         ({"keep": (0.5, 0.6)}, "earlier"),

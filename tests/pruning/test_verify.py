@@ -39,6 +39,18 @@ def test_a_wrong_pruner_fails(tiny_model, monkeypatch):
     assert mask_equals_removal(model, TokenPruner(SCHEDULE, scorers.Random(1)), ids) > 1e-3
 
 
+def test_a_scorer_that_reads_the_cache_can_be_verified(tiny_model):
+    model = tiny_model(dtype=torch.float64)
+    ids = torch.randint(3, 128, (1, 40))
+    assert mask_equals_removal(model, TokenPruner(SCHEDULE, scorers.LastQuery()), ids) < 1e-9
+
+
+def test_a_schedule_without_stages_is_refused(tiny_model):
+    pruner = TokenPruner(PruningSchedule((), ()), scorers.Random())
+    with pytest.raises(ValueError, match="no stages"):
+        mask_equals_removal(tiny_model(), pruner, torch.ones(1, 5, dtype=torch.long))
+
+
 def test_a_batch_is_refused(tiny_model):
     with pytest.raises(ValueError, match="2 rows"):
         mask_equals_removal(tiny_model(), TokenPruner(SCHEDULE, scorers.Random(1)), torch.ones(2, 5, dtype=torch.long))

@@ -6,13 +6,16 @@ from scipy.stats import kendalltau
 
 from sdtp.errors import UserError
 from sdtp.pruning.scorers import Learned
+from sdtp.training.examples import Example
 from sdtp.training.label_fit import fit_labels, stage_states
 
 
 def fit(scorer, states, saliency, epochs=30, seed=0, mse=1.0, rank=1.0):
     losses = []
+    ids = torch.zeros(1, dtype=torch.long)  # the states say what the tokens were
+    examples = [Example(f"e{index}", ids, ids, labels) for index, labels in enumerate(saliency)]
     fit_labels(
-        scorer, states, saliency, epochs=epochs, learning_rate=1e-2, mse=mse, rank=rank, seed=seed,
+        scorer, states, examples, epochs=epochs, learning_rate=1e-2, mse=mse, rank=rank, seed=seed,
         log=lambda loss, epoch: losses.append((epoch, loss)),
     )  # fmt: skip
     return losses
@@ -69,8 +72,11 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(data):
     assert not torch.equal(runs[0], runs[2])
 
 
-def test_a_loss_that_is_not_finite_stops(data):
+@pytest.mark.parametrize(("mse", "rank"), [(1.0, 0.0), (0.0, 1.0), (1.0, 1.0)])
+def test_a_loss_that_is_not_finite_names_example_and_stage(data, mse, rank):
     states, saliency = data
-    states[1][0, 0, 0] = torch.inf
-    with pytest.raises(UserError, match="label epoch 1 is nan"):
-        fit(make_scorer(), states, saliency)
+    states[2][1, 0, 0] = torch.inf
+    scorer = make_scorer()
+    with pytest.raises(UserError, match="loss of example 'e2' at stage 1 in label epoch 1 is nan"):
+        fit(scorer, states, saliency, mse=mse, rank=rank)
+    assert all(value.isfinite().all() for value in scorer.state_dict().values())

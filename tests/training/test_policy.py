@@ -10,6 +10,7 @@ from sdtp.pruning.schedule import PruningSchedule
 from sdtp.pruning.scorers import Learned
 from sdtp.training.attention import masked_key_attention
 from sdtp.training.policy import MaskingPolicy, gumbel_noise
+from tests.pruning.reference import removal
 
 N, R = 30, 6
 SCHEDULE = PruningSchedule((1, 2, 3), (0.7, 0.5, 0.3), sinks=2, local=0.1, min_local=3)
@@ -26,35 +27,6 @@ def make_scorer(schedule=SCHEDULE):
 
 def noise(stage, tokens):
     return gumbel_noise(0, 0, "example", stage, tokens)
-
-
-def removal(model, input_ids, prompt_tokens, schedule, score):
-    """The meaning of pruning, layer by layer on gathered states: survivors keep position and order."""
-    backbone = model.model
-    hidden = backbone.embed_tokens(input_ids)
-    positions = torch.arange(input_ids.shape[1])
-    prompt = list(range(prompt_tokens))
-    counts = schedule.surviving(prompt_tokens)
-    entering, kept = [], []
-    for index, layer in enumerate(backbone.layers):
-        if index in schedule.layers:
-            stage = schedule.layers.index(index)
-            n = len(prompt)
-            tail = schedule.protected_tail(n)
-            values = score(stage, hidden[0, :n], prompt)
-            entering.append((list(prompt), hidden[0, :n]))
-            forced = [i for i in range(n) if prompt[i] < schedule.sinks or i >= n - tail]
-            free = sorted((i for i in range(n) if i not in forced), key=lambda i: (-values[i].item(), i))
-            chosen = sorted(forced + free[: counts[stage] - len(forced)])
-            columns = torch.tensor(chosen + list(range(n, hidden.shape[1])))
-            hidden, positions = hidden[:, columns], positions[columns]
-            prompt = [prompt[i] for i in chosen]
-            kept.append(prompt)
-        length = hidden.shape[1]
-        mask = torch.full((length, length), -torch.inf, dtype=hidden.dtype).triu(1)[None, None]
-        rope = backbone.rotary_emb(hidden, position_ids=positions[None])
-        hidden = layer(hidden, attention_mask=mask, position_ids=positions[None], position_embeddings=rope)
-    return backbone.norm(hidden)[0], kept, entering
 
 
 @pytest.mark.parametrize(
@@ -157,14 +129,23 @@ def test_attention_has_the_gradients_of_its_formula_and_the_slope_of_bringing_a_
         assert mask_gradient[batch, 0, row, column].item() == pytest.approx(slope.item(), abs=1e-12)
 
 
-def test_a_hidden_key_that_attention_wants_has_a_bounded_gradient():
-    query = key = torch.tensor([[[[0.0], [30.0], [5.0]]]], dtype=torch.float64)
-    value = torch.tensor([[[[0.0], [1.0], [0.0]]]], dtype=torch.float64)
-    mask = torch.tensor([[[[1.0, 0, 0], [1, 1, 0], [1, 0, 1]]]], dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wanted", [30.0, 300.0])
+def test_a_hidden_key_that_attention_wants_has_a_bounded_gradient(dtype, wanted):
+    # The third query's scores are 0, 150 or 1500, and 25: e to the difference is beyond float32, or any float.
+    query, key = (torch.tensor([[[[0.0], [wanted], [5.0]]]], dtype=dtype, requires_grad=True) for _ in range(2))
+    value = torch.tensor([[[[0.0], [1.0], [0.0]]]], dtype=dtype, requires_grad=True)
+    mask = torch.tensor([[[[1.0, 0, 0], [1, 1, 0], [1, 0, 1]]]], dtype=torch.promote_types(dtype, torch.float32))
+    mask.requires_grad_(True)
     masked_key_attention(query, key, value, mask, 1.0)[0, 0, 2].sum().backward()
     # The third query would give the second key all its weight: the result would go from 0 to 1, and no further.
     assert mask.grad is not None
     assert mask.grad[0, 0, 2, 1].item() == pytest.approx(1.0, abs=1e-12)
+    # It does not see that key as things are, and what it sees has value 0.
+    assert torch.equal(mask.grad[0, 0].float(), torch.tensor([[0.0, 0, 0], [0, 0, 0], [0, 1, 0]]))
+    assert value.grad[0, 0, :, 0].tolist() == pytest.approx([0.0, 0.0, 1.0], abs=1e-6)
+    for tensor in (query, key):
+        assert torch.equal(tensor.grad, torch.zeros_like(tensor))
 
 
 def masked_loss(model, masks):

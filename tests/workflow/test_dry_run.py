@@ -10,6 +10,7 @@ from tests.workflow.project import copy_project, job_counts, snakemake
 
 DEFAULT = {
     "model": 1,
+    "check": 1,
     "data": 1,
     "saliency": 2,
     "saliency_index": 1,
@@ -35,7 +36,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_empty_clone_plans_every_step(clone: Path, snakefile: str) -> None:
     output = snakemake(clone, "--dry-run", "--snakefile", snakefile).stdout
     assert job_counts(output) == DEFAULT
-    assert f"Checking the 11 steps of run default: {', '.join(DEFAULT)}" in output
+    assert f"Checking the 12 steps of run default: {', '.join(DEFAULT)}" in output
 
 
 def test_qwen2_jobs_on_eight_gpus(clone: Path) -> None:

@@ -24,16 +24,16 @@ UNPRUNED = {"evaluate/unpruned-1.0"}
 FROM_TRAIN = {"train"} | BENCHMARKS | GENERATIONS | SDTP | GATHERED
 FROM_SALIENCY = {"saliency/0", "saliency/1", "saliency-index"} | FROM_TRAIN
 FROM_DATA = {"data"} | FROM_SALIENCY | RANDOM | UNPRUNED
-ALL = {"model"} | FROM_DATA
+ALL = {"model", "check"} | FROM_DATA
 
 CHANGES: list[tuple[dict[str, Any], set[str]]] = [
     ({"seed": 1}, FROM_DATA),
     ({"model": {"trust_remote_code": True}}, ALL),
     ({"model": {"dtype": "float16"}}, FROM_SALIENCY | RANDOM | UNPRUNED),
-    ({"data": {"max_tokens": 300}}, FROM_DATA),
+    ({"data": {"max_tokens": 300}}, FROM_DATA | {"check"}),
     ({"data": {"distractors": 3}}, FROM_DATA),
     ({"data": {"test": {"examples": 3}}}, FROM_DATA),
-    ({"pruning": {"step": 2}}, FROM_SALIENCY | RANDOM),
+    ({"pruning": {"step": 2}}, FROM_SALIENCY | RANDOM | {"check"}),
     ({"pruning": {"sinks": 5}}, FROM_TRAIN | RANDOM),
     (
         {"pruning": {"keep_ratios": [0.8, 0.6]}},
@@ -44,7 +44,7 @@ CHANGES: list[tuple[dict[str, Any], set[str]]] = [
     ({"training": {"steps": 5}}, FROM_TRAIN),
     ({"training": {"weights": {"mse": 0}}}, FROM_TRAIN),
     ({"training": {"keep_ratio": 0.7}}, FROM_TRAIN),
-    ({"generation": {"max_new_tokens": 5}}, GENERATIONS | {"figures", "report"}),
+    ({"generation": {"max_new_tokens": 5}}, GENERATIONS | {"figures", "report", "check"}),
     ({"benchmark": {"repeats": 6}}, BENCHMARKS | GATHERED),
     ({"evaluation": {"seeds": [0, 2]}}, RANDOM | GATHERED),
     (
@@ -65,12 +65,12 @@ def overlay(path: Path, change: dict[str, Any]) -> str:
 
 def test_whole_workflow_ran(finished_run: Path) -> None:
     results = finished_run / "results" / "tiny"
-    assert "19 of 19 steps (100%) done" in (finished_run / "snakemake.txt").read_text(encoding="utf-8")
+    assert "20 of 20 steps (100%) done" in (finished_run / "snakemake.txt").read_text(encoding="utf-8")
     assert (results / "report.html").stat().st_size > 10_000
-    assert len(list((results / "metrics").iterdir())) == 17  # figures has no number to tell
-    assert len(list((results / "resources").iterdir())) == 18
+    assert len(list((results / "metrics").iterdir())) == 18  # figures has no number to tell
+    assert len(list((results / "resources").iterdir())) == 19
     logs = {path.relative_to(finished_run / "logs" / "tiny"): path for path in (finished_run / "logs").rglob("*.log")}
-    assert len(logs) == 18
+    assert len(logs) == 19
     for path in logs.values():
         assert re.search(r"^[a-z-]+: done in \d+\.\d s$", path.read_text(encoding="utf-8"), flags=re.MULTILINE), path
 
@@ -86,7 +86,7 @@ def test_changed_setting_reruns_what_uses_it(
 def test_nothing_to_do_whatever_the_hash_seed(finished_run: Path, seed: str) -> None:
     output = snakemake(finished_run, "--configfile", "tiny.yaml", PYTHONHASHSEED=seed).stdout
     assert "Nothing to be done" in output
-    assert "Checking the 11 steps of run tiny: model, data, saliency, saliency_index, train, generate" in output
+    assert "Checking the 12 steps of run tiny: model, check, data, saliency, saliency_index, train, generate" in output
 
 
 def test_nothing_to_do_with_keys_in_another_order_and_numbers_written_otherwise(
@@ -129,6 +129,12 @@ def test_edited_code_reruns_the_steps_it_decides(project: Path, edited: str, job
     with (project / "src" / "sdtp" / edited).open("a", encoding="utf-8") as file:
         file.write("\nEDITED = True\n")
     assert planned(project, "--configfile", "tiny.yaml") == jobs
+
+
+def test_changed_file_of_the_users_own_reruns_what_reads_it(project: Path) -> None:
+    with (project / "tiny-model" / "config.json").open("a", encoding="utf-8") as file:
+        file.write("\n")
+    assert planned(project, "--configfile", "tiny.yaml") == ALL
 
 
 def test_deleted_figure_is_drawn_again(project: Path) -> None:

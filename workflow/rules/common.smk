@@ -18,8 +18,11 @@ os.environ.update(PATH=os.pathsep.join([str(Path(sys.executable).parent), os.env
 from sdtp.errors import UserError
 from sdtp.pipeline import schema, tracking
 from sdtp.pipeline.codehash import code_hash
+from sdtp.pipeline.devices import visible_gpus
+from sdtp.pipeline.figures import FIGURES
 from sdtp.pipeline.files import canonical_json
 from sdtp.pipeline.mlflow_store import tracking_uri
+from sdtp.pipeline.sources import own_files
 
 try:
     SCHEMA = schema.load_schema(ROOT / "workflow" / "schemas" / "config.schema.yaml")
@@ -28,6 +31,13 @@ try:
     RESULTS = f"results/{config['run']}"
     LOGS = f"logs/{config['run']}"
     tracking_uri(Path(RESULTS), config["tracking"]["uri"])
+    MODEL_FILES = own_files(config["model"]["source"], "model.source")
+    DATA_FILES = [
+        file
+        for split in ("train", "test")
+        for file in own_files(config["data"][split]["source"], f"data.{split}.source")
+    ]
+    GPUS = len(visible_gpus())
 except UserError as error:
     raise WorkflowError(str(error))
 
@@ -36,11 +46,12 @@ KEEP_RATIOS = [str(ratio) for ratio in config["pruning"]["keep_ratios"]]
 UNPRUNED_RATIO = "1.0"
 METHODS = config["evaluation"]["methods"]
 SHARDS = [str(shard) for shard in range(config["saliency"]["shards"])]
-FIGURES = ["saliency", "sparsity", "training", "latency", "speedup", "quality"]
 
 # For steps that use the whole machine. Without --cores (on a cluster) a profile sets their threads, and `workflow.cores`
 # would raise.
 ALL_CORES = workflow.resource_settings.cores or 1
+# For the long step that is not timed: on the CPU the whole machine, on a GPU that one's share, so that the others work.
+GPU_SHARE = max(1, ALL_CORES // max(1, GPUS))
 
 # The network fails now and then; a file on this machine does not.
 MODEL_RETRIES = 2 if config["model"]["source"]["kind"] == "hub" else 0
@@ -100,9 +111,9 @@ def evaluated_pruner(wildcards):
     return "<results>/pruner" if wildcards.method == "sdtp" else []
 
 
-def pruner_option(wildcards):
+def pruner_option(wildcards, input):
     """The command-line option for it."""
-    return f"--pruner {RESULTS}/pruner" if wildcards.method == "sdtp" else ""
+    return f"--pruner {input.pruner}" if wildcards.method == "sdtp" else ""
 
 
 def evaluations():

@@ -1,5 +1,6 @@
 rule data:
     input:
+        local(DATA_FILES),
         model="<results>/model",
     output:
         data=directory("<results>/data"),

@@ -1,4 +1,6 @@
 rule model:
+    input:
+        local(MODEL_FILES),
     output:
         model=directory("<results>/model"),
         metrics="<results>/metrics/model.json",

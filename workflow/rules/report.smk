@@ -14,6 +14,11 @@ rule tables:
             caption="../report/quality.rst",
             category="Tables",
         ),
+        comparisons=report(
+            "<results>/tables/comparisons.csv",
+            caption="../report/comparisons.rst",
+            category="Tables",
+        ),
         metrics="<results>/metrics/tables.json",
     log:
         "<logs>/tables.log",
@@ -25,14 +30,14 @@ rule tables:
     resources:
         gpu=0,
     params:
-        settings=settings("run", "pruning.keep_ratios", "evaluation.methods"),
+        settings=settings("run", "pruning.keep_ratios", "evaluation.methods", "evaluation.seeds"),
         code=code_hash("sdtp.pipeline.steps.tables"),
     message:
         "Gathering the tables"
     shell:
         "sdtp --log {log} tables --settings {params.settings:q} --data {input.data} --benchmarks {input.benchmarks}"
         " --evaluations {input.evaluations} --latency {output.latency} --quality {output.quality}"
-        " --metrics {output.metrics}"
+        " --comparisons {output.comparisons} --metrics {output.metrics}"
 
 
 rule figures:
@@ -78,11 +83,13 @@ rule report:
     input:
         model="<results>/model",
         data="<results>/data",
+        index="<results>/saliency/index.json",
         pruner="<results>/pruner",
         history="<results>/training/history.csv",
         generations=expand("<results>/generations/ratio-{keep_ratio}.jsonl", keep_ratio=KEEP_RATIOS),
         latency="<results>/tables/latency.csv",
         quality="<results>/tables/quality.csv",
+        comparisons="<results>/tables/comparisons.csv",
         benchmarks=expand("<results>/benchmark/ratio-{keep_ratio}.json", keep_ratio=KEEP_RATIOS),
         figures=rules.figures.output.svg,
     output:
@@ -105,6 +112,6 @@ rule report:
         "Writing the report"
     shell:
         "sdtp --log {log} report --settings {params.settings:q} --model {input.model} --data {input.data}"
-        " --pruner {input.pruner} --history {input.history} --generations {input.generations}"
-        " --latency {input.latency} --quality {input.quality} --benchmarks {input.benchmarks}"
-        " --figures {params.results}/figures --output {output.html} --metrics {output.metrics}"
+        " --saliency {input.index} --pruner {input.pruner} --history {input.history} --generations {input.generations}"
+        " --latency {input.latency} --quality {input.quality} --comparisons {input.comparisons}"
+        " --benchmarks {input.benchmarks} --figures {params.results}/figures --output {output.html} --metrics {output.metrics}"

@@ -14,7 +14,7 @@ rule train:
         "<benchmarks>/train.tsv"
     conda:
         "../../envs/sdtp.yaml"
-    threads: ALL_CORES
+    threads: GPU_SHARE
     resources:
         gpu=1,
     params:
@@ -27,5 +27,5 @@ rule train:
     shell:
         "sdtp lease --gpus {resources.gpu} --"
         " sdtp --log {log} train --settings {params.settings:q} --model {input.model} --data {input.data}"
-        " --saliency {input.index} --checkpoints {params.checkpoints} --output {output.pruner}"
+        " --saliency {input.index} --checkpoints {params.checkpoints} --code {params.code} --output {output.pruner}"
         " --history {output.history} --metrics {output.metrics}"

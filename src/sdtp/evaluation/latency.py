@@ -1,7 +1,8 @@
 """Time of prefill and decode, unpruned, pruned and at the length bound, measured side by side in one process.
 
 Every arm runs the same greedy loop over the same model; they differ in the context they run in alone. The loop knows no
-stop token, so all arms generate the same number of tokens whatever stop ids the model has.
+stop token, so unpruned and pruned arms generate the same number of tokens whatever stop ids the model has; the
+length-bound arm stops after prefill, the one part it is compared by.
 """
 
 from __future__ import annotations

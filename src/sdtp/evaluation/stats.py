@@ -112,11 +112,24 @@ def paired_difference(first: Sequence[float], second: Sequence[float]) -> Paired
     return PairedDifference(float(differences.mean()), low, high, p_value, len(first))
 
 
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values adjusted for having been looked at together, in the order they came in (Holm 1979).
+
+    Calling a difference real where its adjusted value is at most `a` leaves a chance of at most `a` that any one of the
+    family is called so by mistake.
+    """
+    order = np.argsort(p_values, kind="stable")
+    raised = np.asarray(p_values, dtype=np.float64)[order] * np.arange(len(order), 0, -1)
+    adjusted = np.empty(len(order))
+    adjusted[order] = np.minimum(np.maximum.accumulate(raised), 1.0)
+    return [float(value) for value in adjusted]
+
+
 def retained_share(value: float, unpruned: float) -> float:
     """What is left of a score: 1 is as good as unpruned; nan where unpruned scored 0, of which no share can be kept."""
     return value / unpruned if unpruned else math.nan
 
 
 def retained_loss(value: float, unpruned: float) -> float:
-    """What is left for mean losses in nats: exp of unpruned minus value, the ratio of the mean token probabilities."""
+    """What is left for mean losses in nats: exp of unpruned minus value, the ratio of geometric mean probabilities."""
     return math.exp(unpruned - value)

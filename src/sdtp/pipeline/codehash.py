@@ -16,13 +16,16 @@ import grimp
 PACKAGE = "sdtp"
 
 # Modules that many steps import but whose edits change no result: they pass settings and devices on, raise, or record.
+# What decides anything about a result, such as a schedule or a number format, has no place in them.
 # What only they import does not count either. The CLI is not imported by steps; it stands here so that it never is.
 NEUTRAL = frozenset(
     {
         f"{PACKAGE}.cli",
         f"{PACKAGE}.errors",
+        f"{PACKAGE}.pipeline.architecture",
         f"{PACKAGE}.pipeline.config",
         f"{PACKAGE}.pipeline.devices",
+        f"{PACKAGE}.pipeline.limits",
         f"{PACKAGE}.pipeline.step",
         f"{PACKAGE}.pipeline.tracking",
     }

@@ -13,8 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from sdtp.pruning.schedule import PruningSchedule
-
 
 class Block:
     """Builds a frozen dataclass from the keys that were passed, which may be fewer than its fields."""
@@ -206,16 +204,3 @@ class Settings(Block):
     def from_json(cls, text: str) -> Self:
         """Parses the JSON object a rule passes as `--settings`. Raises ValueError for bad JSON or an unknown key."""
         return cls.from_mapping(json.loads(text))
-
-    def schedule(self, num_layers: int, ratio: float) -> PruningSchedule:
-        """The pruning schedule of these settings for a model of `num_layers` layers, keeping `ratio` per stage."""
-        pruning = self.pruning
-        return PruningSchedule.geometric(
-            num_layers=num_layers,
-            start=pruning.start,
-            step=pruning.step,
-            ratio=ratio,
-            sinks=pruning.sinks,
-            local=pruning.local,
-            min_local=pruning.min_local,
-        )

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -19,9 +18,10 @@ from sdtp.pipeline.config import DataSettings, Source
 from sdtp.pipeline.corpus import Corpus, read_corpus, split_documents
 from sdtp.pipeline.facts import TEST, TRAIN
 from sdtp.pipeline.files import atomic_folder, canonical_json
-from sdtp.pipeline.prompts import beginning, encode, encode_after, message_ids
-from sdtp.pipeline.records import Record, Records, read_records
-from sdtp.pipeline.tasks import Example, continuation_examples, retrieval_examples
+from sdtp.pipeline.instructions import MAX_RESPONSE_TOKENS, instruction_examples, normal
+from sdtp.pipeline.prompts import beginning, encode_after
+from sdtp.pipeline.records import Records, read_records
+from sdtp.pipeline.tasks import CONTINUATION_TOKENS, Example, continuation_examples, retrieval_examples
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 SPLITS = ("train", "heldout", "test")
 # Longest prompt any table of ours reports: the benchmark cuts its prompts from one text of at most this many tokens.
 BENCHMARK_TOKENS = 131_072
-# Answers written by people can be as long as documents; a loss over their first tokens says enough.
-MAX_RESPONSE_TOKENS = 256
+# The file of a data folder that holds the text benchmark prompts are cut from.
+BENCHMARK_FILE = "benchmark.json"
 
 
 @dataclass(frozen=True)
 class _Split:
-    """One split before it is written: its rows, what the manifest says of their origin, and text for the benchmark."""
+    """One split before it is written: its rows, and what the manifest says of their origin."""
 
     examples: list[Example]
     origin: dict[str, Any]
@@ -48,8 +48,8 @@ def build_dataset(
     """Writes `train`, `heldout` and `test` (save_to_disk), manifest.json and benchmark.json into folder `output`.
 
     A `package` source is a corpus: training gets half retrieval, half continuation, testing `examples` of each, from
-    different documents, phrasings and kinds of value. Other sources hold records, which become task `instruction`;
-    where training and testing name the same source, their records are disjoint.
+    different documents, phrasings and kinds of value. Other sources hold records, which become task `instruction`; one
+    whose prompt is in an earlier split is left out, whatever files the two come from.
 
     Args:
         tokenizer: the model's; its chat template shapes the prompts.
@@ -63,24 +63,18 @@ def build_dataset(
     Raises:
         UserError: a source is missing, malformed, too small, or not what its pinned sha256 says.
     """
-    test_is_train = _identity(settings.test.source) == _identity(settings.train.source)
     trained = _read(settings.train.source, "data.train.source")
-    tested = trained if test_is_train else _read(settings.test.source, "data.test.source")
-    _verify(trained, settings.train.source, "data.train.source")
-    _verify(tested, settings.test.source, "data.test.source")
+    tested = _read(settings.test.source, "data.test.source")
     counts = {"train": settings.train.examples, "heldout": settings.train.heldout, "test": settings.test.examples}
     splits: dict[str, _Split] = {}
+    used: set[str] = set()
     for split in SPLITS:
         content, source = (tested, settings.test.source) if split == "test" else (trained, settings.train.source)
         if isinstance(content, Corpus):
             splits[split] = _corpus_split(tokenizer, content, source, split, counts[split], settings, seed)
         else:
-            before = {"train": 0, "heldout": counts["train"], "test": counts["train"] + counts["heldout"]}[split]
-            if split == "test" and not test_is_train:
-                before = 0
-            splits[split] = _record_split(
-                tokenizer, content, source, split, before, counts[split], settings.max_tokens, seed
-            )
+            splits[split] = _record_split(tokenizer, content, source, split, counts[split], settings, seed, used)
+        used |= {normal(example.prompt) for example in splits[split].examples}
     described = {split: _describe(part) for split, part in splits.items()}
     manifest = {
         "seed": seed,
@@ -95,7 +89,7 @@ def build_dataset(
     with atomic_folder(output) as folder:
         for split, part in splits.items():
             _to_dataset(part.examples).save_to_disk(str(folder / split))
-        (folder / "benchmark.json").write_text(canonical_json({"source": settings.test.source.ref, "ids": benchmark}))
+        (folder / BENCHMARK_FILE).write_text(canonical_json({"source": settings.test.source.ref, "ids": benchmark}))
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
     return manifest
 
@@ -114,30 +108,35 @@ def load_split(data_dir: str | Path, split: str) -> Dataset:
     return load_from_disk(str(folder))
 
 
+def split_hash(data_dir: str | Path, split: str) -> str:
+    """The content hash of one split, from the manifest of its data folder."""
+    manifest = json.loads((Path(data_dir) / "manifest.json").read_text("utf-8"))
+    return str(manifest["splits"][split]["content_sha256"])
+
+
+def longest_response(settings: DataSettings) -> int:
+    """Most tokens that an example's response adds to its prompt; a planted value is shorter than a continuation."""
+    kinds = {settings.train.source.kind, settings.test.source.kind}
+    return CONTINUATION_TOKENS if kinds == {"package"} else MAX_RESPONSE_TOKENS
+
+
 def benchmark_prompt(data_dir: str | Path, tokens: int) -> list[int]:
     """The first `tokens` ids of the benchmark's text: documents of the test split, one after the other.
 
     Raises:
         UserError: the text is shorter.
     """
-    path = Path(data_dir) / "benchmark.json"
+    path = Path(data_dir) / BENCHMARK_FILE
     ids = json.loads(path.read_text())["ids"]
     if not 0 < tokens <= len(ids):
         raise UserError(f"benchmark.prompt_tokens: {tokens} is not in 1..{len(ids)}, the tokens of {path}")
     return list(ids[:tokens])
 
 
-def _identity(source: Source) -> tuple[str, str, str | None]:
-    return source.kind, source.ref, source.revision
-
-
 def _read(source: Source, key: str) -> Corpus | Records:
-    return read_corpus(source.ref) if source.kind == "package" else read_records(source, key)
-
-
-def _verify(content: Corpus | Records, source: Source, key: str) -> None:
+    content = read_corpus(source.ref) if source.kind == "package" else read_records(source, key)
     if source.sha256 is None or source.sha256 == content.sha256:
-        return
+        return content
     if content.sha256 is None:
         raise UserError(f"{key}.sha256: {source.sha256} cannot be checked for a hub source; pin its revision instead")
     raise UserError(f"{key}.sha256: expected {source.sha256}, found {content.sha256} for {source.ref}")
@@ -197,51 +196,20 @@ def _record_split(
     content: Records,
     source: Source,
     split: str,
-    before: int,
     count: int,
-    max_tokens: int,
+    settings: DataSettings,
     seed: int,
+    used: Set[str],
 ) -> _Split:
-    """Records `before`...`before + count` of the source in an order shuffled by `seed`."""
-    chosen = list(content.records)
-    random.Random(f"{seed}/records").shuffle(chosen)
-    chosen = chosen[before : before + count]
-    if len(chosen) < count:
-        raise UserError(
-            f"data: {count} {split} examples asked after {before} for other splits, "
-            f"but {source.ref} has {len(content.records)} usable records of {content.total}"
-        )
-    examples, cut = [], Counter({"prompts_cut": 0, "prompt_tokens_cut": 0, "responses_cut": 0})
-    for record in tqdm(chosen, desc=f"{split} instruction", unit="example"):
-        example, tokens_cut, response_cut = _record_example(tokenizer, record, split, max_tokens)
-        examples.append(example)
-        cut.update(prompts_cut=tokens_cut > 0, prompt_tokens_cut=tokens_cut, responses_cut=response_cut)
+    examples, counts = instruction_examples(
+        tokenizer, content, used, count=count, max_tokens=settings.max_tokens, split=split, seed=seed
+    )
     origin = {
         "source": {"kind": source.kind, "ref": source.ref, "revision": content.revision, "sha256": content.sha256},
         "records": {"total": content.total, "usable": len(content.records), "skipped": content.skipped},
-        **cut,
+        **counts,
     }
     return _Split(examples, origin)
-
-
-def _record_example(
-    tokenizer: PreTrainedTokenizerBase, record: Record, split: str, max_tokens: int
-) -> tuple[Example, int, bool]:
-    prompt_ids, tokens_cut = message_ids(tokenizer, record.prompt, max_tokens)
-    if tokenizer.chat_template is None:
-        response_ids = encode_after(tokenizer, "\n" + record.response)
-    else:
-        response_ids = encode(tokenizer, record.response)
-    example = Example(
-        id=f"{split}-{record.id}",
-        task="instruction",
-        prompt_ids=prompt_ids,
-        response_ids=response_ids[:MAX_RESPONSE_TOKENS],
-        prompt=record.prompt,
-        response=record.response,
-        source=record.where,
-    )
-    return example, tokens_cut, len(response_ids) > MAX_RESPONSE_TOKENS
 
 
 def _benchmark_ids(tokenizer: PreTrainedTokenizerBase, content: Corpus | Records) -> list[int]:

@@ -1,4 +1,4 @@
-"""Which device a step computes on, in what number format, and the leasing of GPUs to jobs.
+"""Which device a step computes on, and the leasing of GPUs to jobs.
 
 Snakemake only counts GPUs: it never says which one a job has. `sdtp lease --gpus K -- CMD` takes K of them, names them
 in CUDA_VISIBLE_DEVICES, and becomes CMD. One lock file stands for each GPU, by its UUID, in a folder of this host; the
@@ -36,24 +36,6 @@ def choose_device() -> "torch.device":
     import torch
 
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def choose_dtype(name: str, device: "torch.device") -> "torch.dtype":
-    """The number format called `name`; "auto" is bfloat16 on CUDA and float32 elsewhere.
-
-    Raises UserError for any name but auto, float32, bfloat16 and float16.
-    """
-    import torch
-
-    dtypes = {
-        "auto": torch.bfloat16 if device.type == "cuda" else torch.float32,
-        "float32": torch.float32,
-        "bfloat16": torch.bfloat16,
-        "float16": torch.float16,
-    }
-    if name not in dtypes:
-        raise UserError(f"model.dtype: {name!r} is not a number format; accepted: {', '.join(dtypes)}")
-    return dtypes[name]
 
 
 def main(argv: Sequence[str]) -> NoReturn:

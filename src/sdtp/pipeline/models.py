@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdtp.errors import UserError
+from sdtp.pipeline.architecture import check_architecture
 from sdtp.pipeline.config import Source
 from sdtp.pipeline.corpus import package_files
-from sdtp.pipeline.devices import choose_dtype
 from sdtp.pipeline.files import atomic_folder, sha256_file, sha256_files
 
 if TYPE_CHECKING:
@@ -42,7 +42,8 @@ def fetch_model(source: Source, output: str | Path, *, trust_remote_code: bool =
         The manifest: source, sha256, revision, parameters, dtype, model_type, num_layers, context_length, licence.
 
     Raises:
-        UserError: no such model, pickled weights only, or a checksum other than the pinned one.
+        UserError: no such model, one the pruner does not support (no weight is downloaded or copied then), pickled
+            weights only, or a checksum other than the pinned one.
     """
     revision: str | None
     with atomic_folder(output) as folder:
@@ -95,6 +96,24 @@ def load_model(folder: str | Path, dtype: str, attention: str, device: torch.dev
     return model
 
 
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The number format called `name`; "auto" is bfloat16 on CUDA and float32 elsewhere.
+
+    Raises UserError for any name but auto, float32, bfloat16 and float16.
+    """
+    import torch
+
+    dtypes = {
+        "auto": torch.bfloat16 if device.type == "cuda" else torch.float32,
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+    }
+    if name not in dtypes:
+        raise UserError(f"model.dtype: {name!r} is not a number format; accepted: {', '.join(dtypes)}")
+    return dtypes[name]
+
+
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder. Raises UserError where `folder` is not one."""
     from transformers import AutoTokenizer
@@ -105,12 +124,18 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _trusted(folder: str | Path) -> bool:
-    """Whether the user asked for the model's own code when the folder was made."""
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """What `fetch_model` wrote about the model of `folder`. Raises UserError where `folder` is not one it made."""
     path = Path(folder) / "manifest.json"
     if not path.is_file():
         raise UserError(f"{folder}: no manifest.json; a model folder made by `sdtp model` is needed")
-    return bool(json.loads(path.read_text("utf-8"))["trust_remote_code"])
+    manifest: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return manifest
+
+
+def _trusted(folder: str | Path) -> bool:
+    """Whether the user asked for the model's own code when the folder was made."""
+    return bool(read_manifest(folder)["trust_remote_code"])
 
 
 def weights_sha256(folder: str | Path) -> str:
@@ -139,6 +164,7 @@ def _from_package(source: Source, folder: Path) -> tuple[str, str, str]:
     sha256 = sha256_file(paths[0])
     _verify(str(paths[0]), source.sha256, sha256)
     licence = _convert_gguf(paths[0], folder)
+    check_architecture(folder, trust_remote_code=False)
     return importlib.metadata.version(distribution), sha256, licence
 
 
@@ -166,6 +192,7 @@ def _from_folder(source: Source, folder: Path, trust_remote_code: bool) -> tuple
     names = [file.name for file in path.iterdir()]
     if not any(fnmatch(name, _WEIGHTS) for name in names):
         raise UserError(_no_safetensors(f"folder {source.ref!r}", names))
+    check_architecture(path, trust_remote_code=trust_remote_code)
     sha256 = weights_sha256(path)
     _verify(f"weights in {source.ref}", source.sha256, sha256)
     for name in names:
@@ -185,6 +212,7 @@ def _from_hub(source: Source, folder: Path, trust_remote_code: bool) -> tuple[st
     names = [sibling.rfilename for sibling in info.siblings or []]
     if not any(fnmatch(name, _WEIGHTS) for name in names):
         raise UserError(_no_safetensors(f"hub model {source.ref!r}", names))
+    check_architecture(source.ref, revision=info.sha, trust_remote_code=trust_remote_code)
     # Into the hub's own cache, where an interrupted download goes on; weights in subfolders are other formats.
     snapshot = Path(
         snapshot_download(

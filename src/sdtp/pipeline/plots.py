@@ -10,7 +10,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from sdtp.errors import UserError
-from sdtp.pipeline.plotstyle import METHODS, OTHER, SPLITS, STYLE, label_ends, name_of, shades
+from sdtp.pipeline.plotstyle import METHODS, OTHER, SPLITS, STYLE, label_ends, name_of, saliency_name, shades
 from sdtp.pipeline.results import LOWER_IS_BETTER, nearest_length, smoke, with_speedup
 
 # More columns than the figure has pixels would drop tokens; the largest of each group is drawn instead.
@@ -20,13 +20,14 @@ MASSES = {0.9: "#D55E00", 0.8: "#CC79A7", 0.5: "#009E73"}
 
 
 @mpl.rc_context(STYLE)
-def saliency(scores: np.ndarray, layers: Sequence[int], tokens: Sequence[str]) -> Figure:
+def saliency(scores: np.ndarray, layers: Sequence[int], tokens: Sequence[str], reduction: str) -> Figure:
     """Heat map of one prompt's saliency, after the paper's Fig. 1.
 
     Args:
         scores: [stages, tokens], finite; magnitudes are drawn, on a logarithmic scale.
         layers: [stages], the decoder layer each stage's hidden states enter.
         tokens: [tokens], their texts; the most salient ones are labelled.
+        reduction: that of the scores, a key of `REDUCTIONS`; named in the colour bar's label.
     """
     magnitude = np.abs(scores)
     if magnitude.shape != (len(layers), len(tokens)):
@@ -50,7 +51,7 @@ def saliency(scores: np.ndarray, layers: Sequence[int], tokens: Sequence[str]) -
     )
     axes.set_yticks(range(len(layers)), [str(layer) for layer in layers])
     axes.set(xlabel="position in the prompt (tokens)", ylabel="entering decoder layer")
-    figure.colorbar(drawn, ax=axes, label="saliency |gradient × input|", pad=0.01)
+    figure.colorbar(drawn, ax=axes, label=f"saliency: {saliency_name(reduction)}", pad=0.01)
     # Each stage counts the same, whatever the scale of its gradients.
     share = (magnitude / np.maximum(magnitude.sum(axis=1, keepdims=True), np.finfo(float).tiny)).mean(axis=0)
     for position in _spread(np.argsort(-share, kind="stable"), count=8, apart=0.045 * len(tokens)):

@@ -26,6 +26,12 @@ METHODS = {
     "oracle": ("Oracle saliency", "#D55E00", "P"),
 }
 OTHER = ("#56B4E9", "*")
+# saliency.reduction -> what it makes of gradient times input, summed over the hidden dimension.
+REDUCTIONS = {
+    "abs": "|Σ gradient × input|",
+    "signed": "Σ gradient × input",
+    "l2": "√Σ (gradient × input)²",
+}
 SPLITS = {"train": "#56B4E9", "heldout": "#0072B2"}
 STYLE: dict[Any, Any] = {
     "font.size": 10,
@@ -49,6 +55,11 @@ STYLE: dict[Any, Any] = {
 def name_of(method: str) -> str:
     """The method's name as figures and report print it."""
     return METHODS.get(method, (method,))[0]
+
+
+def saliency_name(reduction: str) -> str:
+    """What the numbers of a heat map of saliency are: it draws magnitudes, whatever the reduction."""
+    return f"magnitude of {REDUCTIONS[reduction]}" if reduction == "signed" else REDUCTIONS[reduction]
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -1,7 +1,6 @@
 """The report of a run: one HTML page that holds everything it shows and loads nothing."""
 
 import base64
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +11,14 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from sdtp.errors import UserError
-from sdtp.pipeline.plotstyle import name_of
-from sdtp.pipeline.results import LOWER_IS_BETTER, nearest_length, smoke, speed_at, verdict, with_speedup
+from sdtp.pipeline.figures import FIGURES
+from sdtp.pipeline.formats import change, flatten, memory, number, signed
+from sdtp.pipeline.plotstyle import name_of, saliency_name
+from sdtp.pipeline.results import LOWER_IS_BETTER, Pair, few, nearest_length, smoke, speed_at, verdict, with_speedup
 
 MAX_BYTES = 10_000_000
-FIGURES = ("saliency", "sparsity", "latency", "speedup", "quality", "training")
+# The oracle reads the answer, so it is a bound and no method one could use instead.
+NO_RIVALS = ("unpruned", "sdtp", "oracle")
 
 
 @dataclass(frozen=True)
@@ -28,13 +30,15 @@ class Run:
         model, data: the manifests of the model and data folders.
         layers: decoder layer of each pruning stage.
         tests: of each task of the test split, the prompt lengths in tokens.
-        latency, quality, history: as `sdtp.pipeline.results` reads them.
+        latency, quality, comparisons, history: as `sdtp.pipeline.results` reads them.
         generations: rows of every generations file, each with id, task, keep_ratio, prompt_tokens, kept (positions left
             after each stage), pruned_text, unpruned_text, reference.
         shown: id of the generation whose prompt is shown token by token.
         tokens: the texts of that prompt's tokens.
         figures: SVG bytes by the names of `FIGURES`.
         timed_on: the device, dtype and libraries of the timings, as one line.
+        warmup: rounds of all arms before the timed ones.
+        reduction: that of the saliency, a key of `plotstyle.REDUCTIONS`.
         versions: name -> version of the software, and the machine, that made the report.
     """
 
@@ -45,12 +49,15 @@ class Run:
     tests: Mapping[str, Sequence[int]]
     latency: pd.DataFrame
     quality: pd.DataFrame
+    comparisons: pd.DataFrame
     history: pd.DataFrame
     generations: Sequence[Mapping[str, Any]]
     shown: str
     tokens: Sequence[str]
     figures: Mapping[str, bytes]
     timed_on: str
+    warmup: int
+    reduction: str
     versions: Mapping[str, str]
 
     @property
@@ -75,16 +82,19 @@ def render(run: Run) -> str:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
     )
-    environment.filters.update(number=number, change=change, memory=memory, name_of=name_of, smoke=smoke)
+    environment.filters.update(number=number, signed=signed, change=change, memory=memory, name_of=name_of, smoke=smoke)
+    environment.tests.update(few=few)
     page = environment.get_template("report.html.j2").render(
         run=run,
         cards=cards(run),
         quality_length=nearest_length(run.latency, run.prompt_tokens),
-        longest=int(run.latency["prompt_tokens"].max()),
         fewest=int(run.quality["n"].min()),
         latency=run.latency.to_dict("records"),
-        quality=quality_tables(run.quality),
-        figures={name: base64.b64encode(svg).decode() for name, svg in run.figures.items() if name in FIGURES},
+        repeats=sorted(run.latency.loc[run.latency["method"] == "sdtp", "repeats"].unique()),
+        quality=quality_tables(run.quality, run.comparisons),
+        figures={name: base64.b64encode(run.figures[name]).decode() for name in FIGURES},
+        titles=FIGURES,
+        saliency=saliency_name(run.reduction),
         views=token_views(run),
         examples=examples(run.generations),
         curves=curve_ends(run.history),
@@ -107,7 +117,7 @@ def cards(run: Run) -> list[dict[str, Any]]:
     near, longest = nearest_length(run.latency, run.prompt_tokens), int(run.latency["prompt_tokens"].max())
     for ratio in speed_at(run.latency, longest).index:
         gains = [_gain(run.latency, ratio, length) for length in sorted({near, longest})]
-        result.append({"ratio": ratio, "gains": gains, "costs": _costs(run.quality, ratio)})
+        result.append({"ratio": ratio, "gains": gains, "costs": _costs(run, ratio)})
     return result
 
 
@@ -120,52 +130,67 @@ def _gain(latency: pd.DataFrame, ratio: float, length: int) -> dict[str, Any]:
         "speedup": pruned["prefill_speedup"],
         "lower_quartile": pruned["speedup_q25"],
         "efficiency": pruned["efficiency"],
-        "end_to_end": full["end_to_end_s"] / pruned["end_to_end_s"],
+        "end_to_end": pruned["end_to_end_speedup"],
         "cache_change": pruned["kv_cache_bytes"] / full["kv_cache_bytes"] - 1,
         "memory_change": pruned["peak_memory_bytes"] / full["peak_memory_bytes"] - 1,
     }
 
 
-def _costs(quality: pd.DataFrame, ratio: float) -> list[dict[str, Any]]:
-    """SDTP's quality rows at one ratio, each with the unpruned value and the best other method of the same ratio."""
-    rows = quality[(quality["method"] == "sdtp") & (quality["keep_ratio"] == ratio)]
+def _costs(run: Run, ratio: float) -> list[dict[str, Any]]:
+    """SDTP's quality rows at one ratio, each compared with unpruned and with the other methods of the same ratio.
+
+    `best_other` is the other method with the best mean, with SDTP's verdict against it; `beaten_by` are all methods,
+    best first, that SDTP is shown to be worse than.
+    """
+    judged = _judged(run.comparisons)
     costs: list[dict[str, Any]] = []
-    for _, row in rows.iterrows():
-        cell = quality[(quality["task"] == row["task"]) & (quality["metric"] == row["metric"])]
-        baseline = cell.loc[cell["method"] == "unpruned", "value"].item()
-        # The oracle reads the answer, so it is a bound and no method one could use instead.
-        rivals = cell[(cell["keep_ratio"] == ratio) & ~cell["method"].isin(["unpruned", "sdtp", "oracle"])]
-        rivals = rivals.sort_values("value", ascending=row["metric"] in LOWER_IS_BETTER, kind="stable")
-        best = _record(rivals.iloc[0]) if len(rivals) else None
-        lead = 0.0 if best is None else best["value"] - row["value"]
+    for row in _records(run.quality[(run.quality["method"] == "sdtp") & (run.quality["keep_ratio"] == ratio)]):
+        task, metric = row["task"], row["metric"]
+        cell = run.quality[(run.quality["task"] == task) & (run.quality["metric"] == metric)]
+        rivals = cell[(cell["keep_ratio"] == ratio) & ~cell["method"].isin(NO_RIVALS)]
+        rivals = rivals.sort_values("value", ascending=metric in LOWER_IS_BETTER, kind="stable")
+        others = [
+            {**other, "verdict": judged[task, metric, "sdtp", other["method"], ratio]["verdict"]}
+            for other in _records(rivals)
+        ]
         costs.append(
             {
-                **_record(row),
-                "unpruned": baseline,
-                "verdict": verdict(row, baseline),
-                "best_other": best,
-                "beaten": lead < 0 if row["metric"] in LOWER_IS_BETTER else lead > 0,
+                **row,
+                "unpruned": cell.loc[cell["method"] == "unpruned", "value"].item(),
+                "difference": judged[task, metric, "sdtp", "unpruned", ratio],
+                "best_other": others[0] if others else None,
+                "beaten_by": [other for other in others if other["verdict"] == "worse"],
             }
         )
     return costs
 
 
-def quality_tables(quality: pd.DataFrame) -> list[dict[str, Any]]:
-    """A table for each task and metric: its rows, each with its verdict against unpruned (None for itself)."""
+def quality_tables(quality: pd.DataFrame, comparisons: pd.DataFrame) -> list[dict[str, Any]]:
+    """For each task and metric its rows, each compared with unpruned (None for itself), and SDTP with its rivals."""
+    judged = _judged(comparisons)
     tables = []
-    for (task, metric), cell in quality.groupby(["task", "metric"], sort=False):
-        baseline = cell.loc[cell["method"] == "unpruned", "value"].item()
+    for panel, cell in quality.groupby(["task", "metric"], sort=False):
+        task, metric = map(str, panel)
         rows = [
-            {**_record(row), "verdict": None if row["method"] == "unpruned" else verdict(row, baseline)}
-            for _, row in cell.iterrows()
+            {**row, "difference": judged.get((task, metric, row["method"], "unpruned", row["keep_ratio"]))}
+            for row in _records(cell)
         ]
         better = "lower" if metric in LOWER_IS_BETTER else "higher"
-        tables.append({"task": task, "metric": metric, "better": better, "rows": rows})
+        rivals = [pair for key, pair in judged.items() if key[:2] == (task, metric) and pair["other"] != "unpruned"]
+        tables.append({"task": task, "metric": metric, "better": better, "rows": rows, "rivals": rivals})
     return tables
 
 
-def _record(row: pd.Series) -> dict[str, Any]:
-    return {str(column): value for column, value in row.items()}
+def _judged(comparisons: pd.DataFrame) -> dict[Pair, dict[str, Any]]:
+    """The rows of comparisons.csv by what they compare, each with its verdict."""
+    return {
+        (row["task"], row["metric"], row["method"], row["other"], row["keep_ratio"]): {**row, "verdict": verdict(row)}
+        for row in _records(comparisons)
+    }
+
+
+def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{str(column): value for column, value in row.items()} for row in table.to_dict("records")]
 
 
 def removal_stages(kept: Sequence[Sequence[int]], prompt_tokens: int) -> list[int]:
@@ -240,39 +265,3 @@ def curve_ends(history: pd.DataFrame) -> list[dict[str, Any]]:
         first, last = curve.iloc[0], curve.iloc[-1]
         ends.append({"metric": metric, "split": split, "first": first, "last": last})
     return ends
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested objects as one level of dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def number(value: float, digits: int = 3) -> str:
-    """`value` to so many significant digits, an int in full; in exponent form below 1e-3; a dash for NaN."""
-    if math.isnan(value):
-        return "–"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if value != 0 and abs(value) < 1e-3:
-        return f"{value:.1e}"
-    decimals = max(0, digits - len(str(int(abs(value)))))
-    return f"{value:,.{decimals}f}"
-
-
-def change(part: float) -> str:
-    """A relative change as a signed percentage; a dash for NaN."""
-    return "–" if math.isnan(part) else f"{100 * part:+.0f}%".replace("-", "−")
-
-
-def memory(value: float) -> str:
-    """Bytes as MiB, or GiB from 10 GiB on; a dash for NaN."""
-    if math.isnan(value):
-        return "–"
-    mebibytes = value / 2**20
-    return f"{number(mebibytes)} MiB" if mebibytes < 10 * 1024 else f"{number(mebibytes / 1024)} GiB"

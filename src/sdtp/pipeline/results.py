@@ -1,11 +1,14 @@
 """The tables of a run, read and checked: what each CSV holds, and how a row of one finds that of another.
 
 Speed belongs to a keep ratio: every method that keeps as many tokens leaves the model the same work. Quality belongs
-to a method and a ratio. Figures and report join the two here, so that both say the same.
+to a method and a ratio. Figures and report join the two here, so that both say the same. Methods are compared on the
+same examples only: by the intervals of paired differences, never by whether two rows' own intervals overlap.
 """
 
+from collections.abc import Iterable, Mapping
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -15,15 +18,24 @@ from sdtp.errors import UserError
 LATENCY_COLUMNS = [
     "method", "keep_ratio", "prompt_tokens", "new_tokens", "prefill_s", "prefill_q25", "prefill_q75", "decode_s",
     "end_to_end_s", "repeats", "prefill_tflop", "flop_bound", "length_bound", "prefill_speedup", "speedup_q25",
-    "efficiency", "flop_efficiency", "peak_memory_bytes", "kv_cache_bytes",
+    "efficiency", "flop_efficiency", "peak_memory_bytes", "kv_cache_bytes", "decode_speedup", "end_to_end_speedup",
+    "kept_tokens", "cold_prefill_s", "scoring_tflop", "overhead_s",
+]
+QUALITY_COLUMNS = ["task", "metric", "method", "keep_ratio", "value", "ci_low", "ci_high", "n", "retained"]
+COMPARISON_COLUMNS = [
+    "task", "metric", "method", "other", "keep_ratio", "mean", "ci_low", "ci_high", "p_value", "n", "p_holm",
 ]
 # fmt: on
-QUALITY_COLUMNS = ["task", "metric", "method", "keep_ratio", "value", "ci_low", "ci_high", "n", "retained"]
 HISTORY_COLUMNS = ["step", "split", "metric", "value"]
 
 # Below this many examples a cell an interval is too wide to compare methods by.
 SMOKE_BELOW = 200
 LOWER_IS_BETTER = frozenset({"loss"})
+
+# A cell of quality.csv: task, metric, method, keep ratio.
+Cell = tuple[str, str, str, float]
+# What a row of comparisons.csv compares: task, metric, method, other method, keep ratio.
+Pair = tuple[str, str, str, str, float]
 
 
 def read_table(path: Path, columns: list[str]) -> pd.DataFrame:
@@ -61,6 +73,14 @@ def read_quality(path: Path) -> pd.DataFrame:
     return table
 
 
+def read_comparisons(path: Path, quality: pd.DataFrame) -> pd.DataFrame:
+    """comparisons.csv, one row a pair of `pairs_of` the rows of `quality`; raises UserError naming those missing."""
+    table = read_table(path, COMPARISON_COLUMNS)
+    cells = quality[["task", "metric", "method", "keep_ratio"]].itertuples(index=False, name=None)
+    _require(path, table, ["task", "metric", "method", "other", "keep_ratio"], pairs_of(cells))
+    return table
+
+
 def read_history(path: Path) -> pd.DataFrame:
     """history.csv: step, split (train or heldout), metric, value; raises UserError for any other split."""
     table = read_table(path, HISTORY_COLUMNS)
@@ -80,6 +100,17 @@ def _require(path: Path, table: pd.DataFrame, keys: list[str], wanted: list[tupl
         if rows:
             named = "; ".join(", ".join(f"{key}={value}" for key, value in zip(keys, row, strict=True)) for row in rows)
             raise UserError(f"{path}: {problem} for {named}; accepted: one row each")
+
+
+def pairs_of(cells: Iterable[Cell]) -> list[Pair]:
+    """Which cells are compared: each method with unpruned, and SDTP with each other method at the same keep ratio."""
+    pruned = [cell for cell in cells if cell[2] != "unpruned"]
+    learned = {(task, metric, ratio) for task, metric, method, ratio in pruned if method == "sdtp"}
+    return [(task, metric, method, "unpruned", ratio) for task, metric, method, ratio in pruned] + [
+        (task, metric, "sdtp", method, ratio)
+        for task, metric, method, ratio in pruned
+        if method != "sdtp" and (task, metric, ratio) in learned
+    ]
 
 
 def nearest_length(latency: pd.DataFrame, prompt_tokens: float) -> int:
@@ -114,16 +145,22 @@ def with_speedup(quality: pd.DataFrame, latency: pd.DataFrame, prompt_tokens: fl
     return pruned.assign(prefill_speedup=pruned["keep_ratio"].map(speed))
 
 
+def few(n: int) -> bool:
+    """Whether `n` examples are too few to compare methods by."""
+    return n < SMOKE_BELOW
+
+
 def smoke(n: int) -> str:
-    """What to write beside a quality number of `n` examples: a warning below `SMOKE_BELOW`, the count from there on."""
-    return f"smoke: n = {n}" if n < SMOKE_BELOW else f"n = {n}"
+    """What to write beside a quality number of `n` examples: a warning where they are few, the count otherwise."""
+    return f"smoke: n = {n}" if few(n) else f"n = {n}"
 
 
-def verdict(row: pd.Series, baseline: float) -> str:
-    """How a quality row compares with the unpruned value: within its interval, or better or worse than that."""
-    if row["ci_low"] <= baseline <= row["ci_high"]:
-        return "within the interval"
-    lower = row["ci_high"] < baseline
-    return (
-        "better, outside the interval" if lower == (row["metric"] in LOWER_IS_BETTER) else "worse, outside the interval"
-    )
+def verdict(comparison: Mapping[str, Any]) -> str:
+    """How `method` does against `other` in a row of comparisons.csv: better, worse, or no difference shown.
+
+    A difference is shown where its paired 95% interval leaves out 0; one without an interval (a single example) is not.
+    """
+    if comparison["ci_low"] > 0 or comparison["ci_high"] < 0:
+        lower = comparison["ci_high"] < 0
+        return "better" if lower == (comparison["metric"] in LOWER_IS_BETTER) else "worse"
+    return "no difference shown"

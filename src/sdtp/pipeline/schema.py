@@ -59,7 +59,7 @@ def resolve(config: Mapping[str, Any], schema: Schema) -> dict[str, Any]:
     faults += [
         f"{key} = {_show(value)}: must be finite"
         for key, value in leaves(filled)
-        if isinstance(value, float) and not math.isfinite(value)
+        if any(isinstance(one, float) and not math.isfinite(one) for one in (value if type(value) is list else [value]))
     ]
     if faults:
         raise UserError("the configuration is not valid:\n" + "\n".join(f"  {line}" for line in sorted(faults)))
@@ -110,7 +110,7 @@ def manual(schema: Schema) -> str:
         "",
         "| file | what it is |",
         "|---|---|",
-        "| `config.yaml` | the default run: small, real, offline; about ten minutes on two CPU cores |",
+        "| `config.yaml` | the default run: small, real, offline; a quarter of an hour on two CPU cores |",
         "| `study.yaml` | quality with enough examples to tell methods apart (`make study`) |",
         "| `bench.yaml` | latency and memory up to 4096 tokens (`make bench`) |",
         "| `paper/*.yaml` | the paper's scale, for 8 GPUs; every key stated |",
@@ -153,7 +153,7 @@ def _explain(error: jsonschema.ValidationError) -> Iterator[str]:
     node, constraint, instance = cast(Schema, error.schema), cast(Any, error.validator_value), cast(Any, error.instance)
     if error.validator == "additionalProperties":
         known = node["properties"]
-        for name in sorted(set(instance) - set(known)):
+        for name in sorted(set(instance) - set(known), key=str):
             where = f"{key}.{name}" if key else name
             yield f"{where} = {_show(instance[name])}: no such key; {key or 'the config'} has {', '.join(known)}"
         return
@@ -166,6 +166,10 @@ def _explain(error: jsonschema.ValidationError) -> Iterator[str]:
     hint = ""
     if isinstance(instance, str) and error.validator == "type" and _is_number(instance):
         hint = f" (YAML reads {instance} as text; write {float(instance)!r})"
+        if not isinstance(yaml.safe_load(instance), str):
+            hint = (
+                " (text, not a number: no quotes in a file; --config takes no numbers inside a block, use --configfile)"
+            )
     yield f"{key} = {_show(instance)}: must be {accepted(node)}{hint}"
 
 
@@ -176,7 +180,10 @@ def accepted(node: Schema) -> str:
     kinds = node["type"] if isinstance(node["type"], list) else [node["type"]]
     words = " or ".join(TYPES[kind] for kind in kinds)
     if node["type"] == "array":
-        words = f"a list of distinct values, each {accepted(node['items'])}"
+        few = f" at least {node['minItems']}" if node.get("minItems") else ""
+        words = f"a list of{few} distinct values, each {accepted(node['items'])}"
+    if node.get("minLength"):
+        words += f" of at least {node['minLength']} character"
     bounds = [
         f"{sign} {node[key]}"
         for key, sign in (("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"), ("exclusiveMaximum", "<"))

@@ -1,4 +1,4 @@
-"""latency.csv and quality.csv from what the benchmark and evaluation jobs measured."""
+"""latency.csv, quality.csv and comparisons.csv from what the benchmark and evaluation jobs measured."""
 
 import math
 import statistics
@@ -10,7 +10,7 @@ import pandas as pd
 
 from sdtp.errors import UserError
 from sdtp.evaluation.stats import (
-    PairedDifference,
+    holm,
     mean_interval,
     paired_difference,
     paired_ratios,
@@ -19,7 +19,7 @@ from sdtp.evaluation.stats import (
     retained_share,
     wilson_interval,
 )
-from sdtp.pipeline.results import LATENCY_COLUMNS, QUALITY_COLUMNS
+from sdtp.pipeline.results import COMPARISON_COLUMNS, LATENCY_COLUMNS, QUALITY_COLUMNS, Cell, pairs_of
 
 # What is reported of each task: the metric and the column of an evaluation row it is the mean of.
 TASK_METRICS = {
@@ -28,8 +28,8 @@ TASK_METRICS = {
     "instruction": {"loss": "loss"},
 }
 
-# (task, metric, method, keep_ratio) -> value of each example, by id.
-Cells = dict[tuple[str, str, str, float], dict[str, float]]
+# The value of each example, by id, of every cell.
+Cells = dict[Cell, dict[str, float]]
 
 
 def latency_table(benchmarks: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
@@ -80,12 +80,25 @@ def _times(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "prefill_tflop": rows[0]["prefill_flop"] / 1e12,
         "peak_memory_bytes": statistics.median(peaks) if peaks else math.nan,
         "kv_cache_bytes": rows[0]["kv_cache_bytes"],
+        "kept_tokens": rows[0]["kept_tokens"],
+        "cold_prefill_s": statistics.median(row["cold_s"] for row in rows),
     }
 
 
 def _unpruned_latency(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The reference: its ratios to itself are 1, and it spends nothing on choosing tokens."""
     ones = ("flop_bound", "length_bound", "prefill_speedup", "speedup_q25", "efficiency", "flop_efficiency")
-    return {"method": "unpruned", "keep_ratio": 1.0, **_times(rows), **dict.fromkeys(ones, 1.0)}
+    times = _times(rows)
+    return {
+        "method": "unpruned",
+        "keep_ratio": 1.0,
+        **times,
+        **dict.fromkeys(ones, 1.0),
+        "decode_speedup": math.nan if math.isnan(times["decode_s"]) else 1.0,
+        "end_to_end_speedup": 1.0,
+        "scoring_tflop": 0.0,
+        "overhead_s": 0.0,
+    }
 
 
 def _pruned_latency(keep_ratio: float, row: Mapping[str, Any], unpruned: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,7 +114,17 @@ def _pruned_latency(keep_ratio: float, row: Mapping[str, Any], unpruned: Mapping
         "speedup_q25": speedup_q25,
         "efficiency": efficiency(row)[1],
         "flop_efficiency": speedup / flop_bound,
+        "decode_speedup": math.nan if None in row["decode_s"] else _speedup(unpruned, row, "decode_s"),
+        "end_to_end_speedup": _speedup(unpruned, row, "end_to_end_s"),
+        "scoring_tflop": row["scoring_flop"] / 1e12,
+        "overhead_s": statistics.median(
+            pruned - bound for pruned, bound in zip(row["prefill_s"], row["ideal_s"], strict=True)
+        ),
     }
+
+
+def _speedup(unpruned: Mapping[str, Any], row: Mapping[str, Any], times: str) -> float:
+    return paired_ratios(unpruned[times], row[times])[1]
 
 
 def efficiency(row: Mapping[str, Any]) -> tuple[float, float, float]:
@@ -118,7 +141,7 @@ def quality_cells(rows: Sequence[Mapping[str, Any]]) -> Cells:
     Raises:
         UserError: no unpruned rows, or a method that was run on other examples than the unpruned model.
     """
-    collected: dict[tuple[str, str, str, float], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    collected: dict[Cell, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         if row["task"] not in TASK_METRICS:
             raise UserError(f"task {row['task']!r} of example {row['id']}: {', '.join(TASK_METRICS)} are known")
@@ -146,10 +169,9 @@ def quality_table(cells: Cells) -> pd.DataFrame:
     Args:
         cells: as `quality_cells` gives them.
     """
-    panels = list(dict.fromkeys((task, metric) for task, metric, *_ in cells))
+    panels = _panels(cells)
     table = []
-    for cell, examples in sorted(cells.items(), key=lambda item: panels.index(item[0][:2])):
-        task, metric, method, ratio = cell
+    for (task, metric, method, ratio), examples in sorted(cells.items(), key=lambda item: panels[item[0][:2]]):
         values = list(examples.values())
         value = math.fsum(values) / len(values)
         unpruned = list(cells[task, metric, "unpruned", 1.0].values())
@@ -161,16 +183,30 @@ def quality_table(cells: Cells) -> pd.DataFrame:
     return pd.DataFrame(table, columns=QUALITY_COLUMNS)
 
 
-def against_baselines(cells: Cells) -> dict[tuple[str, str, str, float], PairedDifference]:
-    """SDTP minus each other pruning method at the same keep ratio, example by example; keys name the other method.
+def comparison_table(cells: Cells) -> pd.DataFrame:
+    """One row per pair of `pairs_of` the cells: mean of method minus other over the same examples, and its interval.
+
+    `p_value` is of the pair alone, `p_holm` adjusts it for all pairs of the same task and metric.
 
     Args:
         cells: as `quality_cells` gives them.
     """
-    differences = {}
-    for (task, metric, method, ratio), examples in cells.items():
-        learned = cells.get((task, metric, "sdtp", ratio))
-        if learned is not None and method not in ("sdtp", "unpruned"):
-            pairs = [(learned[id_], value) for id_, value in examples.items()]
-            differences[task, metric, method, ratio] = paired_difference(*zip(*pairs, strict=True))
-    return differences
+    panels = _panels(cells)
+    table = []
+    for task, metric, method, other, ratio in sorted(pairs_of(cells), key=lambda pair: panels[pair[:2]]):
+        first, second = (
+            cells[task, metric, method, ratio],
+            cells[task, metric, other, 1.0 if other == "unpruned" else ratio],
+        )
+        pair = paired_difference([first[id_] for id_ in second], list(second.values()))
+        table.append((task, metric, method, other, ratio, pair.mean, pair.low, pair.high, pair.p_value, pair.n))
+    result = pd.DataFrame(table, columns=COMPARISON_COLUMNS[:-1])
+    result["p_holm"] = result.groupby(["task", "metric"])["p_value"].transform(
+        lambda family: pd.Series(holm(family.tolist()), family.index)
+    )
+    return result
+
+
+def _panels(cells: Cells) -> dict[tuple[str, str], int]:
+    """The (task, metric) of the cells and the place of each in the tables."""
+    return {panel: place for place, panel in enumerate(dict.fromkeys(cell[:2] for cell in cells))}

@@ -40,6 +40,12 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     for layer in layers:
         if "position_embeddings" not in inspect.signature(layer.forward).parameters:
             raise TypeError(f"{name} is not supported: its layers take no rotary position_embeddings")
-        if not hasattr(getattr(layer, "self_attn", None), "q_proj"):
+        attention: Any = getattr(layer, "self_attn", None)
+        if not hasattr(attention, "q_proj"):
             raise TypeError(f"{name} is not supported: its layers have no self_attn with a q_proj")
+        if not getattr(attention, "use_rope", True):
+            raise TypeError(f"{name} is not supported: some of its layers have no rotary positions")
+        position_ids = inspect.signature(attention.forward).parameters.get("position_ids")
+        if position_ids is not None and position_ids.default is inspect.Parameter.empty:
+            raise TypeError(f"{name} is not supported: its attention computes with position_ids")
     return layers

@@ -14,10 +14,13 @@ from transformers.cache_utils import Cache, DynamicLayer
 class PrunedLayer(DynamicLayer):
     """A dynamic cache layer that holds the survivors of a pruned prompt and the tokens after it.
 
+    Every layer of a pruned cache is one, those before the first stage too: layer 0 is the first to be continued, cut or
+    reset, so what is refused is refused before any layer has changed.
+
     Args:
         positions: LongTensor [batch, slots], each survivor's index among its row's real prompt tokens; -1 where the
             slot is padding.
-        stage: the stage that chose them; layers of one stage hold the same slots.
+        stage: the stage that chose them; layers of one stage hold the same slots. -1: before any removal.
         prompt_slots: slots taken by the prompt, padding included; `crop` never cuts into them.
         padded: whether any slot is padding.
     """
@@ -80,6 +83,13 @@ class PrunedLayer(DynamicLayer):
         self._expected = 0
         return super().update(key_states, value_states, *args, **kwargs)
 
+    def adopt(self, plain: DynamicLayer) -> None:
+        """Hold what `plain` holds; without any, the first `update` brings it."""
+        if plain.keys is not None and plain.values is not None:
+            self.lazy_initialization(plain.keys, plain.values)
+            self.keys, self.values = plain.keys, plain.values
+            self._expected = 0
+
     def valid(self) -> torch.Tensor | None:
         """[batch, slots] bool, True at real tokens, announced ones included; None if no slot is padding."""
         return self.positions >= 0 if self.padded else None
@@ -125,7 +135,7 @@ class PrunedLayer(DynamicLayer):
 
 
 def install(cache: Cache, layer: int, pruned: PrunedLayer) -> None:
-    """Put a pruned layer in the place of an empty dynamic one.
+    """Put a pruned layer in the place of a dynamic one, taking over the keys and values it holds already.
 
     Raises:
         TypeError: the cache keeps this layer in another form (static, sliding, quantised, offloaded).
@@ -134,9 +144,11 @@ def install(cache: Cache, layer: int, pruned: PrunedLayer) -> None:
         raise TypeError(f"{type(cache).__name__} offloads its layers: pruning supports DynamicCache without offloading")
     while len(cache.layers) <= layer and cache.layer_class_to_replicate is not None:
         cache.layers.append(cache.layer_class_to_replicate())
-    if type(cache.layers[layer]) is not DynamicLayer:
+    plain = cache.layers[layer]
+    if type(plain) is not DynamicLayer:
         raise TypeError(
-            f"layer {layer} of {type(cache).__name__} is a {type(cache.layers[layer]).__name__}: pruning supports "
-            "DynamicCache with full attention only"
+            f"layer {layer} of {type(cache).__name__} is a {type(plain).__name__}: pruning supports DynamicCache with "
+            "full attention only"
         )
+    pruned.adopt(plain)
     cache.layers[layer] = pruned

@@ -28,7 +28,16 @@ class Dimensions:
 
     @classmethod
     def of(cls, config: Any) -> Dimensions:
-        """Read `num_hidden_layers`, `hidden_size`, ... of a config; no count of KV heads means multi-head."""
+        """Read `num_hidden_layers`, `hidden_size`, ... of a config; no count of KV heads means multi-head.
+
+        Raises:
+            ValueError: a mixture of experts, whose tokens pass through a part of its weights only.
+        """
+        for experts in ("num_experts", "num_local_experts", "n_routed_experts"):
+            if getattr(config, experts, None):
+                raise ValueError(
+                    f"FLOPs of a mixture of experts ({experts}={getattr(config, experts)}) are not counted"
+                )
         heads = config.num_attention_heads
         return cls(
             layers=config.num_hidden_layers,

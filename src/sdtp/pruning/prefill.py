@@ -6,6 +6,7 @@ fewer tokens, so these are rewritten before each of them.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import sys
@@ -55,7 +56,10 @@ class LayerInputs:
         """The attention mask of a layer for [batch, tokens, hidden] states; None where the kernel needs none.
 
         Args:
+            hidden: [batch, tokens, hidden] states the layer is about to run on.
             valid: [batch, cached + tokens] bool, True at real tokens; None if all are.
+            cache: tells, at `layer`, how many tokens are held already; None if none are kept.
+            layer: decoder layer, for the cache.
             stage: the stage whose survivors the layer holds: layers of one stage share a mask.
         """
         key = ("mask", stage, hidden.device)
@@ -126,7 +130,7 @@ class Prefill:
         self.lengths = torch.tensor(self.present, device=device)
         self.protect = protect
         self.stage = -1  # the latest stage that removed something; -1: layers still see the model's own columns
-        self.nan: list[torch.Tensor] = []
+        self.nan: list[tuple[int, torch.Tensor]] = []
         self.query: tuple[torch.Tensor, Any] | None = None
         trace.kept.clear()
         trace.prompt_lengths[:] = self.present
@@ -134,12 +138,19 @@ class Prefill:
     def before_layer(self, layer: int, hidden: torch.Tensor, cache: Cache | None) -> torch.Tensor:
         """The states [batch, kept, hidden] that a layer shall run on; `hidden` itself where nothing is removed."""
         if layer in self.schedule.layers:
+            whole = self._cache_layer() if self.stage < 0 else None
             hidden = self._stage(self.schedule.layers.index(layer), layer, hidden, cache)
+            if whole is not None and self.stage >= 0 and cache is not None:
+                for earlier in range(layer):
+                    install(cache, earlier, copy.copy(whole))
         if self.stage >= 0 and cache is not None:
-            prompt = self.positions.shape[1]
-            slots = torch.cat([self.positions, self._extra_positions()], dim=1) if self.extra else self.positions
-            install(cache, layer, PrunedLayer(slots, self.stage, prompt, self.valid is not None))
+            install(cache, layer, self._cache_layer())
         return hidden
+
+    def _cache_layer(self) -> PrunedLayer:
+        """What a layer that runs on the tokens present shall know of them."""
+        slots = torch.cat([self.positions, self._extra_positions()], dim=1) if self.extra else self.positions
+        return PrunedLayer(slots, self.stage, self.positions.shape[1], self.valid is not None)
 
     def adapt(self, layer: int, hidden: torch.Tensor, kwargs: dict[str, Any], cache: Cache | None) -> None:
         """Rewrite a layer's mask, position ids and rotary table for the tokens present."""
@@ -154,7 +165,8 @@ class Prefill:
 
     def _extra_positions(self) -> torch.Tensor:
         """LongTensor [batch, extra]: candidates follow the prompt."""
-        return self.lengths[:, None] + torch.arange(self.extra, device=self.lengths.device)
+        lengths = self.lengths.to(self.positions.device)
+        return lengths[:, None] + torch.arange(self.extra, device=lengths.device)
 
     def _stage(self, stage: int, layer: int, hidden: torch.Tensor, cache: Cache | None) -> torch.Tensor:
         prompt = self.positions.shape[1]
@@ -183,7 +195,7 @@ class Prefill:
                 f"{type(self.scorer).__name__} gave scores of shape {tuple(scores.shape)} at stage {stage}: "
                 f"{tuple(positions.shape)} [batch, tokens] is needed"
             )
-        self.nan.append(scores.isnan().any() if valid is None else (scores.isnan() & valid).any())
+        self.nan.append((stage, scores.isnan().any() if valid is None else (scores.isnan() & valid).any()))
         kept, self.valid = select(scores, protected, valid, budgets)
         self.positions = positions.gather(1, kept)
         if self.valid is not None:
@@ -215,7 +227,8 @@ class Prefill:
         """[batch, tokens] float32: attention of the last prompt token in `layer - 1`, averaged over heads.
 
         Raises:
-            ValueError: the forward keeps no cache, so the keys of the layer before are gone.
+            ValueError: the forward keeps no cache, so the keys of the layer before are gone, or the attention is of a
+                kind whose queries are not known here.
         """
         if cache is None or self.query is None:
             raise ValueError("LastQuery reads the keys of the layer before: call the model with use_cache=True")
@@ -223,6 +236,11 @@ class Prefill:
         state, (cos, sin) = self.query
         query = attention.q_proj(state).unflatten(-1, (-1, attention.head_dim))
         if hasattr(attention, "q_norm"):
+            if attention.q_norm.weight.shape != (attention.head_dim,):
+                raise ValueError(
+                    f"LastQuery knows query norms over one head ({attention.head_dim} channels), "
+                    f"{type(attention).__name__} has one over {attention.q_norm.weight.numel()}"
+                )
             query = attention.q_norm(query)
         query = query.transpose(1, 2)
         # The rotation is the model family's own: the function its attention module calls.
@@ -240,9 +258,12 @@ class Prefill:
     def check_scores(self) -> None:
         """Raise ValueError naming the stages whose scores were not numbers: one read, after the last layer."""
         if self.nan:
-            broken = torch.stack([flag.to(self.nan[0].device) for flag in self.nan]).nonzero().flatten().tolist()
-            if broken:
-                raise ValueError(f"{type(self.scorer).__name__} gave NaN scores at stage {broken[0]}: nothing was kept")
+            flags = torch.stack([flag.to(self.nan[0][1].device) for _, flag in self.nan]).tolist()
+            if any(flags):
+                stage = self.nan[flags.index(True)][0]
+                raise ValueError(
+                    f"{type(self.scorer).__name__} gave NaN scores at stage {stage}: what was kept means nothing"
+                )
 
 
 class Continuation:
@@ -270,7 +291,8 @@ class Continuation:
         if not isinstance(held, PrunedLayer):
             return
         held.expect(None if self.new_valid is None else self.new_valid.to(hidden.device), self.tokens)
-        kwargs["attention_mask"] = self.inputs.mask(hidden, held.valid(), cache, layer, held.stage)
+        if held.stage >= 0:  # before that the model's own mask, made for layer 0's length, is right
+            kwargs["attention_mask"] = self.inputs.mask(hidden, held.valid(), cache, layer, held.stage)
 
 
 def cache_of(kwargs: dict[str, Any]) -> Cache | None:

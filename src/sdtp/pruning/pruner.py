@@ -16,9 +16,7 @@ from sdtp.pruning import store
 from sdtp.pruning.adapter import decoder, decoder_layers
 from sdtp.pruning.prefill import Continuation, Prefill, Trace, bound_arguments, cache_of
 from sdtp.pruning.schedule import PruningSchedule
-from sdtp.pruning.scorers import LastQuery, Learned, Scorer
-
-__all__ = ["TokenPruner", "Trace", "decoder_layers"]
+from sdtp.pruning.scorers import LastQuery, Learned, Saliency, Scorer
 
 _ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -36,12 +34,14 @@ class TokenPruner:
         scorer: who decides; anything with `scorers.Scorer`'s method.
 
     Raises:
-        ValueError: a learned scorer with weights for another number of stages.
+        ValueError: a learned scorer with weights, or saliency with labels, for another number of stages.
     """
 
     def __init__(self, schedule: PruningSchedule, scorer: Scorer) -> None:
-        if isinstance(scorer, Learned) and scorer.stages != schedule.stages:
-            raise ValueError(f"the scorer has weights for {scorer.stages} stages, the schedule has {schedule.stages}")
+        if isinstance(scorer, (Learned, Saliency)) and scorer.stages != schedule.stages:
+            raise ValueError(
+                f"{type(scorer).__name__} was made for {scorer.stages} stages, the schedule has {schedule.stages}"
+            )
         self.schedule = schedule
         self.scorer = scorer
 
@@ -93,8 +93,6 @@ class TokenPruner:
             )
         if stack in _ATTACHED:
             raise ValueError(f"a pruner is attached to this {type(model).__name__} already: leave its context first")
-        if isinstance(self.scorer, nn.Module):
-            self.scorer.to(next(model.parameters()).device)
         session = _Session(self, stack, layers, protect)
         _ATTACHED.add(stack)
         try:
@@ -128,26 +126,28 @@ class _Session:
         register(self.stack, self._before_stack)
         hooks.callback(self.stack.register_forward_hook(self._after_stack, always_call=True).remove)
         stages = self.pruner.schedule.layers
-        for index in range(stages[0] if stages else len(self.layers), len(self.layers)):
-            register(self.layers[index], functools.partial(self._before_layer, index))
+        for index, layer in enumerate(self.layers):  # all: a cache may come from a pruner with earlier stages
+            register(layer, functools.partial(self._before_layer, index))
         if isinstance(self.pruner.scorer, LastQuery):
             for stage in stages:
                 register(self.layers[stage - 1].self_attn, self._before_attention)  # type: ignore[arg-type]
         if hasattr(model, "generate"):
             # An instance attribute hides the class's method until the context ends: only `generate` knows which part of
             # its first forward is prompt (prompt lookup and assistants append candidates).
-            hooks.callback(model.__dict__.pop, "generate", None)
-            model.__dict__["generate"] = self._wrap_generate(model, model.generate)  # type: ignore[arg-type]
+            hooks.enter_context(_attribute(model, "generate", self._wrap_generate(model, model.generate)))  # type: ignore[arg-type]
 
     def _wrap_generate(self, model: nn.Module, generate: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(generate)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             given = {**dict(zip(("inputs", "generation_config"), args, strict=False)), **kwargs}
-            defaults = given.get("generation_config") or model.generation_config
 
             def setting(name: str) -> Any:
-                value = given.get(name)
-                return getattr(defaults, name, None) if value is None else value
+                # As `generate` resolves it: the call, then the configuration it was given, then the model's own.
+                places = (
+                    getattr(given.get("generation_config"), name, None),
+                    getattr(model.generation_config, name, None),
+                )
+                return next((value for value in (given.get(name), *places) if value is not None), None)
 
             if setting("use_cache") is False:
                 raise ValueError("generate(use_cache=False) feeds the whole sequence at every step: not under a pruner")
@@ -176,10 +176,10 @@ class _Session:
             return
         if given.get("labels") is not None:
             raise ValueError("labels= is not supported under a pruner: logits of removed tokens do not exist")
-        for name in ("output_hidden_states", "output_attentions"):
-            asked = given.get(name)
-            if getattr(self.stack.config, name, False) if asked is None else asked:
-                raise ValueError(f"{name}=True is not supported in a pruned prefill: layers differ in length")
+        if isinstance(self.logits_to_keep, bool) or not isinstance(self.logits_to_keep, int):
+            raise ValueError(
+                f"logits_to_keep={self.logits_to_keep!r} is not supported in a pruned prefill: give a number"
+            )
 
     def _before_stack(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = bound_arguments(module, args, kwargs)
@@ -197,7 +197,16 @@ class _Session:
         if not _is_prefill(given):
             self.forward = Continuation(self.stack.config, mask, shape)
             return
-        columns = shape[1] if self.prompt_columns is None else min(self.prompt_columns, shape[1])
+        for name in ("output_hidden_states", "output_attentions"):
+            asked = given.get(name)
+            if getattr(self.stack.config, name, False) if asked is None else asked:
+                raise ValueError(f"{name}=True is not supported in a pruned prefill: layers differ in length")
+        columns = shape[1] if self.prompt_columns is None else self.prompt_columns
+        if shape[1] < columns:
+            raise ValueError(
+                f"a prompt of {columns} tokens came in parts, the first of {shape[1]}: survivors are chosen over the "
+                "whole prompt, prefill it in one forward"
+            )
         prefill = Prefill(
             self.pruner.schedule,
             self.pruner.scorer,
@@ -215,8 +224,6 @@ class _Session:
 
     def _check_logits_to_keep(self, prefill: Prefill) -> None:
         asked, self.logits_to_keep = self.logits_to_keep, 0
-        if isinstance(asked, torch.Tensor):
-            raise ValueError("logits_to_keep as a tensor is not supported in a pruned prefill: give a number")
         schedule = self.pruner.schedule
         for total in prefill.prompt_lengths:
             counts = [total, *schedule.surviving(total)]
@@ -254,6 +261,18 @@ class _Session:
             forward.check_scores()
 
 
+@contextlib.contextmanager
+def _attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Inside, the instance attribute `name` hides the class's, or the instance's own."""
+    own = {name: owner.__dict__[name]} if name in owner.__dict__ else {}
+    owner.__dict__[name] = value
+    try:
+        yield
+    finally:
+        del owner.__dict__[name]
+        owner.__dict__.update(own)
+
+
 def _is_prefill(given: dict[str, Any]) -> bool:
     cache = cache_of(given)
     return cache is None or cache.get_seq_length() == 0
@@ -263,9 +282,10 @@ def _expand_rows(protect: torch.Tensor | None, batch: int, columns: int) -> torc
     """The caller's mask for every row of the forward: beams and return sequences repeat the rows they came from."""
     if protect is None:
         return None
-    if protect.dtype != torch.bool or protect.ndim != 2 or batch % protect.shape[0] or protect.shape[1] != columns:
+    rows = protect.shape[0] if protect.ndim == 2 else 0
+    if protect.dtype != torch.bool or rows == 0 or batch % rows or protect.shape[1] != columns:
         raise ValueError(
             f"protect is {protect.dtype} of shape {tuple(protect.shape)}: a bool mask of shape [{batch}, {columns}] "
             "(batch, prompt tokens) is needed"
         )
-    return protect.repeat_interleave(batch // protect.shape[0], dim=0)
+    return protect.repeat_interleave(batch // rows, dim=0)

@@ -40,6 +40,8 @@ class PruningSchedule:
         object.__setattr__(self, "keep", tuple(float(k) for k in self.keep))
         if len(self.layers) != len(self.keep):
             raise ValueError(f"keep has {len(self.keep)} fractions for {len(self.layers)} layers: give one per layer")
+        if not all(type(layer) is int for layer in self.layers):
+            raise ValueError(f"layers is {self.layers}: they must be whole numbers")
         if any(layer < 1 for layer in self.layers):
             raise ValueError(f"layers is {self.layers}: pruning starts at layer 1 or later (layer 0 holds the prompt)")
         if any(a >= b for a, b in zip(self.layers, self.layers[1:], strict=False)):

@@ -44,6 +44,11 @@ class Scorer(Protocol):
         ...
 
 
+def rms_normalised(hidden: torch.Tensor) -> torch.Tensor:
+    """Hidden states [..., hidden] divided by their root mean square, float32: what `Learned` reads."""
+    return torch.nn.functional.rms_norm(hidden.float(), hidden.shape[-1:], eps=1e-6)
+
+
 class Learned(nn.Module):
     """The paper's scorer: before each stage an MLP maps a token's hidden state to keep and drop logits (π in R^{N×2}).
 
@@ -72,8 +77,7 @@ class Learned(nn.Module):
     def logits(self, stage: int, hidden: torch.Tensor) -> torch.Tensor:
         """Keep and drop logits [..., 2], float32, of hidden states [..., hidden] entering the stage."""
         mlp = self.mlps[stage]
-        states = torch.nn.functional.rms_norm(hidden.float(), (self.hidden_size,), eps=1e-6)
-        logits: torch.Tensor = mlp(states.to(next(mlp.parameters()).dtype))
+        logits: torch.Tensor = mlp(rms_normalised(hidden).to(next(mlp.parameters()).dtype))
         return logits.float()
 
     def keep_scores(self, stage: int, hidden: torch.Tensor) -> torch.Tensor:
@@ -82,7 +86,8 @@ class Learned(nn.Module):
         return keep - drop
 
     def score(self, view: StageView) -> torch.Tensor:
-        """See `Scorer.score`."""
+        """See `Scorer.score`. The stage's weights move to the device of the states it scores, and stay there."""
+        self.mlps[view.stage].to(view.hidden.device)
         return self.keep_scores(view.stage, view.hidden)
 
 
@@ -98,7 +103,7 @@ class Random:
         # generator state, hence the same number for a position in any batch, beam or device.
         key = _mix((self.seed & 0x7FFFFFFF) * 1_000_003 + view.stage * 7919 + 12345)
         bits = _mix(_mix(view.positions + 1) ^ key)
-        return bits.to(torch.float32) / 2.0**31
+        return (bits >> 7).to(torch.float32) / 2.0**24  # as many bits as float32 holds, so that 1 is never reached
 
 
 def _mix(x: _Integers) -> _Integers:
@@ -146,6 +151,11 @@ class Saliency:
     """
 
     labels: torch.Tensor
+
+    @property
+    def stages(self) -> int:
+        """Number of stages there are labels for."""
+        return self.labels.shape[0]
 
     def score(self, view: StageView) -> torch.Tensor:
         """See `Scorer.score`.

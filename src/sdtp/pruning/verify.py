@@ -22,20 +22,22 @@ def mask_equals_removal(model: nn.Module, pruner: TokenPruner, input_ids: torch.
 
     Args:
         model: a causal LM that `pruner` supports, with `sdpa` or `eager` attention.
-        pruner: decides what is removed; the masked forward replays its trace.
+        pruner: decides what is removed, in at least one stage; the masked forward replays its trace.
         input_ids: LongTensor [1, tokens], a prompt without padding.
 
     Returns:
         max |Δ logit| / max |logit| over the survivors.
 
     Raises:
-        ValueError: more than one row.
+        ValueError: more than one row, or a schedule without stages.
     """
+    if not pruner.schedule.stages:
+        raise ValueError("the schedule has no stages: nothing is removed")
     if input_ids.shape[0] != 1:
         raise ValueError(f"input_ids has {input_ids.shape[0]} rows: verification takes one prompt at a time")
     with torch.no_grad():
         with pruner(model) as trace:
-            removed: torch.Tensor = model(input_ids, use_cache=False).logits
+            removed: torch.Tensor = model(input_ids).logits  # with its cache, which LastQuery reads
         survivors = trace.kept[-1][0]
         with hidden_keys(model, pruner.schedule.layers, [kept[0] for kept in trace.kept], input_ids.shape[1]):
             masked = model(input_ids, use_cache=False).logits[:, survivors]

@@ -25,11 +25,12 @@ def masked_key_attention(
 
     A key with `m = 0` has no part in the result, exactly as if it had been removed, yet its mask gets a gradient: how
     the result would change if the key came back. The derivative at 0 would be of no use for that. It grows with
-    `r = e^{a_j} / sum_k m_k e^{a_k}`, in the hundreds where few keys are left and attention wants the hidden one, while
+    `r = e^{a_j} / sum_k m_k e^{a_k}`, without bound where few keys are left and attention wants the hidden one, while
     the key, once back, weighs `r / (1 + r)` and not more. The gradient is the slope between hidden and back, which has
     that weight; for a visible key, weighing `r`, it is the derivative.
 
-    The attention matrix is formed in blocks of rows in the backward pass.
+    The attention matrix is formed in blocks of rows in the backward pass, from logarithms: `r` itself need not fit a
+    float.
 
     Args:
         query, key, value: [batch, heads, tokens, head_dim]; `value` may have another head_dim.
@@ -73,15 +74,15 @@ class _MaskedKeyAttention(torch.autograd.Function):
             causal = torch.ones(end - start, end, dtype=torch.bool, device=q.device).tril(start)
             scores.masked_fill_(~causal, -torch.inf)
             weight = mask[:, :, rows, seen].to(wide)
-            normaliser = (scores + weight.log()).logsumexp(-1, keepdim=True)
-            # What a key weighs per unit of its mask, hidden keys included.
-            relative = scores.sub_(normaliser).exp_()
-            probability = relative * weight
+            probability = scores + weight.log()
+            normaliser = probability.logsumexp(-1, keepdim=True)
+            probability.sub_(normaliser).exp_()
             gain = (g @ v.mT).to(wide)  # d loss / d probability
             mean_gain = (probability * gain).sum(-1, keepdim=True)
             gain.sub_(mean_gain)
-            # What a key weighs once it is visible: unchanged for those that are.
-            visible = relative.div_(1 + (1 - weight) * relative)
+            # What a key weighs once it is visible, r / (1 + (1 - m) r): unchanged for those that are. An r beyond any
+            # float has 1/r = 0, and a future key has r = 0 and 1/r infinite; both come out right.
+            visible = (normaliser - scores).exp_().add_(1 - weight).reciprocal_()
             grad_mask[:, :, rows, seen] = visible.mul_(gain).sum(1, keepdim=True).to(mask.dtype)
             grad_value[:, :, seen] += (probability.to(g.dtype).mT @ g).to(wide)
             grad_scores = probability.mul_(gain).mul_(ctx.scaling).to(q.dtype)
@@ -100,7 +101,7 @@ def _attention_forward(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The attention function transformers calls: a floating mask of 0 to 1 multiplies, anything else is sdpa's."""
+    """The attention function transformers calls: a floating mask, 0 or 1, weighs keys, anything else is sdpa's."""
     if attention_mask is None or not attention_mask.is_floating_point():
         output: tuple[torch.Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

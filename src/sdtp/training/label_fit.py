@@ -3,22 +3,28 @@
 A step through the masked model costs a forward and a backward for one update. The labels need neither once the states
 are known: one forward an example, then as many passes over the states as one likes. Cross-entropy takes over from
 scorers that already know what saliency looks like.
+
+This is a warm start, and differs from the steps that follow it in which tokens count. There the losses run over the
+tokens entering a stage, as pruning leaves them. Here each stage's losses run over every token of the prompt and its
+state in the unpruned model, for there is no policy yet that could say which tokens enter: what untrained scorers would
+drop is chance, and a token one of them lost would teach the later stages nothing.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 
 import torch
-from torch.nn import functional
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
+from transformers import PreTrainedModel
 
 from sdtp.errors import UserError
 from sdtp.pruning.adapter import decoder, decoder_layers
-from sdtp.pruning.scorers import Learned
+from sdtp.pruning.scorers import Learned, rms_normalised
+from sdtp.training.examples import Example
 from sdtp.training.losses import pairwise_ranking, standardise, standardised_mse
+from sdtp.training.optimizer import GRADIENT_CLIP, adamw
+from sdtp.training.seeding import keyed_generator
 
 
 @torch.no_grad()
@@ -38,8 +44,7 @@ def stage_states(model: PreTrainedModel, prompt_ids: torch.Tensor, layers: Seque
     states: list[torch.Tensor] = []
 
     def keep(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        hidden = args[0][0].float()
-        states.append(functional.rms_norm(hidden, (hidden.shape[-1],), eps=1e-6).half().cpu())
+        states.append(rms_normalised(args[0][0]).half().cpu())
 
     modules = decoder_layers(model)
     hooks = [modules[layer].register_forward_pre_hook(keep) for layer in layers]
@@ -54,7 +59,7 @@ def stage_states(model: PreTrainedModel, prompt_ids: torch.Tensor, layers: Seque
 def fit_labels(
     scorer: Learned,
     states: Sequence[torch.Tensor],
-    saliency: Sequence[torch.Tensor],
+    examples: Sequence[Example],
     *,
     epochs: int,
     learning_rate: float,
@@ -63,12 +68,12 @@ def fit_labels(
     seed: int,
     log: Callable[[float, int], None],
 ) -> None:
-    """Train the scorer in place on (states, saliency) pairs, one example an update, every one once an epoch.
+    """Train the scorer in place on states and saliency, one example an update, every one once an epoch.
 
     Args:
         scorer: on the device to train on.
         states: per example [stages, tokens, hidden], as `stage_states` gives them.
-        saliency: per example [stages, tokens] float32.
+        examples: whose states these are, in the same order; their saliency is what is learned.
         epochs: passes over the examples.
         learning_rate: peak of the cosine schedule with linear warm-up.
         mse, rank: weights of `standardised_mse` and `pairwise_ranking`, each the mean over stages; one may be 0.
@@ -76,15 +81,13 @@ def fit_labels(
         log: `log(mean loss, epoch)`, epochs counted from 1.
 
     Raises:
-        UserError: a loss that is not finite.
+        UserError: a loss that is not finite, naming the example and the stage.
     """
     device = next(scorer.parameters()).device
-    targets = [torch.stack([standardise(stage) for stage in labels]) for labels in saliency]
-    optimizer = torch.optim.AdamW(scorer.parameters(), lr=learning_rate, weight_decay=0.01)
+    targets = [torch.stack([standardise(stage) for stage in example.saliency]) for example in examples]
     updates = epochs * len(states)
-    rates = get_cosine_schedule_with_warmup(optimizer, max(1, updates // 10), updates)
-    key = hashlib.sha256(f"{seed}/labels".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "big", signed=True))
+    optimizer, rates = adamw(scorer, learning_rate, updates)
+    generator = keyed_generator(seed, "labels")
     progress = tqdm(total=updates, desc="fitting to saliency", unit="update")
     for epoch in range(1, epochs + 1):
         total = 0.0
@@ -95,12 +98,15 @@ def fit_labels(
                 if mse:
                     losses.append(mse * standardised_mse(scores, targets[index][stage].to(device)))
                 if rank:
-                    losses.append(rank * pairwise_ranking(scores, saliency[index][stage].to(device)))
-            loss = torch.stack(losses).sum() / scorer.stages
-            if not loss.isfinite():
-                raise UserError(f"the loss of label epoch {epoch} is {loss.item()}: training stopped")
+                    losses.append(rank * pairwise_ranking(scores, examples[index].saliency[stage].to(device)))
+            values = torch.stack(losses)
+            if not values.isfinite().all():
+                first = int((~values.isfinite()).nonzero()[0])
+                where = f"example {examples[index].id!r} at stage {first * scorer.stages // len(losses)}"
+                raise UserError(f"the loss of {where} in label epoch {epoch} is {losses[first]}: training stopped")
+            loss = values.sum() / scorer.stages
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(scorer.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(scorer.parameters(), GRADIENT_CLIP)
             optimizer.step()
             rates.step()
             optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""What a scorer is trained to do: agree with saliency in order and in size, and keep the response likely."""
+"""What a scorer is trained to do: agree with saliency in order and in size."""
 
 from __future__ import annotations
 
@@ -20,18 +20,20 @@ def pairwise_ranking(scores: torch.Tensor, target: torch.Tensor) -> torch.Tensor
 
     Args:
         scores: [n], any floating dtype; computed in float32 at least.
-        target: [n]; equal targets form no pair, nor does a NaN target, which marks padding.
+        target: [n] without NaN; equal targets form no pair.
 
     Returns:
         A scalar of the dtype of `scores`; 0 on the graph where there is no pair.
 
     Raises:
-        ValueError: shapes other than [n], [n].
+        ValueError: shapes other than [n], [n], or a NaN target, which would silently form no pair.
     """
     if scores.ndim != 1 or scores.shape != target.shape:
         raise ValueError(
             f"scores and target have shapes {tuple(scores.shape)} and {tuple(target.shape)}: both must be [n]"
         )
+    if target.isnan().any():
+        raise ValueError(f"target has {int(target.isnan().sum())} NaN of {len(target)}: numbers are accepted")
     loss: torch.Tensor = _PairwiseRanking.apply(scores, target.detach())
     return loss
 
@@ -78,41 +80,25 @@ def standardise(saliency: torch.Tensor) -> torch.Tensor:
     standard normal distribution; equal saliencies get their mean rank.
 
     Args:
-        saliency: [n]; NaN marks padding and stays NaN.
+        saliency: [n], finite.
 
     Returns:
-        [n] float32, mean 0 and standard deviation about 1 over the real tokens.
+        [n] float32, mean 0 and standard deviation about 1.
     """
-    real = ~saliency.isnan()
-    _, group, sizes = saliency[real].unique(return_inverse=True, return_counts=True)
+    _, group, sizes = saliency.unique(return_inverse=True, return_counts=True)
     mean_rank = sizes.cumsum(0) - (sizes - 1) / 2  # from 1
-    quantile = (mean_rank.double() - 0.5) / max(int(real.sum()), 1)
-    result = torch.full(saliency.shape, torch.nan, dtype=torch.float32, device=saliency.device)
-    result[real] = torch.special.ndtri(quantile)[group].float()
-    return result
+    quantile = (mean_rank.double() - 0.5) / len(saliency)
+    return torch.special.ndtri(quantile)[group].float()
 
 
 def standardised_mse(scores: torch.Tensor, standardised: torch.Tensor) -> torch.Tensor:
-    """Mean squared difference between scores and standardised saliency (paper §3.2) over the real tokens.
+    """Mean squared difference between scores and standardised saliency (paper §3.2).
 
     Args:
-        scores: [n] float32.
-        standardised: [n], as `standardise` gives it for this stage and example; NaN marks padding.
+        scores: [n] float32, n >= 1.
+        standardised: [n], as `standardise` gives it for this stage and example.
 
     Returns:
-        A scalar; 0 on the graph where there is no real token.
+        A scalar.
     """
-    real = ~standardised.isnan()
-    difference = (scores - standardised.nan_to_num()).masked_fill(~real, 0)
-    return difference.square().sum() / real.sum().clamp_min(1)
-
-
-def response_cross_entropy(logits: torch.Tensor, response_ids: torch.Tensor) -> torch.Tensor:
-    """Mean negative log-likelihood of the response, in nats a token, computed in float32 at least.
-
-    Args:
-        logits: [tokens, vocabulary], the logits that predict each response token.
-        response_ids: LongTensor [tokens].
-    """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return functional.cross_entropy(logits, response_ids)
+    return (scores - standardised).square().mean()

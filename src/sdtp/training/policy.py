@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +17,7 @@ from sdtp.pruning.schedule import PruningSchedule
 from sdtp.pruning.scorers import Learned
 from sdtp.pruning.selection import protected_tokens, select
 from sdtp.training import attention
+from sdtp.training.seeding import keyed_generator
 
 Noise = Callable[[int, int], torch.Tensor]
 
@@ -178,7 +178,6 @@ def gumbel_noise(seed: int, epoch: int, example: str, stage: int, tokens: int) -
     Added to scores before a top-k it draws k tokens without replacement, with the scores as log-weights (Gumbel top-k,
     Kool et al. 2019, arXiv 1903.06059): budgets stay exact.
     """
-    key = hashlib.sha256(f"{seed}/{epoch}/{example}/{stage}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "big", signed=True))
+    generator = keyed_generator(seed, epoch, example, stage)
     uniform = torch.rand(tokens, generator=generator, dtype=torch.float64).clamp_min(1e-12)
     return (-(-uniform.log()).log()).float()

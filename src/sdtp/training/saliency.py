@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from sdtp.errors import UserError
 from sdtp.pruning.adapter import decoder_layers
+from sdtp.training.response import response_cross_entropy, response_logits
 
 Reduction = Literal["abs", "signed", "l2"]
 Target = Literal["loss", "logit"]
@@ -74,20 +75,17 @@ def saliency(
     def keep(layer: int, gradient: torch.Tensor, hidden: torch.Tensor) -> None:
         found[layer] = reduce(gradient[0, : len(prompt_ids)], hidden[0, : len(prompt_ids)], reduction)
 
-    ids = torch.cat([prompt_ids, response_ids[:-1]])[None].to(model.device)
-    response = response_ids.to(model.device)
     hooks = [modules[layer].register_forward_pre_hook(enter(layer)) for layer in layers]
     try:
         with _frozen(model), _checkpointing(model, modules, gradient_checkpointing):
-            # The last `response_tokens` positions predict the response; full logits could outgrow the model.
-            logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(response)).logits[0]
+            logits = response_logits(model, prompt_ids, response_ids)
             if not logits.requires_grad:
                 raise RuntimeError("no gradient reaches the hidden states: is this called under torch.no_grad()?")
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             if target == "loss":
-                objective = nn.functional.cross_entropy(logits, response)
+                objective = response_cross_entropy(logits, response_ids)
             else:
-                objective = logits.gather(1, response[:, None]).mean()
+                own = logits.gather(1, response_ids[:, None].to(logits.device))
+                objective = own.to(torch.promote_types(own.dtype, torch.float32)).mean()
             (gradient,) = torch.autograd.grad(objective, leaf, allow_unused=True)
             if gradient is not None:
                 keep(layers[0], gradient, leaf[0].detach())
@@ -111,7 +109,7 @@ def reduce(gradient: torch.Tensor, hidden: torch.Tensor, reduction: Reduction) -
             `sqrt(sum(p²))`.
 
     Returns:
-        [...], float32 or the wider dtype of the arguments cut to float32.
+        [...] float32; sums run in float32 or the wider dtype of the arguments.
     """
     product = gradient.to(torch.promote_types(gradient.dtype, torch.float32)) * hidden
     result: torch.Tensor = torch.linalg.vector_norm(product, dim=-1) if reduction == "l2" else product.sum(-1)

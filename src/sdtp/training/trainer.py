@@ -8,57 +8,31 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 
 import torch
+import transformers
 from accelerate import Accelerator
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
+from transformers import PreTrainedModel
 
 from sdtp.errors import UserError
 from sdtp.pruning.schedule import PruningSchedule
 from sdtp.pruning.scorers import Learned
 from sdtp.training.agreement import stage_agreement
 from sdtp.training.checkpoints import Checkpoints, restore, snapshot
+from sdtp.training.examples import Example, check_examples
 from sdtp.training.label_fit import fit_labels, stage_states
-from sdtp.training.losses import pairwise_ranking, response_cross_entropy, standardise, standardised_mse
-from sdtp.training.policy import MaskingPolicy, PolicyTrace, gumbel_noise
+from sdtp.training.objective import Weights, example_losses, masked_logits
+from sdtp.training.optimizer import GRADIENT_CLIP, adamw
+from sdtp.training.policy import MaskingPolicy
+from sdtp.training.response import response_cross_entropy
+from sdtp.training.seeding import keyed_generator
 
 Log = Callable[[dict[str, float], int, str], None]
 
-_WARMUP = 0.1  # of the steps, in which the learning rate rises linearly
-_GRADIENT_CLIP = 1.0  # a single hidden key that attention wants badly can have an enormous gradient
-
-
-@dataclasses.dataclass(frozen=True)
-class Example:
-    """One training example.
-
-    Attributes:
-        id: names it in messages and keys its noise.
-        prompt_ids: LongTensor [prompt_tokens].
-        response_ids: LongTensor [response_tokens], at least one.
-        saliency: [stages, prompt_tokens] float32, of the unpruned model.
-    """
-
-    id: str
-    prompt_ids: torch.Tensor
-    response_ids: torch.Tensor
-    saliency: torch.Tensor
-
-
-@dataclasses.dataclass(frozen=True)
-class Weights:
-    """Weights of the losses; a loss of weight zero is not computed.
-
-    Attributes:
-        ce: cross-entropy of the response under pruning.
-        mse: squared error to standardised saliency, mean over stages.
-        rank: pairwise ranking against saliency, mean over stages.
-    """
-
-    ce: float
-    mse: float
-    rank: float
+# Another version may compute other numbers: a checkpoint belongs to the one it was made with.
+_LIBRARIES = {"torch": torch.__version__, "transformers": transformers.__version__}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,24 +89,27 @@ def fit(
         log: `log(metrics, step, split)` with split "train" or "heldout", or "labels" where the step is an epoch; what a
             resumed run did before it was interrupted is logged again, so that the curve is whole.
         checkpoints: folder of the resume state; None keeps none.
-        inputs: anything that identifies the inputs; a checkpoint made with other inputs, settings or shapes is ignored.
+        inputs: identifies the model, the examples with their labels, and the code; a checkpoint made with other inputs,
+            settings, shapes or library versions is ignored.
         on_checkpoint: called with the folder of every checkpoint once it is whole.
 
     Returns:
         The last held-out metrics: `tau`, `overlap` and `ce` (see `evaluate`).
 
     Raises:
-        UserError: nothing to train on, or a loss that is not finite, naming the example and the stage.
+        UserError: nothing to train on; an example that `check_examples` refuses; a loss that is not finite, naming the
+            example and the stage; a gradient that is not finite, naming the example and the step; or what `evaluate`
+            raises.
     """
     if not train:
         raise UserError("there is no training example: data.train.examples must be at least 1")
+    for examples in (train, heldout):
+        check_examples(examples, schedule.layers, model.config.get_text_config().vocab_size)
     accelerator = Accelerator(
         cpu=model.device.type == "cpu", mixed_precision="no", gradient_accumulation_steps=options.batch_size
     )
     # The states a scorer reads and its loss stay in float32 whatever the model's dtype, so weights do too.
-    optimizer = torch.optim.AdamW(scorer.parameters(), lr=options.learning_rate, weight_decay=0.01)
-    rates = get_cosine_schedule_with_warmup(optimizer, math.ceil(_WARMUP * options.steps), options.steps)
-    module, optimizer, rates = accelerator.prepare(scorer, optimizer, rates)
+    module, optimizer, rates = accelerator.prepare(scorer, *adamw(scorer, options.learning_rate, options.steps))
     policy = MaskingPolicy(schedule, module, options.temperature)
 
     history: list[tuple[dict[str, float], int, str]] = []
@@ -170,16 +147,15 @@ def fit(
             epoch, index = divmod(sample, len(train))
             example = train[epoch_order(options.seed, epoch, len(train))[index]]
             with accelerator.accumulate(module):
-                losses = _losses(model, policy, example, options, epoch)
-                weights = dataclasses.asdict(options.weights)
-                total = sum((weights[name] * loss for name, loss in losses.items()), torch.zeros(()))
-                accelerator.backward(total)
+                losses = example_losses(model, policy, example, options.weights, (options.seed, epoch))
+                accelerator.backward(losses["loss"])
+                _check_gradient(module, example, step + 1)
                 if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(module.parameters(), _GRADIENT_CLIP)
+                    norm = accelerator.clip_grad_norm_(module.parameters(), GRADIENT_CLIP)
                 optimizer.step()
                 rates.step()
                 optimizer.zero_grad()
-            for name, loss in {**losses, "loss": total}.items():
+            for name, loss in losses.items():
                 sums[name] = sums.get(name, 0.0) + loss.item() / options.batch_size
         step += 1
         report({**sums, "gradient_norm": float(norm), "learning_rate": rates.get_last_lr()[0]}, step, "train")
@@ -210,7 +186,7 @@ def _fit_labels(
     fit_labels(
         scorer,
         [stage_states(model, example.prompt_ids, schedule.layers) for example in progress],
-        [example.saliency for example in chosen],
+        chosen,
         epochs=options.label_epochs,
         learning_rate=options.learning_rate,
         mse=weights.mse,
@@ -222,87 +198,45 @@ def _fit_labels(
 
 def epoch_order(seed: int, epoch: int, examples: int) -> list[int]:
     """The order of the examples in one epoch: a permutation that depends on (seed, epoch) alone."""
-    key = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "big", signed=True))
-    return torch.randperm(examples, generator=generator).tolist()
+    return torch.randperm(examples, generator=keyed_generator(seed, epoch)).tolist()
+
+
+def _check_gradient(module: torch.nn.Module, example: Example, step: int) -> None:
+    # After each example: those before it in the batch were found finite, so the fault is this one's.
+    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if not norm.isfinite():
+        raise UserError(f"the gradient of example {example.id!r} in step {step} has norm {norm}: training stopped")
 
 
 @torch.no_grad()
 def evaluate(model: PreTrainedModel, policy: MaskingPolicy, examples: Sequence[Example]) -> dict[str, float]:
-    """How a scorer does without noise, mean over the examples.
+    """How a scorer does without noise.
 
     Returns:
         `tau`: Kendall rank correlation of scores and saliency over the tokens a stage decides on, mean over stages;
-        `overlap`: the share of a stage's free choices that saliency would have made too; `ce`: cross-entropy of the
-        response under pruning, nats a token.
-    """
-    sums = {"tau": 0.0, "overlap": 0.0, "ce": 0.0}
-    for example in tqdm(examples, desc="held-out", unit="example", leave=False):
-        logits, trace = _forward(model, policy, example, None)
-        tau, overlap = stage_agreement(trace, example.saliency)
-        ce = response_cross_entropy(logits, example.response_ids.to(logits.device)).item()
-        for name, value in {"tau": tau, "overlap": overlap, "ce": ce}.items():
-            sums[name] += value / len(examples)
-    return sums
-
-
-def _forward(
-    model: PreTrainedModel,
-    policy: MaskingPolicy,
-    example: Example,
-    epoch: tuple[int, int] | None,
-    gradient: bool = True,
-) -> tuple[torch.Tensor, PolicyTrace]:
-    """Logits [response_tokens, vocabulary] that predict the response under the masks, and what the stages decided."""
-    noise = None
-    if epoch is not None:
-        seed, number = epoch
-
-        def noise(stage: int, tokens: int) -> torch.Tensor:
-            return gumbel_noise(seed, number, example.id, stage, tokens)
-
-    # The last response token predicts nothing and need not run.
-    ids = torch.cat([example.prompt_ids, example.response_ids[:-1]])[None].to(model.device)
-    try:
-        with policy(model, len(example.prompt_ids), noise, gradient) as trace:
-            output = model(input_ids=ids, use_cache=False, logits_to_keep=len(example.response_ids))
-    except UserError as error:
-        raise UserError(f"example {example.id!r}: {error}") from error
-    return output.logits[0], trace
-
-
-def _losses(
-    model: PreTrainedModel, policy: MaskingPolicy, example: Example, options: Options, epoch: int
-) -> dict[str, torch.Tensor]:
-    """The losses of non-zero weight for one example, by name.
+        `overlap`: the share of a stage's free choices that saliency would have made too; both the mean over the
+        examples whose prompt leaves a stage a choice. `ce`: cross-entropy of the response under pruning, nats a token,
+        the mean over all examples.
 
     Raises:
-        UserError: a label, score or loss that is not finite.
+        UserError: no prompt leaves a stage a choice, so that there is nothing to agree on.
     """
-    weights = options.weights
-    layers = policy.schedule.layers
-    for stage, label in enumerate(example.saliency):
-        if not label.isfinite().all():
-            where = f"stage {stage} (layer {layers[stage]})"
-            raise UserError(f"saliency of example {example.id!r} at {where} is not finite")
-    logits, trace = _forward(model, policy, example, (options.seed, epoch), gradient=weights.ce > 0)
-    parts: dict[str, list[torch.Tensor]] = {}
-    if weights.ce:
-        parts["ce"] = [response_cross_entropy(logits, example.response_ids.to(logits.device))]
-    for stage, (scores, entering) in enumerate(zip(trace.scores, trace.entering, strict=True)):
-        label = example.saliency[stage].to(scores.device)
-        if weights.mse:
-            # Standardised over the whole prompt: a token's label does not depend on which others are left.
-            loss = standardised_mse(scores[entering], standardise(label)[entering])
-            parts.setdefault("mse", []).append(loss)
-        if weights.rank:
-            parts.setdefault("rank", []).append(pairwise_ranking(scores[entering], label[entering]))
-    for name, values in parts.items():
-        for stage, value in enumerate(values):
-            if not value.isfinite():
-                where = "" if name == "ce" else f" at stage {stage} (layer {layers[stage]})"
-                raise UserError(f"loss {name} of example {example.id!r}{where} is {value.item()}: training stopped")
-    return {name: torch.stack(values).mean() for name, values in parts.items()}
+    ces, taus, overlaps = [], [], []
+    for example in tqdm(examples, desc="held-out", unit="example", leave=False):
+        logits, trace = masked_logits(model, policy, example, None)
+        ces.append(response_cross_entropy(logits, example.response_ids).item())
+        tau, overlap = stage_agreement(trace, example.saliency)
+        if not math.isnan(tau):
+            taus.append(tau)
+            overlaps.append(overlap)
+    if not taus:
+        longest = max(len(example.prompt_ids) for example in examples)
+        raise UserError(
+            f"no stage has a choice in any of the {len(examples)} held-out prompts, the longest of {longest} tokens: "
+            "longer ones are accepted, or fewer protected tokens (pruning.sinks, pruning.local, pruning.min_local)"
+        )
+    return {"tau": fmean(taus), "overlap": fmean(overlaps), "ce": fmean(ces)}
 
 
 def _fingerprint(options: Options, schedule: PruningSchedule, scorer: Learned, inputs: str) -> str:
@@ -312,5 +246,6 @@ def _fingerprint(options: Options, schedule: PruningSchedule, scorer: Learned, i
         "schedule": schedule.to_dict(),
         "scorer": {name: list(value.shape) for name, value in scorer.state_dict().items()},
         "inputs": inputs,
+        "libraries": _LIBRARIES,
     }
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()

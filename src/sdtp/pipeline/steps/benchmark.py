@@ -13,15 +13,16 @@ import transformers
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from sdtp.errors import UserError
 from sdtp.evaluation import latency
 from sdtp.evaluation.memory import cache_bytes, peak_memory
 from sdtp.evaluation.stats import paired_ratios, quartiles
 from sdtp.pipeline.config import BenchmarkSettings, Settings
-from sdtp.pipeline.data import benchmark_prompt
+from sdtp.pipeline.data import BENCHMARK_FILE, benchmark_prompt
 from sdtp.pipeline.devices import choose_device
-from sdtp.pipeline.files import write_atomically
-from sdtp.pipeline.models import load_model
+from sdtp.pipeline.files import sha256_file, write_atomically
+from sdtp.pipeline.limits import check_benchmark
+from sdtp.pipeline.models import load_model, read_manifest
+from sdtp.pipeline.schedules import build_schedule
 from sdtp.pipeline.step import step
 from sdtp.pruning import flops
 from sdtp.pruning.pruner import TokenPruner
@@ -31,7 +32,7 @@ from sdtp.pruning.scorers import Learned
 def main(argv: list[str]) -> None:
     """Run the step; `argv` are its arguments."""
     parser = argparse.ArgumentParser(prog="sdtp benchmark", description=__doc__)
-    parser.add_argument("--settings", required=True, metavar="JSON", help="seed, model, pruning, benchmark settings")
+    parser.add_argument("--settings", required=True, metavar="JSON", help="model, pruning and benchmark settings")
     parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="model folder")
     parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="data folder: benchmark.json is used")
     parser.add_argument("--pruner", required=True, type=Path, metavar="DIR", help="trained pruner")
@@ -41,10 +42,11 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     settings = Settings.from_json(args.settings)
     with step("benchmark", args, outputs=[args.output], wildcards={"keep_ratio": args.keep_ratio}) as log:
+        check_benchmark(settings.benchmark, read_manifest(args.model)["context_length"])
+        log.dataset("benchmark", args.data / BENCHMARK_FILE, sha256_file(args.data / BENCHMARK_FILE))
         model = load_model(args.model, settings.model.dtype, settings.model.attention, choose_device())
-        schedule = settings.schedule(model.config.num_hidden_layers, args.keep_ratio)
+        schedule = build_schedule(settings.pruning, model.config.num_hidden_layers, args.keep_ratio)
         pruner = TokenPruner.from_pretrained(args.pruner).with_schedule(schedule)
-        check_context(settings.benchmark, model.config)
         prompts = [benchmark_prompt(args.data, length) for length in settings.benchmark.prompt_tokens]
         rows: list[dict[str, Any]] = []
         for prompt_ids in tqdm(prompts, desc="benchmarking", unit="length"):
@@ -55,7 +57,6 @@ def main(argv: list[str]) -> None:
             log.metrics(
                 {
                     f"prefill_speedup/{length}": paired_ratios(unpruned["prefill_s"], pruned["prefill_s"])[1],
-                    f"efficiency/{length}": paired_ratios(pruned["ideal_s"], pruned["prefill_s"])[1],
                     f"prompt_tokens_per_second/{length}": rate(1, length, quartiles(pruned["prefill_s"])[1]),
                     f"unpruned_prompt_tokens_per_second/{length}": rate(1, length, quartiles(unpruned["prefill_s"])[1]),
                 }
@@ -77,17 +78,6 @@ def main(argv: list[str]) -> None:
         with write_atomically(args.output) as temporary:
             temporary.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
         log.artifact(args.output)
-
-
-def check_context(settings: BenchmarkSettings, config: Any) -> None:
-    """Raise UserError for a prompt length that, with the new tokens, is beyond the model's context."""
-    context = config.max_position_embeddings
-    for length in settings.prompt_tokens:
-        if length + settings.new_tokens > context:
-            raise UserError(
-                f"benchmark.prompt_tokens has {length}, with benchmark.new_tokens that makes "
-                f"{length + settings.new_tokens} tokens: the model's context is {context}"
-            )
 
 
 def measure(

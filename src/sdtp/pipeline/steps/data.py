@@ -4,8 +4,9 @@ import argparse
 from pathlib import Path
 
 from sdtp.pipeline.config import Settings
-from sdtp.pipeline.data import SPLITS, build_dataset
-from sdtp.pipeline.models import load_tokenizer
+from sdtp.pipeline.data import SPLITS, build_dataset, longest_response
+from sdtp.pipeline.limits import check_context
+from sdtp.pipeline.models import load_tokenizer, read_manifest
 from sdtp.pipeline.step import step
 
 
@@ -19,11 +20,15 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     settings = Settings.from_json(args.settings)
     with step("data", args, outputs=[args.output]) as log:
+        # Saliency and training run over prompt and response together.
+        tokens = {"data.max_tokens": settings.data.max_tokens, "longest response": longest_response(settings.data)}
+        check_context(tokens, read_manifest(args.model)["context_length"])
         manifest = build_dataset(load_tokenizer(args.model), settings.data, settings.seed, args.output)
         for split in SPLITS:
             described = manifest["splits"][split]
             log.metric(f"{split}/examples", described["examples"])
             log.metric(f"{split}/prompt_tokens_cut", described.get("prompt_tokens_cut", 0))
+            log.metric(f"{split}/records_in_training", described.get("in_training", 0))
             log.metric(f"{split}/records_skipped", sum(described.get("records", {}).get("skipped", {}).values()))
             revision = described["source"].get("revision") or described["source"].get("version")
             log.dataset(split, args.output / split, described["content_sha256"], revision)

@@ -12,10 +12,11 @@ from sdtp.errors import UserError
 from sdtp.evaluation import continuation, methods, retrieval
 from sdtp.evaluation.teacher_forcing import force
 from sdtp.pipeline.config import Settings
-from sdtp.pipeline.data import load_split
+from sdtp.pipeline.data import load_split, split_hash
 from sdtp.pipeline.devices import choose_device
 from sdtp.pipeline.files import write_jsonl
 from sdtp.pipeline.models import load_model
+from sdtp.pipeline.schedules import build_schedule
 from sdtp.pipeline.step import step
 from sdtp.pruning.pruner import TokenPruner
 from sdtp.training.saliency import Reduction, Target
@@ -24,7 +25,7 @@ from sdtp.training.saliency import Reduction, Target
 def main(argv: list[str]) -> None:
     """Run the step; `argv` are its arguments."""
     parser = argparse.ArgumentParser(prog="sdtp evaluate", description=__doc__)
-    parser.add_argument("--settings", required=True, metavar="JSON", help="seed, model, pruning, evaluation settings")
+    parser.add_argument("--settings", required=True, metavar="JSON", help="model, pruning, the method's own settings")
     parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="model folder")
     parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="data folder, of which test is used")
     parser.add_argument("--pruner", type=Path, metavar="DIR", help="trained pruner; needed for method sdtp")
@@ -42,6 +43,7 @@ def main(argv: list[str]) -> None:
     with step("evaluate", args, outputs=[args.output], wildcards=wildcards) as log:
         model = load_model(args.model, settings.model.dtype, settings.model.attention, choose_device())
         examples = load_split(args.data, "test").to_list()
+        log.dataset("test", args.data / "test", split_hash(args.data, "test"))
         rows = []
         for seed in settings.evaluation.seeds if args.method in methods.SEEDED else (None,):
             pruner_for = choose(args, settings, model, seed)
@@ -61,7 +63,7 @@ def choose(args: argparse.Namespace, settings: Settings, model: PreTrainedModel,
     """What prunes each example under `args.method`; `seed` is None for methods without random choices."""
     if args.method == "unpruned":
         return methods.unpruned
-    schedule = settings.schedule(model.config.num_hidden_layers, args.keep_ratio)
+    schedule = build_schedule(settings.pruning, model.config.num_hidden_layers, args.keep_ratio)
     if args.method == "sdtp":
         return methods.fixed(TokenPruner.from_pretrained(args.pruner).with_schedule(schedule))
     if args.method == "oracle":

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from sdtp.errors import UserError
 from sdtp.pipeline import plots
 from sdtp.pipeline.data import load_split
+from sdtp.pipeline.figures import FIGURES
 from sdtp.pipeline.files import read_jsonl
 from sdtp.pipeline.models import load_tokenizer
 from sdtp.pipeline.plotstyle import save
@@ -39,15 +40,15 @@ def main(argv: list[str]) -> None:
         lengths = [len(ids) for ids in load_split(args.data, "test")["prompt_ids"]]
         shown, tokens = shown_example(args.data, args.model, list(scores))
         figures = {
-            "saliency": plots.saliency(scores[shown], index["layers"], tokens),
+            "saliency": plots.saliency(scores[shown], index["layers"], tokens, index["reduction"]),
             "sparsity": plots.sparsity(list(scores.values()), index["layers"], kept_shares(args.generations)),
             "latency": plots.latency(latency),
             "speedup": plots.speedup(latency),
             "quality": plots.quality(quality, latency, float(np.median(lengths))),
             "training": plots.training(read_history(args.history)),
         }
-        for name, figure in tqdm(figures.items(), desc="figures", unit="figure"):
-            save(figure, args.output / name)
+        for name in tqdm(FIGURES, desc="figures", unit="figure"):
+            save(figures[name], args.output / name)
             log.artifact(args.output / f"{name}.png", "figures")
 
 

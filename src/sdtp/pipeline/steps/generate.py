@@ -9,10 +9,12 @@ from tqdm.auto import tqdm
 from sdtp.evaluation.generation import generate_batch
 from sdtp.evaluation.retrieval import found
 from sdtp.pipeline.config import Settings
-from sdtp.pipeline.data import load_split
+from sdtp.pipeline.data import load_split, split_hash
 from sdtp.pipeline.devices import choose_device
 from sdtp.pipeline.files import write_jsonl
-from sdtp.pipeline.models import load_model, load_tokenizer
+from sdtp.pipeline.limits import check_context
+from sdtp.pipeline.models import load_model, load_tokenizer, read_manifest
+from sdtp.pipeline.schedules import build_schedule
 from sdtp.pipeline.step import step
 from sdtp.pruning.pruner import TokenPruner
 
@@ -23,7 +25,7 @@ BATCH = 4
 def main(argv: list[str]) -> None:
     """Run the step; `argv` are its arguments."""
     parser = argparse.ArgumentParser(prog="sdtp generate", description=__doc__)
-    parser.add_argument("--settings", required=True, metavar="JSON", help="seed, model, pruning, generation settings")
+    parser.add_argument("--settings", required=True, metavar="JSON", help="model, pruning and generation settings")
     parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="model folder")
     parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="data folder, of which test is used")
     parser.add_argument("--pruner", required=True, type=Path, metavar="DIR", help="trained pruner")
@@ -33,18 +35,23 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     settings = Settings.from_json(args.settings)
     with step("generate", args, outputs=[args.output], wildcards={"keep_ratio": args.keep_ratio}) as log:
+        test = load_split(args.data, "test")
+        log.dataset("test", args.data / "test", split_hash(args.data, "test"))
+        examples = test.select(spread(test["task"], settings.generation.examples)).to_list()
+        new_tokens = settings.generation.max_new_tokens
+        longest = max(len(example["prompt_ids"]) for example in examples)
+        context = read_manifest(args.model)["context_length"]
+        check_context({"longest prompt": longest, "generation.max_new_tokens": new_tokens}, context)
         model = load_model(args.model, settings.model.dtype, settings.model.attention, choose_device())
         tokenizer = load_tokenizer(args.model)
-        schedule = settings.schedule(model.config.num_hidden_layers, args.keep_ratio)
+        schedule = build_schedule(settings.pruning, model.config.num_hidden_layers, args.keep_ratio)
         pruner = TokenPruner.from_pretrained(args.pruner).with_schedule(schedule)
-        test = load_split(args.data, "test")
-        examples = test.select(spread(test["task"], settings.generation.examples)).to_list()
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         rows = []
         for start in tqdm(range(0, len(examples), BATCH), desc="generating", unit="batch"):
             batch = examples[start : start + BATCH]
             prompts = [example["prompt_ids"] for example in batch]
-            results = generate_batch(model, pruner, prompts, settings.generation.max_new_tokens, pad)
+            results = generate_batch(model, pruner, prompts, new_tokens, pad)
             for example, generated in zip(batch, results, strict=True):
                 rows.append(
                     {

@@ -13,7 +13,7 @@ from sdtp.pipeline.data import load_split
 from sdtp.pipeline.files import read_jsonl, write_atomically
 from sdtp.pipeline.models import load_tokenizer
 from sdtp.pipeline.report import Run, render, token_texts
-from sdtp.pipeline.results import read_history, read_latency, read_quality
+from sdtp.pipeline.results import read_comparisons, read_history, read_latency, read_quality
 from sdtp.pipeline.step import step
 from sdtp.pruning.pruner import TokenPruner
 
@@ -26,11 +26,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--settings", required=True, metavar="JSON", help="settings to show; run names the report")
     parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="model folder")
     parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="data folder")
+    parser.add_argument("--saliency", required=True, type=Path, metavar="JSON", help="index of the saliency shards")
     parser.add_argument("--pruner", required=True, type=Path, metavar="DIR", help="trained pruner")
     parser.add_argument("--history", required=True, type=Path, metavar="CSV", help="learning curves")
     parser.add_argument("--generations", required=True, nargs="+", type=Path, metavar="JSONL", help="one a keep ratio")
     parser.add_argument("--latency", required=True, type=Path, metavar="CSV", help="latency table")
     parser.add_argument("--quality", required=True, type=Path, metavar="CSV", help="quality table")
+    parser.add_argument("--comparisons", required=True, type=Path, metavar="CSV", help="comparison table")
     parser.add_argument("--benchmarks", required=True, nargs="+", type=Path, metavar="JSON", help="timings")
     parser.add_argument("--figures", required=True, type=Path, metavar="DIR", help="folder of the figures")
     parser.add_argument("--output", required=True, type=Path, metavar="HTML", help="report to write")
@@ -58,6 +60,8 @@ def read_run(args: argparse.Namespace) -> Run:
     ids = next((row["prompt_ids"] for row in test if row["id"] == shown), None)
     if ids is None:
         raise UserError(f"{args.data}: no test example {shown}, which was generated from; accepted: ids of test")
+    quality = read_quality(args.quality)
+    machine, warmup = timed_on(args.benchmarks)
     return Run(
         settings=json.loads(args.settings),
         model=json.loads((args.model / "manifest.json").read_text("utf-8")),
@@ -65,31 +69,39 @@ def read_run(args: argparse.Namespace) -> Run:
         layers=TokenPruner.from_pretrained(args.pruner).schedule.layers,
         tests=tests,
         latency=read_latency(args.latency),
-        quality=read_quality(args.quality),
+        quality=quality,
+        comparisons=read_comparisons(args.comparisons, quality),
         history=read_history(args.history),
         generations=generations,
         shown=shown,
         tokens=token_texts(load_tokenizer(args.model), ids),
         figures={path.stem: path.read_bytes() for path in args.figures.glob("*.svg")},
-        timed_on=timed_on(args.benchmarks),
+        timed_on=machine,
+        warmup=warmup,
+        reduction=json.loads(args.saliency.read_text("utf-8"))["reduction"],
         versions=versions(),
     )
 
 
-def timed_on(benchmarks: Sequence[Path]) -> str:
-    """The device, dtype, attention and library versions the timings were taken with.
+def timed_on(benchmarks: Sequence[Path]) -> tuple[str, int]:
+    """The device, dtype, attention and library versions the timings were taken with, as one line; the warm-up rounds.
 
     Raises:
-        UserError: the files disagree: ratios timed on different machines are not comparable.
+        UserError: the files disagree: ratios timed on different machines, or otherwise, are not comparable.
     """
     facts = []
     for path in benchmarks:
         timing = json.loads(path.read_text("utf-8"))
         parts = [timing["device"], timing["dtype"], f"{timing['attention']} attention"]
-        facts.append(", ".join(parts + [f"{name} {number}" for name, number in timing["versions"].items()]))
+        parts += [f"{name} {number}" for name, number in timing["versions"].items()]
+        facts.append((", ".join(parts), timing["warmup"]))
     for path, fact in zip(benchmarks, facts, strict=True):
         if fact != facts[0]:
-            raise UserError(f"{path} was timed on {fact}, {benchmarks[0]} on {facts[0]}; accepted: one machine for all")
+            (here, rounds), (there, expected) = fact, facts[0]
+            raise UserError(
+                f"{path} was timed on {here} after {rounds} rounds of warm-up, {benchmarks[0]} on {there} after "
+                f"{expected}; accepted: one machine and as many rounds for all"
+            )
     return facts[0]
 
 

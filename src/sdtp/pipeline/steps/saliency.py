@@ -11,20 +11,20 @@ from tqdm.auto import tqdm
 
 from sdtp.errors import UserError
 from sdtp.pipeline.config import Settings
-from sdtp.pipeline.data import load_split
+from sdtp.pipeline.data import load_split, split_hash
 from sdtp.pipeline.devices import choose_device
 from sdtp.pipeline.files import write_atomically
 from sdtp.pipeline.models import load_model
+from sdtp.pipeline.schedules import stage_layers
 from sdtp.pipeline.shards import SPLITS, metadata
 from sdtp.pipeline.step import step
-from sdtp.pruning.schedule import PruningSchedule
 from sdtp.training.saliency import Reduction, Target, saliency
 
 
 def main(argv: list[str]) -> None:
     """Run the step; `argv` are its arguments."""
     parser = argparse.ArgumentParser(prog="sdtp saliency", description=__doc__)
-    parser.add_argument("--settings", required=True, metavar="JSON", help="seed, model, pruning, saliency settings")
+    parser.add_argument("--settings", required=True, metavar="JSON", help="model, pruning and saliency settings")
     parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="model folder")
     parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="data folder")
     parser.add_argument("--shard", required=True, type=int, metavar="I", help="number of this shard, from 0")
@@ -37,9 +37,10 @@ def main(argv: list[str]) -> None:
     settings = Settings.from_json(args.settings)
     with step("saliency", args, outputs=[args.output], wildcards={"shard": args.shard}) as log:
         model = load_model(args.model, settings.model.dtype, settings.model.attention, choose_device())
-        pruning = settings.pruning
-        # The stages' layers do not depend on the ratio: one set of labels serves every ratio.
-        layers = PruningSchedule.geometric(model.config.num_hidden_layers, pruning.start, pruning.step, 1.0).layers
+        # One set of labels serves every ratio.
+        layers = stage_layers(settings.pruning, model.config.num_hidden_layers)
+        for split in SPLITS:
+            log.dataset(split, args.data / split, split_hash(args.data, split))
         examples = [example for split in SPLITS for example in load_split(args.data, split)][args.shard :: args.shards]
         labels = {}
         for example in tqdm(examples, desc=f"saliency, shard {args.shard}", unit="example"):

@@ -10,15 +10,18 @@ from datasets import Dataset
 
 from sdtp.errors import UserError
 from sdtp.pipeline.config import Settings
-from sdtp.pipeline.data import load_split
+from sdtp.pipeline.data import load_split, split_hash
 from sdtp.pipeline.devices import choose_device
-from sdtp.pipeline.files import atomic_folder, canonical_json, write_atomically
+from sdtp.pipeline.files import atomic_folder, canonical_json, sha256_file, write_atomically
 from sdtp.pipeline.models import load_model
-from sdtp.pipeline.shards import Labels, metadata
+from sdtp.pipeline.schedules import build_schedule
+from sdtp.pipeline.shards import SPLITS, Labels, metadata
 from sdtp.pipeline.step import step
 from sdtp.pruning.pruner import TokenPruner
 from sdtp.pruning.scorers import Learned
-from sdtp.training.trainer import Example, Options, Weights, fit
+from sdtp.training.examples import Example
+from sdtp.training.objective import Weights
+from sdtp.training.trainer import Options, fit
 
 
 class Examples(Sequence[Example]):
@@ -45,22 +48,25 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="data folder")
     parser.add_argument("--saliency", required=True, type=Path, metavar="FILE", help="index of the saliency shards")
     parser.add_argument("--checkpoints", required=True, type=Path, metavar="DIR", help="where a killed run resumes")
+    parser.add_argument("--code", required=True, metavar="HASH", help="of the code; no other code's run is resumed")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="pruner folder to write")
     parser.add_argument("--history", required=True, type=Path, metavar="CSV", help="learning curves to write")
     parser.add_argument("--metrics", required=True, type=Path, metavar="FILE", help="metrics to write")
     args = parser.parse_args(argv)
     settings = Settings.from_json(args.settings)
     training = settings.training
+    weights = Weights(ce=training.weights.ce, mse=training.weights.mse, rank=training.weights.rank)
     with step("train", args, outputs=[args.output, args.history], wildcards={"keep_ratio": training.keep_ratio}) as log:
         model = load_model(args.model, settings.model.dtype, settings.model.attention, choose_device())
-        schedule = settings.schedule(model.config.num_hidden_layers, training.keep_ratio)
+        schedule = build_schedule(settings.pruning, model.config.num_hidden_layers, training.keep_ratio)
         labels = Labels(args.saliency)
         made_of = labels.description
         expected = metadata(args.model, args.data, schedule.layers, made_of["reduction"], made_of["target"])
         for key, value in expected.items():
             if made_of[key] != value:
                 raise UserError(f"{args.saliency}: {key} is {made_of[key]}, but {value} is needed here")
-        log.dataset("train", args.data / "train", made_of["data_sha256"])
+        for split in SPLITS:
+            log.dataset(split, args.data / split, split_hash(args.data, split))
 
         torch.manual_seed(settings.seed)
         scorer = Learned(model.config.hidden_size, schedule.stages, training.width).to(model.device)
@@ -71,7 +77,6 @@ def main(argv: list[str]) -> None:
                 history.extend((at, split, name, value) for name, value in metrics.items())
             log.metrics({f"{split}/{name}": value for name, value in metrics.items()}, step=at)
 
-        weights = training.weights
         final = fit(
             model,
             scorer,
@@ -85,14 +90,15 @@ def main(argv: list[str]) -> None:
                 batch_size=training.batch_size,
                 learning_rate=training.learning_rate,
                 temperature=training.temperature,
-                weights=Weights(ce=weights.ce, mse=weights.mse, rank=weights.rank),
+                weights=weights,
                 evaluate_every=training.evaluate_every,
                 checkpoint_every=training.checkpoint_every,
                 seed=settings.seed,
             ),
             record,
             checkpoints=args.checkpoints,
-            inputs=canonical_json([made_of, settings.model.dtype, settings.model.attention]),
+            # The index holds the hashes of the labels, and of the model and data they were made from.
+            inputs=canonical_json([args.code, sha256_file(args.saliency), str(model.dtype), settings.model.attention]),
             on_checkpoint=lambda folder: log.artifact(folder, "checkpoints"),
         )
         with atomic_folder(args.output) as temporary:

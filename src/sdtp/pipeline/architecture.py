@@ -1,0 +1,36 @@
+"""Whether the pruner can take hold of a model, told from the model's config alone: refusals only, no result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sdtp.errors import UserError
+from sdtp.pruning.adapter import decoder_layers
+
+SUPPORTED = "supported are Llama, Qwen2, Qwen3, Mistral without a sliding window, and others built like them"
+
+
+def check_architecture(model: str | Path, *, revision: str | None = None, trust_remote_code: bool) -> None:
+    """Raise UserError unless `model`, a folder or a hub id at `revision`, is one the pruner supports.
+
+    Of the model only config.json is read, and its own code where `trust_remote_code`: its layers are made on the meta
+    device, without weights.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(str(model), revision=revision, trust_remote_code=trust_remote_code)
+    except ValueError as error:  # a type of model that transformers does not know
+        raise UserError(f"model.source: {model}: {' '.join(str(error).split())}") from error
+    try:
+        with torch.device("meta"):
+            made = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        # The lines after the first list every class there is.
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UserError(f"model.source: {model} is no causal language model: {reason}; {SUPPORTED}") from error
+    try:
+        decoder_layers(made)
+    except TypeError as error:
+        raise UserError(f"model.source: {model}: {error}; {SUPPORTED}") from error

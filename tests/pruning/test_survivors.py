@@ -1,0 +1,139 @@
+"""Each scorer keeps the tokens its description says, at every stage: against removal one layer at a time."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from sdtp.pruning import scorers
+from sdtp.pruning.pruner import TokenPruner
+from sdtp.pruning.schedule import PruningSchedule
+from tests.pruning.reference import removal
+
+SCHEDULE = PruningSchedule((1, 2, 4), (0.7, 0.45, 0.3), sinks=2, local=0.05, min_local=3)
+LENGTHS = (40, 33, 17)  # of the padded batch's rows
+
+# (stage, states [present, hidden], their positions in the prompt) -> scores [present]
+Score = Callable[[int, torch.Tensor, list[int]], torch.Tensor]
+
+
+def learned() -> tuple[scorers.Scorer, Callable[[int], Score]]:
+    """Keep logit minus drop logit of a two-layer GELU MLP on the state divided by its root mean square."""
+    scorer = scorers.Learned(32, SCHEDULE.stages, width=8)
+    weights = [[parameter.detach().double() for parameter in mlp.parameters()] for mlp in scorer.mlps]
+
+    def score(stage: int, hidden: torch.Tensor, positions: list[int]) -> torch.Tensor:
+        first, first_bias, second, second_bias = weights[stage]
+        normed = hidden / (hidden.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+        inner = normed @ first.T + first_bias
+        keep, drop = (inner * (1 + torch.erf(inner / math.sqrt(2))) / 2 @ second.T + second_bias).T
+        return keep - drop
+
+    return scorer, lambda row: score
+
+
+def hidden_norm() -> tuple[scorers.Scorer, Callable[[int], Score]]:
+    """The L2 norm of the state."""
+    return scorers.HiddenNorm(), lambda row: lambda stage, hidden, positions: hidden.pow(2).sum(-1).sqrt()
+
+
+def recent() -> tuple[scorers.Scorer, Callable[[int], Score]]:
+    """The original position."""
+    return scorers.Recent(), lambda row: lambda stage, hidden, positions: torch.tensor(positions)
+
+
+def random() -> tuple[scorers.Scorer, Callable[[int], Score]]:
+    """A number for (seed, stage, position): that of the whole prompt's table at the positions still present."""
+    scorer = scorers.Random(seed=5)
+    everything = torch.arange(max(LENGTHS))[None]
+
+    def score(stage: int, hidden: torch.Tensor, positions: list[int]) -> torch.Tensor:
+        nothing = torch.zeros(1, everything.shape[1], 0)
+        view = scorers.StageView(stage, -1, nothing, everything, everything.amax(1) + 1, lambda: nothing)
+        return scorer.score(view)[0, positions]
+
+    return scorer, lambda row: score
+
+
+def saliency() -> tuple[scorers.Scorer, Callable[[int], Score]]:
+    """The label of this stage, row and original position."""
+    labels = torch.rand(SCHEDULE.stages, len(LENGTHS), max(LENGTHS))
+    return scorers.Saliency(labels), lambda row: lambda stage, hidden, positions: labels[stage, row, positions]
+
+
+def left_padded(lengths: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random token ids [rows, longest] and their mask, 1 at real tokens."""
+    ids = torch.randint(3, 128, (len(lengths), max(lengths)))
+    columns = torch.arange(max(lengths))
+    return ids, torch.stack([columns >= max(lengths) - n for n in lengths]).long()
+
+
+def assert_kept(found: list[torch.Tensor], row: int, expected: list[list[int]]) -> None:
+    """A row of the trace, its padding left out, is `expected` at every stage."""
+    assert [[position for position in kept[row].tolist() if position >= 0] for kept in found] == expected
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("make", [learned, hidden_norm, recent, random, saliency], ids=lambda make: make.__name__)
+def test_each_scorer_keeps_its_best_tokens(
+    tiny_model: Callable[..., PreTrainedModel], family: str, make: Callable[[], tuple], seed: int
+) -> None:
+    model = tiny_model(family, torch.float64, num_hidden_layers=6)
+    torch.manual_seed(seed)
+    scorer, score_of = make()
+    ids, real = left_padded(LENGTHS)
+    with TokenPruner(SCHEDULE, scorer)(model) as trace, torch.no_grad():
+        model(ids, attention_mask=real, position_ids=(real.cumsum(1) - 1).clamp_min(0))
+    for row, n in enumerate(LENGTHS):
+        with torch.no_grad():
+            _, expected, _ = removal(model, ids[row : row + 1, -n:], n, SCHEDULE, score_of(row))
+        assert_kept(trace.kept, row, expected)
+
+
+def test_learned_scores_are_those_of_their_formula() -> None:
+    scorer, score_of = learned()
+    assert isinstance(scorer, scorers.Learned)
+    hidden = 100 * torch.randn(50, 32, dtype=torch.float64)
+    for stage in range(SCHEDULE.stages):
+        expected = score_of(0)(stage, hidden, []).float()
+        torch.testing.assert_close(scorer.keep_scores(stage, hidden).detach(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("lengths", [(40,), LENGTHS], ids=["one", "padded"])
+def test_last_query_keeps_what_the_layer_before_attended_to(
+    tiny_model: Callable[..., PreTrainedModel], family: str, lengths: tuple[int, ...], seed: int
+) -> None:
+    """The probabilities are those of the model's own eager attention, over the tokens the stage before left."""
+    model = tiny_model(family, torch.float64, num_hidden_layers=6)
+    torch.manual_seed(seed)
+    ids, real = left_padded(lengths)
+    with TokenPruner(SCHEDULE, scorers.LastQuery())(model) as trace, torch.no_grad():
+        model(ids, attention_mask=real, position_ids=(real.cumsum(1) - 1).clamp_min(0))
+
+    reference = copy.deepcopy(model)
+    reference.set_attn_implementation("eager")
+    attention: list[torch.Tensor] = []  # [heads, queries, keys] of every layer, as removal goes through them
+    for layer in reference.model.layers:
+        layer.self_attn.register_forward_hook(lambda module, args, output: attention.append(output[1][0]))
+
+    def score(stage: int, hidden: torch.Tensor, positions: list[int]) -> torch.Tensor:
+        assert len(attention) == SCHEDULE.layers[stage]
+        assert attention[-1].shape[1:] == (len(positions), len(positions))
+        return attention[-1][:, -1].mean(0)
+
+    for row, n in enumerate(lengths):
+        own = ids[row : row + 1, -n:]
+        with torch.no_grad():
+            whole = reference(own, output_attentions=True).attentions
+            attention.clear()
+            _, expected, _ = removal(reference, own, n, SCHEDULE, score)
+        torch.testing.assert_close(attention[0], whole[0][0], rtol=0, atol=1e-6)
+        assert_kept(trace.kept, row, expected)
