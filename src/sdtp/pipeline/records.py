@@ -12,6 +12,7 @@ from typing import Any
 from sdtp.errors import UserError
 from sdtp.pipeline.config import Source
 from sdtp.pipeline.files import numbered_jsonl, sha256_file, sha256_files
+from sdtp.pipeline.sources import jsonl_file
 
 # Fields of one row: databricks-dolly-15k's, or the plain pair. All are needed, `context` may be blank.
 INSTRUCTION_FIELDS = ("instruction", "context", "response")
@@ -55,9 +56,7 @@ def read_records(source: Source, key: str) -> Records:
         UserError: no such file or folder, a missing, null or non-text field, an id used twice; each with file and line.
     """
     if source.kind == "jsonl":
-        path = Path(source.ref)
-        if not path.is_file():
-            raise UserError(f"{key}.ref: no file {source.ref!r}; a JSON-lines file is needed")
+        path = jsonl_file(source.ref, key)
         return check_rows(
             ((f"{path.name}, line {n}", row) for n, row in numbered_jsonl(path)), sha256=sha256_file(path)
         )

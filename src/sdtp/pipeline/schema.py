@@ -165,11 +165,12 @@ def _explain(error: jsonschema.ValidationError) -> Iterator[str]:
         return
     hint = ""
     if isinstance(instance, str) and error.validator == "type" and _is_number(instance):
-        hint = f" (YAML reads {instance} as text; write {float(instance)!r})"
-        if not isinstance(yaml.safe_load(instance), str):
-            hint = (
-                " (text, not a number: no quotes in a file; --config takes no numbers inside a block, use --configfile)"
-            )
+        hint = (
+            f" (YAML reads {instance} as text; write {float(instance)!r})"
+            if isinstance(yaml.safe_load(instance), str)
+            else " (text, not a number: no quotes in a file; "
+            "--config takes no numbers inside a block, use --configfile)"
+        )
     yield f"{key} = {_show(instance)}: must be {accepted(node)}{hint}"
 
 

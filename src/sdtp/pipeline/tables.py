@@ -194,10 +194,8 @@ def comparison_table(cells: Cells) -> pd.DataFrame:
     panels = _panels(cells)
     table = []
     for task, metric, method, other, ratio in sorted(pairs_of(cells), key=lambda pair: panels[pair[:2]]):
-        first, second = (
-            cells[task, metric, method, ratio],
-            cells[task, metric, other, 1.0 if other == "unpruned" else ratio],
-        )
+        first = cells[task, metric, method, ratio]
+        second = cells[task, metric, other, 1.0 if other == "unpruned" else ratio]
         pair = paired_difference([first[id_] for id_ in second], list(second.values()))
         table.append((task, metric, method, other, ratio, pair.mean, pair.low, pair.high, pair.p_value, pair.n))
     result = pd.DataFrame(table, columns=COMPARISON_COLUMNS[:-1])
