@@ -9,15 +9,35 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 TINY = {
@@ -34,11 +54,55 @@ TINY = {
     "initializer_range": 0.2,  # the default 0.02 makes tiny random models nearly position-blind
 }
 
+WINDOW = 12  # of the families with sliding windows: smaller than most prompts of the tests
+
+# The grouped kernel that experts use by default has no float64.
+EXPERTS = {"num_experts_per_tok": 2, "experts_implementation": "eager"}
+
 FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 8}),
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
+    "mistral_window": (MistralConfig, MistralForCausalLM, {"sliding_window": WINDOW}),
+    # Two rotary tables: theta 10,000 in sliding layers, 1,000,000 in full ones.
+    "gemma3": (
+        Gemma3TextConfig,
+        Gemma3ForCausalLM,
+        {
+            "head_dim": 8,
+            "query_pre_attn_scalar": 8,
+            "sliding_window": WINDOW,
+            "num_hidden_layers": 6,  # both kinds of layer before, between and after stages at 2 and 4
+            "layer_types": ["sliding_attention", "full_attention"] * 3,
+        },
+    ),
+    "phi3": (Phi3Config, Phi3ForCausalLM, {"sliding_window": None}),
+    "phi3_window": (Phi3Config, Phi3ForCausalLM, {"sliding_window": WINDOW}),
+    "gpt_neox": (GPTNeoXConfig, GPTNeoXForCausalLM, {}),  # rotates a quarter of each head
+    "opt": (OPTConfig, OPTForCausalLM, {"ffn_dim": 64, "word_embed_proj_dim": 32}),  # learned positions
+    "bloom": (BloomConfig, BloomForCausalLM, {"n_layer": 4, "n_head": 4}),  # ALiBi
+    "mixtral": (MixtralConfig, MixtralForCausalLM, {"num_local_experts": 4, **EXPERTS}),
+    "qwen3_moe": (
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+        {"head_dim": 8, "num_experts": 4, "moe_intermediate_size": 32, **EXPERTS},
+    ),
+    # Attention sinks: each head's softmax has one more logit, of no key.
+    "gpt_oss": (
+        GptOssConfig,
+        GptOssForCausalLM,
+        {
+            "head_dim": 8,
+            "num_local_experts": 4,
+            **EXPERTS,
+            "sliding_window": WINDOW,
+            "layer_types": ["full_attention", "sliding_attention"] * 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    ),
+    "smollm3": (SmolLM3Config, SmolLM3ForCausalLM, {"no_rope_layers": [1, 0, 1, 0]}),  # 0: no positions at all
+    "olmo2": (Olmo2Config, Olmo2ForCausalLM, {}),
 }
 
 
@@ -58,12 +122,17 @@ def isolated_randomness() -> Iterator[None]:
 
 @pytest.fixture
 def tiny_model() -> Callable[..., PreTrainedModel]:
-    """Factory of tiny random causal LMs: `tiny_model(family="llama", dtype=torch.float32, **config)`, eval mode."""
+    """Factory of tiny random causal LMs: `tiny_model(family="llama", dtype=torch.float32, **config)`, eval mode.
+
+    Families that have the eager kernel alone get that one in place of sdpa.
+    """
 
     def make(
         family: str = "llama", dtype: torch.dtype = torch.float32, attention: str = "sdpa", **config: Any
     ) -> PreTrainedModel:
         config_class, model_class, extra = FAMILIES[family]
+        if attention == "sdpa" and not model_class._supports_sdpa:
+            attention = "eager"
         torch.manual_seed(1234)
         model = model_class(config_class(**{**TINY, **extra, **config}, attn_implementation=attention))
         return model.to(dtype).eval().requires_grad_(False)

@@ -16,6 +16,7 @@ from sdtp.evaluation.latency import Stopwatch, Timing, compare, cut_to_lengths, 
 from sdtp.pruning import scorers
 from sdtp.pruning.pruner import TokenPruner
 from sdtp.pruning.schedule import PruningSchedule
+from tests.conftest import FAMILIES
 
 CPU = torch.device("cpu")
 PROMPT = torch.arange(3, 43).unsqueeze(0)  # [1, 40]
@@ -227,6 +228,17 @@ class TestCutToLengths:
         assert [output.cache.get_seq_length(layer) for layer in range(4)] == lengths == [40, 20, 20, 10]
         if attention == "sdpa":  # eager needs a mask that the reference does not build
             torch.testing.assert_close(output.logits, reference_at_lengths(model, PROMPT, lengths), rtol=0, atol=0)
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_causal_layers_do_not_miss_the_tokens_cut_off(
+        self, tiny_model: Callable[..., PreTrainedModel], family: str
+    ) -> None:
+        model = tiny_model(family)
+        lengths = SCHEDULE.layer_lengths(40, model.config.num_hidden_layers)
+        with cut_to_lengths(model, lengths):
+            logits = model(input_ids=PROMPT, logits_to_keep=1).logits
+        expected = model(input_ids=PROMPT[:, : lengths[-1]], logits_to_keep=1).logits
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
 
     def test_leaves_no_hook_behind(self, tiny_model: Callable[..., PreTrainedModel]) -> None:
         model = tiny_model()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sdtp.pruning import prefill, schedule, scorers
+from sdtp.pruning import cache, layer_inputs, prefill, schedule, scorers
 from sdtp.pruning.pruner import TokenPruner
 from sdtp.pruning.schedule import PruningSchedule
 from tests.pruning.reference import masked_logits, removal
@@ -15,7 +15,8 @@ SCHEDULE = PruningSchedule((1, 3), (0.6, 0.32), sinks=2, local=0.1, min_local=8)
 
 def compacted_positions(patch):
     """Survivors are renumbered 0, 1, 2, ... for the rotary embedding."""
-    patch(prefill.LayerInputs, "rotary", lambda self, table, columns: tuple(p[:, : columns.shape[1]] for p in table))
+    renumbered = lambda self, table, columns: tuple(part[:, : columns.shape[1]] for part in table)  # noqa: E731
+    patch(layer_inputs.LayerInputs, "rotary", renumbered)
 
 
 def floored_counts(patch):
@@ -29,7 +30,7 @@ def soft_scaled_states(patch):
     def scaled(self, stage, layer, hidden, cache):
         kept = torch.zeros(hidden.shape[:2], dtype=torch.bool)
         kept[:, ::2] = True
-        self.trace.kept.append(kept.nonzero()[:, 1].reshape(hidden.shape[0], -1))
+        self.kept.append(kept.nonzero()[:, 1].reshape(hidden.shape[0], -1))
         return hidden * torch.where(kept, 1.0, 1e-3)[..., None]
 
     patch(prefill.Prefill, "_stage", scaled)
@@ -37,14 +38,51 @@ def soft_scaled_states(patch):
 
 def dropped_padding(patch):
     """Layers after the first stage forget which slots of shorter rows are padding."""
-    original = prefill.LayerInputs.mask
-    patch(prefill.LayerInputs, "mask", lambda self, hidden, valid, *rest: original(self, hidden, None, *rest))
+    patch(prefill.PromptSlots, "valid", lambda self: None)
 
 
 def candidates_counted(patch):
     """The first forward of `generate` is taken for prompt altogether."""
     original = prefill.Prefill.__init__
-    patch(prefill.Prefill, "__init__", lambda self, *a: original(self, *a[:6], a[5][1], *a[7:]))
+    patch(prefill.Prefill, "__init__", lambda self, *a: original(self, *a[:5], a[4][1], *a[6:]))
+
+
+def window_over_surviving_slots(patch):
+    """A sliding window counts the tokens that are left, not those that were."""
+
+    def counted(self):
+        return torch.arange(self.slots).expand_as(self.positions)
+
+    patch(cache.PrunedLayer, "columns", property(counted))
+
+
+def window_forgotten(patch):
+    """Layers after the first stage attend to everything."""
+    original = layer_inputs.LayerInputs.mask
+    patch(layer_inputs.LayerInputs, "mask", lambda self, *args: original(self, *args[:-1], None))
+
+
+def one_rotary_table(patch):
+    """The first table cut serves all layers of a stage, whichever theirs is."""
+    original = layer_inputs.LayerInputs.rotary
+
+    def first(self, table, columns):
+        self._sources.append(table)
+        return original(self, self._sources[0], columns)
+
+    patch(layer_inputs.LayerInputs, "rotary", first)
+
+
+def state_kept_between_calls(patch):
+    """What one forward made serves the next one too."""
+    made = {}
+    original = layer_inputs.LayerInputs.__init__
+
+    def shared(self, config):
+        original(self, config)
+        self._made = made
+
+    patch(layer_inputs.LayerInputs, "__init__", shared)
 
 
 def unsorted_survivors(patch):
@@ -58,11 +96,13 @@ def blank_states(patch):
     patch(prefill, "StageView", lambda a, b, hidden, *rest: scorers.StageView(a, b, torch.zeros_like(hidden), *rest))
 
 
-def check(model):
+def check(tiny_model):
     """Removal against hidden keys in a padded batch, counts against the schedule, prompt lookup against greedy.
 
-    Last, the survivors of a scorer that reads states against those of removal one layer at a time.
+    Then the survivors of a scorer that reads states against those of removal one layer at a time, and a generation of a
+    model with two rotary tables and a sliding window, at every step.
     """
+    model = tiny_model(dtype=torch.float64)
     ids = torch.randint(3, 128, (1, 10)).repeat(2, 4)
     real = torch.ones_like(ids)
     real[1, :6] = 0
@@ -82,10 +122,17 @@ def check(model):
         model(ids[:1])
         longest = removal(model, ids[:1], 40, SCHEDULE, lambda stage, hidden, prompt: hidden.norm(dim=-1))[1]
     assert [k[0].tolist() for k in trace.kept] == longest
+    model = tiny_model("gemma3", dtype=torch.float64)
+    settings = {"do_sample": False, "eos_token_id": None, "return_dict_in_generate": True, "output_logits": True}
+    with TokenPruner(SCHEDULE, scorers.Random(1))(model) as trace, torch.no_grad():
+        output = model.generate(input_ids=ids[:1], max_new_tokens=8, **settings)
+    everything = torch.ones_like(output.sequences)
+    expected = masked_logits(model, output.sequences, everything, SCHEDULE.layers, trace.kept, prompt=40)
+    assert (torch.stack(output.logits, 1) - expected[:, 39:47]).abs().max() <= 1e-6  # float32 rotary tables
 
 
 def test_the_real_thing_passes(tiny_model):
-    check(tiny_model(dtype=torch.float64))
+    check(tiny_model)
 
 
 @pytest.mark.parametrize(
@@ -96,14 +143,18 @@ def test_the_real_thing_passes(tiny_model):
         soft_scaled_states,
         dropped_padding,
         candidates_counted,
+        window_over_surviving_slots,
+        window_forgotten,
+        one_rotary_table,
+        state_kept_between_calls,
         unsorted_survivors,
         blank_states,
     ],
     ids=lambda mutant: mutant.__name__,
 )
 def test_every_mutant_is_noticed(tiny_model, monkeypatch, mutant):
-    model = tiny_model(dtype=torch.float64)
     mutant(monkeypatch.setattr)
-    # Counted candidates run into the cache's own guard; the others must be seen in what comes out.
-    with pytest.raises(ValueError if mutant is candidates_counted else AssertionError):
-        check(model)
+    # Some run into a guard on the way; the others must be seen in what comes out.
+    loud = {candidates_counted: ValueError, state_kept_between_calls: RuntimeError}
+    with pytest.raises(loud.get(mutant, AssertionError)):
+        check(tiny_model)

@@ -59,8 +59,64 @@ def test_layer_lengths_step_down_at_the_stages():
     assert schedule.layer_lengths(100, 5) == [100, 50, 50, 25, 25]
 
 
-def test_survives_json():
-    schedule = PruningSchedule.geometric(num_layers=30, start=4, step=3, ratio=0.8)
+def test_a_budget_is_reached_in_equal_shares():
+    protection = {"sinks": 0, "local": 0.0, "min_local": 1, "min_tokens": 2}
+    schedule = PruningSchedule.to_budget(num_layers=8, start=1, step=3, tokens=64, **protection)
+    assert schedule == PruningSchedule((1, 4, 7), budget=64, **protection)
+    assert schedule.surviving(512) == [256, 128, 64]
+    assert schedule.layer_lengths(512, 8) == [512, 256, 256, 256, 128, 128, 128, 64]
+    assert schedule.surviving(65) == [65, 64, 64]
+    assert schedule.surviving(64) == [64, 64, 64]
+    assert schedule.surviving(3) == [3, 3, 3]
+    # A row of padding alone.
+    assert PruningSchedule((1,), budget=64).kept_at(0, prompt_tokens=0, present=0, protected=0) == 0
+
+
+@given(n=st.integers(1, 200_000), budget=st.integers(1, 5000), stages=st.integers(1, 40))
+def test_a_budget_is_what_the_last_stage_leaves(n, budget, stages):
+    schedule = PruningSchedule(tuple(range(1, stages + 1)), budget=budget, sinks=0, local=0.0, min_local=0)
+    counts = [n, *schedule.surviving(n)]
+    assert counts[-1] == min(n, budget)
+    assert counts == sorted(counts, reverse=True)
+    # Rounded once from the exact count, so that no stage is more than half a token off an equal share.
+    equal = [n * min(1.0, budget / n) ** (stage / stages) for stage in range(stages + 1)]
+    assert counts == pytest.approx(equal, abs=0.5 + 1e-6)
+
+
+def test_a_budget_gives_way_to_protected_tokens_and_short_prompts_like_fractions():
+    schedule = PruningSchedule((1, 2), budget=10, sinks=4, local=0.1, min_local=16)
+    assert schedule.surviving(1000) == [104, 20]  # 4 sinks and a tail of 100, then of 16
+    assert schedule.kept_at(1, prompt_tokens=1000, present=100, protected=37) == 37
+    assert schedule.kept_at(1, prompt_tokens=1000, present=100, protected=0) == 10
+    whole = PruningSchedule((1, 2), budget=10, min_local=1, min_tokens=50)
+    assert whole.surviving(49) == [49, 49]
+    assert whole.surviving(50) == [22, 10]
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        PruningSchedule((1, 4, 5), (0.9, 0.8, 0.3), sinks=2, local=0.2, min_local=3, min_tokens=7),
+        PruningSchedule((1, 4, 5), budget=30, sinks=2, local=0.2, min_local=3, min_tokens=7),
+    ],
+)
+def test_another_ratio_keeps_layers_and_protection(schedule):
+    expected = PruningSchedule((1, 4, 5), (0.5, 0.25, 0.125), sinks=2, local=0.2, min_local=3, min_tokens=7)
+    assert schedule.with_ratio(0.5) == expected
+    assert schedule.with_ratio(1.0).surviving(100) == [100, 100, 100]
+    for ratio in (0.0, 1.1, math.nan):
+        with pytest.raises(ValueError, match=f"ratio is {ratio}: the fraction to keep must be in"):
+            schedule.with_ratio(ratio)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        PruningSchedule.geometric(num_layers=30, start=4, step=3, ratio=0.8),
+        PruningSchedule.to_budget(num_layers=30, start=4, step=3, tokens=512, sinks=2),
+    ],
+)
+def test_survives_json(schedule):
     assert PruningSchedule.from_dict(json.loads(json.dumps(schedule.to_dict()))) == schedule
 
 
@@ -77,6 +133,13 @@ def test_survives_json():
         ({"local": 1.5}, "local is 1.5"),
         ({"sinks": -1}, "sinks is -1"),
         ({"min_tokens": -1}, "min_tokens is -1"),
+        ({"keep": ()}, "0 fractions for 2 layers: give one per layer, or a budget"),
+        ({"budget": 5}, r"keep is \(0.5, 0.4\) with a budget of 5"),
+        ({"keep": (), "budget": 0}, "budget is 0: .* whole number >= 1"),
+        ({"keep": (), "budget": 5.0}, "budget is 5.0: .* whole number >= 1"),
+        ({"keep": (), "budget": True}, "budget is True: .* whole number >= 1"),
+        ({"keep": (), "budget": 5, "layers": ()}, "budget is 5 with no layers"),
+        ({"keep": (), "budget": 5, "layers": (2, 1)}, "ascending"),
     ],
 )
 def test_bad_values_are_named(change, words):
@@ -90,6 +153,14 @@ def test_geometric_refuses_what_it_cannot_mean(start, step, ratio):
         PruningSchedule.geometric(num_layers=4, start=start, step=step, ratio=ratio)
 
 
+@pytest.mark.parametrize(
+    ("start", "step", "tokens", "name"), [(4, 1, 9, "start"), (1, 0, 9, "step"), (1, 1, 0, "budget")]
+)
+def test_to_budget_refuses_what_it_cannot_mean(start, step, tokens, name):
+    with pytest.raises(ValueError, match=f"{name} is"):
+        PruningSchedule.to_budget(num_layers=4, start=start, step=step, tokens=tokens)
+
+
 def test_a_layer_beyond_the_model_is_refused():
     with pytest.raises(ValueError, match="0 to 3 only"):
         PruningSchedule((4,), (0.5,)).layer_lengths(10, 4)
@@ -99,6 +170,6 @@ def test_unknown_and_missing_keys_are_refused():
     values = PruningSchedule((1,), (0.5,)).to_dict()
     with pytest.raises(ValueError, match="exactly"):
         PruningSchedule.from_dict({**values, "ratio": 0.5})
-    values.pop("sinks")
-    with pytest.raises(ValueError, match="exactly"):
-        PruningSchedule.from_dict(values)
+    for name in values:
+        with pytest.raises(ValueError, match="exactly"):
+            PruningSchedule.from_dict({key: value for key, value in values.items() if key != name})

@@ -174,19 +174,53 @@ def cut_to_lengths(model: PreTrainedModel, lengths: Sequence[int]) -> Iterator[N
 
 
 def _cutter(length: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[Any, dict[str, Any]]]:
-    """A layer's pre-hook that cuts states, positions, rotary tables and mask to the first `length` tokens."""
+    """A layer's pre-hook that cuts states, positions, rotary tables, biases and mask to the first `length` tokens."""
+
+    def tokens(value: Any) -> Any:
+        """[batch, tokens, ...], or a tuple of such, cut; None stays."""
+        if isinstance(value, tuple):
+            return tuple(map(tokens, value))
+        return None if value is None else value[:, :length]
+
+    def keys(value: Any) -> Any:
+        """[..., queries or 1, keys], cut; None, of kernels that need no mask, stays."""
+        return None if value is None else value[..., :length, :length]
+
+    cuts = {"position_ids": tokens, "position_embeddings": tokens, "attention_mask": keys, "alibi": keys}
 
     def cut(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        kwargs = {
-            **kwargs,
-            "position_ids": kwargs["position_ids"][:, :length],
-            "position_embeddings": tuple(table[:, :length] for table in kwargs["position_embeddings"]),
-        }
-        if kwargs.get("attention_mask") is not None:  # [1, 1, queries, keys]: only kernels without is_causal get one
-            kwargs["attention_mask"] = kwargs["attention_mask"][..., :length, :length]
-        return (args[0][:, :length], *args[1:]), kwargs
+        changed = {name: cuts[name](value) if name in cuts else value for name, value in kwargs.items()}
+        return (args[0][:, :length], *args[1:]), changed
 
     return cut
+
+
+def arms(
+    model: PreTrainedModel, pruner: TokenPruner, prompt: torch.Tensor, new_tokens: int, watch: Stopwatch
+) -> dict[str, Callable[[], Timing]]:
+    """One pass each of `unpruned`, `sdtp` and `ideal` (the length bound; prefill only) on one prompt, for `interleave`.
+
+    Args:
+        model: eval mode, unhooked.
+        pruner: what the `sdtp` arm runs under; it is attached and removed outside the timed part.
+        prompt: LongTensor [1, tokens] on the model's device.
+        new_tokens: tokens each pass generates, >= 1.
+        watch: the clock.
+    """
+    lengths = pruner.schedule.layer_lengths(prompt.shape[1], len(decoder_layers(model)))
+
+    def arm(context: Context, tokens: int) -> Callable[[], Timing]:
+        def run() -> Timing:
+            with context():
+                return timed_pass(model, prompt, tokens, watch)
+
+        return run
+
+    return {
+        "unpruned": arm(contextlib.nullcontext, new_tokens),
+        "sdtp": arm(lambda: pruner(model), new_tokens),
+        "ideal": arm(lambda: cut_to_lengths(model, lengths), 1),
+    }
 
 
 def compare(
@@ -199,33 +233,16 @@ def compare(
     clock: Callable[[], float] = time.perf_counter,
     first_pass: FirstPass | None = None,
 ) -> dict[str, Samples]:
-    """Time `unpruned`, `sdtp` and `ideal` (the length bound; prefill only) on one prompt, interleaved.
+    """Time the `arms` of one pruner on one prompt, interleaved.
 
     Args:
-        model: eval mode, unhooked.
-        pruner: what the `sdtp` arm runs under; it is attached and removed outside the timed part.
-        prompt: LongTensor [1, tokens] on the model's device.
-        new_tokens: tokens each pass generates, >= 1.
+        model, pruner, prompt, new_tokens: see `arms`.
         repeats: timed rounds.
         warmup: rounds before them.
         clock: seconds, monotonic.
         first_pass: see `interleave`.
     """
-    lengths = pruner.schedule.layer_lengths(prompt.shape[1], len(decoder_layers(model)))
-    watch = Stopwatch(prompt.device, clock)
-
-    def arm(context: Context, tokens: int) -> Callable[[], Timing]:
-        def run() -> Timing:
-            with context():
-                return timed_pass(model, prompt, tokens, watch)
-
-        return run
-
-    passes = {
-        "unpruned": arm(contextlib.nullcontext, new_tokens),
-        "sdtp": arm(lambda: pruner(model), new_tokens),
-        "ideal": arm(lambda: cut_to_lengths(model, lengths), 1),
-    }
+    passes = arms(model, pruner, prompt, new_tokens, Stopwatch(prompt.device, clock))
     return interleave(passes, repeats, warmup, first_pass)
 
 

@@ -8,48 +8,99 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import (
+    BaseQuantizedLayer,
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    EncoderDecoderCache,
+)
 
 
-class PrunedLayer(DynamicLayer):
-    """A dynamic cache layer that holds the survivors of a pruned prompt and the tokens after it.
+class PrunedLayer(CacheLayerMixin):
+    """A cache layer around another one that holds the survivors of a pruned prompt and the tokens after it.
 
     Every layer of a pruned cache is one, those before the first stage too: layer 0 is the first to be continued, cut or
-    reset, so what is refused is refused before any layer has changed.
+    reset, and looks after all of them, so what is refused is refused before any layer has changed.
 
     Args:
+        held: where the keys and values are: a dynamic, sliding or quantised layer of transformers.
         positions: LongTensor [batch, slots], each survivor's index among its row's real prompt tokens; -1 where the
             slot is padding.
+        columns: LongTensor [batch, slots], each survivor's column of the input, ascending where it is not padding.
         stage: the stage that chose them; layers of one stage hold the same slots. -1: before any removal.
         prompt_slots: slots taken by the prompt, padding included; `crop` never cuts into them.
         padded: whether any slot is padding.
+        seen: columns of input up to here, removed tokens and padding included.
+        siblings: all layers of the cache, this one among them: the cache's own list.
+        window: the fewest latest positions that a layer of the model attends to; None if all attend to all.
+        maskless: a lone new token of an unpadded row needs no mask and no other preparation: then a model without a
+            pruner can continue the cache.
     """
 
-    def __init__(self, positions: torch.Tensor, stage: int, prompt_slots: int, padded: bool) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        held: DynamicLayer,
+        positions: torch.Tensor,
+        columns: torch.Tensor,
+        stage: int,
+        prompt_slots: int,
+        padded: bool,
+        seen: int,
+        siblings: list[Any],
+        window: int | None,
+        maskless: bool,
+    ) -> None:
+        self.held = held
+        self.siblings = siblings
         self.stage = stage
         self.prompt_slots = prompt_slots
         self.padded = padded
-        self._known = positions
+        self.seen = seen
+        self.window = window
+        self.maskless = maskless
+        self._positions = positions
+        self._columns = columns
         self._plain = 0  # tokens appended since without padding: counted now, given positions when someone asks
-        self._expected = positions.shape[1]
+        self._expected = positions.shape[1] - held.get_seq_length()
+
+    @property
+    def awaits(self) -> bool:
+        """Whether tokens were announced that have not come."""
+        return self._expected != 0
 
     @property
     def slots(self) -> int:
-        """Slots held or announced."""
-        return self._known.shape[1] + self._plain
+        """Slots announced so far, those that left a sliding layer's window included."""
+        return self._positions.shape[1] + self._plain
 
     @property
     def positions(self) -> torch.Tensor:
         """LongTensor [batch, slots], each slot's index among its row's real tokens; -1 where the slot is padding."""
+        self._place_plain()
+        return self._positions
+
+    @property
+    def columns(self) -> torch.Tensor:
+        """LongTensor [batch, slots], each slot's column of the input; -1 where a prompt's slot is padding."""
+        self._place_plain()
+        return self._columns
+
+    def _place_plain(self) -> None:
         if self._plain:
-            steps = torch.arange(1, self._plain + 1, device=self._known.device)
-            self._known = torch.cat([self._known, self._known.amax(1, keepdim=True) + steps], dim=1)
+            steps = torch.arange(1, self._plain + 1, device=self._positions.device)
+            self._place(self._positions.amax(1, keepdim=True) + steps, self.seen)
             self._plain = 0
-        return self._known
+
+    def _place(self, positions: torch.Tensor, seen: int) -> None:
+        """Take up positions [batch, tokens] of the latest tokens, the last of which is in column `seen - 1`."""
+        columns = torch.arange(seen - positions.shape[1], seen, device=positions.device).expand_as(positions)
+        self._positions = torch.cat([self._positions, positions], dim=1)
+        self._columns = torch.cat([self._columns, columns], dim=1)
 
     def expect(self, valid: torch.Tensor | None, tokens: int) -> None:
-        """Announce the next `update`: the pruner has prepared a mask of this layer's own length for it.
+        """Announce the next `update`: the pruner prepares the layer's mask and the like for it.
 
         Args:
             valid: [batch, tokens] bool, True at real tokens; None if all are.
@@ -59,71 +110,94 @@ class PrunedLayer(DynamicLayer):
             self._plain += tokens
         else:
             new = self.positions.amax(1, keepdim=True) + valid.cumsum(1)
-            self._known = torch.cat([self._known, new.masked_fill(~valid, -1)], dim=1)
+            self._place(new.masked_fill(~valid, -1), self.seen + tokens)
             self.padded = True
+        self.seen += tokens
         self._expected = tokens
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append keys and values [batch, heads, tokens, head_dim]; return all of them.
-
-        Raises:
-            RuntimeError: outside a pruner's context, where the model builds one mask for all layers from layer 0's
-                length: right for one token and no padding, wrong for anything else.
-        """
-        tokens = key_states.shape[-2]
-        if self._expected != tokens:
-            if tokens > 1 or self.padded:
-                raise RuntimeError(
-                    f"this cache holds a pruned prompt and got {tokens} tokens for {key_states.shape[0]} rows outside "
-                    "a pruner's context: layers differ in length there, continue it inside `with pruner(model):`"
-                )
-            self._plain += tokens
-        self._expected = 0
-        return super().update(key_states, value_states, *args, **kwargs)
-
-    def adopt(self, plain: DynamicLayer) -> None:
-        """Hold what `plain` holds; without any, the first `update` brings it."""
-        if plain.keys is not None and plain.values is not None:
-            self.lazy_initialization(plain.keys, plain.values)
-            self.keys, self.values = plain.keys, plain.values
-            self._expected = 0
 
     def valid(self) -> torch.Tensor | None:
         """[batch, slots] bool, True at real tokens, announced ones included; None if no slot is padding."""
         return self.positions >= 0 if self.padded else None
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Reorder rows for beam search."""
-        super().reorder_cache(beam_idx)
-        self._known = self._known.index_select(0, beam_idx.to(self._known.device))
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append keys and values [batch, heads, tokens, head_dim]; return those that the new tokens may attend to.
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row `repeats` times."""
-        super().batch_repeat_interleave(repeats)
-        self._known = self._known.repeat_interleave(repeats, dim=0)
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep only the rows `indices`."""
-        super().batch_select_indices(indices)
-        self._known = self._known[indices, ...]
+        Raises:
+            RuntimeError: outside a pruner's context, where the model builds one mask for all layers from layer 0's
+                length: right for one token where no mask is needed, wrong for anything else.
+        """
+        tokens = key_states.shape[-2]
+        if self._expected != tokens:
+            within = self.window is None or self.seen + tokens <= self.window
+            if tokens > 1 or self.padded or not self.maskless or not within:
+                raise RuntimeError(
+                    f"this cache holds a pruned prompt and got {tokens} tokens for {key_states.shape[0]} rows outside "
+                    "a pruner's context: layers differ in length there, continue it inside `with pruner(model):`"
+                )
+            if self is self.siblings[0]:
+                check_whole(self.siblings)
+            self._plain += tokens
+            self.seen += tokens
+        self._expected = 0
+        both: tuple[torch.Tensor, torch.Tensor] = self.held.update(key_states, value_states, *args, **kwargs)
+        return both
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the latest `-tokens_to_remove` tokens (a negative number or 0).
 
         Raises:
-            ValueError: the cut would reach into the pruned prompt, whose removed tokens cannot be given back.
+            ValueError: the cut would reach into the pruned prompt, whose removed tokens cannot be given back, or a
+                layer does not hold what the cut would bring back.
         """
+        for layer in self.siblings if self is self.siblings[0] else [self]:
+            layer.check_crop(tokens_to_remove)
+        self.held.crop(tokens_to_remove)
+        if tokens_to_remove < 0:
+            left = self.slots + tokens_to_remove
+            self._positions, self._columns = self.positions[:, :left], self.columns[:, :left]
+            self.seen += tokens_to_remove
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raise what `crop` would."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): the number of latest tokens to remove is negative, or 0")
         left = self.slots + tokens_to_remove
         if left < self.prompt_slots:
             raise ValueError(
                 f"crop({tokens_to_remove}) reaches into the pruned prompt: only the "
                 f"{self.slots - self.prompt_slots} tokens after it can be removed"
             )
-        super().crop(tokens_to_remove)
-        if tokens_to_remove < 0:
-            self._known = self.positions[:, :left]
+        if tokens_to_remove == 0:
+            return
+        if not self.held.is_croppable:
+            raise ValueError(f"crop({tokens_to_remove}): a {type(self.held).__name__} cannot give tokens back")
+        if isinstance(self.held, DynamicSlidingWindowLayer) and self.held.keys is not None:
+            needed = min(self.held.sliding_window - 1, left)
+            if self.held.keys.shape[-2] + tokens_to_remove < needed:
+                raise ValueError(
+                    f"crop({tokens_to_remove}): a sliding layer no longer holds the tokens that would come back into "
+                    "its window; call activate_past_recording on the cache before the tokens that may be removed"
+                )
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorder rows for beam search."""
+        self.held.reorder_cache(beam_idx)
+        self._positions = self._positions.index_select(0, beam_idx.to(self._positions.device))
+        self._columns = self._columns.index_select(0, beam_idx.to(self._columns.device))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row `repeats` times."""
+        self.held.batch_repeat_interleave(repeats)
+        self._positions = self._positions.repeat_interleave(repeats, dim=0)
+        self._columns = self._columns.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep only the rows `indices`."""
+        self.held.batch_select_indices(indices)
+        self._positions = self._positions[indices, ...]
+        self._columns = self._columns[indices, ...]
 
     def reset(self) -> None:
         """Forget everything: the layer then takes tokens as an unpruned one does.
@@ -133,22 +207,116 @@ class PrunedLayer(DynamicLayer):
         """
         raise RuntimeError("a pruned cache cannot be reset: make a new cache for a new prompt")
 
+    # The rest is the held layer's own. (What transformers declares as attributes is never set on this layer.)
 
-def install(cache: Cache, layer: int, pruned: PrunedLayer) -> None:
-    """Put a pruned layer in the place of a dynamic one, taking over the keys and values it holds already.
+    @property
+    def keys(self) -> torch.Tensor | None:  # type: ignore[override]
+        """[batch, heads, slots, head_dim], of a sliding layer the latest, of a quantised one the unquantised ones."""
+        return self.held.keys
+
+    @property
+    def values(self) -> torch.Tensor | None:  # type: ignore[override]
+        """As `keys`."""
+        return self.held.values
+
+    @property
+    def is_initialized(self) -> bool:  # type: ignore[override]
+        """Whether keys have been held."""
+        return self.held.is_initialized
+
+    @property
+    def is_sliding(self) -> bool:
+        """Whether only a window is held."""
+        return self.held.is_sliding
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        """Whether tokens after the prompt can be taken back."""
+        return self.held.is_croppable
+
+    @property
+    def record_past(self) -> bool:
+        """Whether a sliding layer holds on to what left its window until `crop` is called."""
+        return getattr(self.held, "record_past", False)
+
+    @record_past.setter
+    def record_past(self, value: bool) -> None:
+        if isinstance(self.held, DynamicSlidingWindowLayer):
+            self.held.record_past = value
+
+    def activate_past_recording(self) -> None:
+        """Have a sliding layer hold on to what leaves its window until `crop` is called."""
+        self.record_past = True
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Prepare the held layer for keys and values of this kind."""
+        self.held.lazy_initialization(key_states, value_states)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Number of keys that `query_length` new tokens meet, and the slot of the first of them."""
+        sizes: tuple[int, int] = self.held.get_mask_sizes(query_length)
+        return sizes
+
+    def get_seq_length(self) -> int:
+        """Slots filled so far, those that left a sliding layer's window included."""
+        length: int = self.held.get_seq_length()
+        return length
+
+    def get_max_length(self) -> int:
+        """The most that the held layer takes, -1 for no limit."""
+        length: int = self.held.get_max_length()
+        return length
+
+    def offload(self) -> None:
+        """Move keys and values to the CPU."""
+        self.held.offload()
+
+    def prefetch(self) -> None:
+        """Move keys and values back to the layer's device."""
+        self.held.prefetch()
+
+
+def check_cache(cache: Any) -> None:
+    """Refuse a cache that pruning cannot fill or continue.
 
     Raises:
-        TypeError: the cache keeps this layer in another form (static, sliding, quantised, offloaded).
+        TypeError: it is no cache of transformers, or a layer keeps tokens in another form (static, linear).
+        RuntimeError: a forward pass on it was interrupted.
     """
-    if cache.offloading:
-        raise TypeError(f"{type(cache).__name__} offloads its layers: pruning supports DynamicCache without offloading")
-    while len(cache.layers) <= layer and cache.layer_class_to_replicate is not None:
-        cache.layers.append(cache.layer_class_to_replicate())
-    plain = cache.layers[layer]
-    if type(plain) is not DynamicLayer:
-        raise TypeError(
-            f"layer {layer} of {type(cache).__name__} is a {type(plain).__name__}: pruning supports DynamicCache with "
-            "full attention only"
+    if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
+        raise TypeError(f"a {type(cache).__name__} is not supported under a pruner: use a DynamicCache")
+    kinds = [type(layer) for layer in cache.layers]
+    if cache.layer_class_to_replicate is not None:
+        kinds.append(cache.layer_class_to_replicate)
+    for index, kind in enumerate(kinds):
+        if kind not in (DynamicLayer, DynamicSlidingWindowLayer, PrunedLayer) and not issubclass(
+            kind, BaseQuantizedLayer
+        ):
+            raise TypeError(
+                f"layer {index} of {type(cache).__name__} is a {kind.__name__}: pruning supports dynamic, sliding, "
+                "quantised and offloaded caches"
+            )
+    check_whole(cache.layers)
+
+
+def check_whole(layers: list[Any]) -> None:
+    """Raise RuntimeError if layers of a pruned cache hold different tokens: a forward pass was interrupted."""
+    pruned = [layer for layer in layers if isinstance(layer, PrunedLayer)]
+    if pruned and (len(pruned) < len(layers) or any(p.seen != pruned[0].seen or p.awaits for p in pruned)):
+        raise RuntimeError(
+            "a forward pass on this cache was interrupted: its layers hold different tokens, make a new cache"
         )
-    pruned.adopt(plain)
-    cache.layers[layer] = pruned
+
+
+def layer_to_hold(cache: Cache, layer: int, layers: int) -> DynamicLayer:
+    """A cache's own layer; one that makes its layers as they are needed makes all `layers` of the model here.
+
+    Raises:
+        TypeError: it is of another kind than `check_cache` accepts, or knows of a pruned prompt already.
+    """
+    while len(cache.layers) < layers and cache.layer_class_to_replicate is not None:
+        cache.layers.append(cache.layer_class_to_replicate())
+    held = cache.layers[layer]
+    if not isinstance(held, DynamicLayer):
+        raise TypeError(f"layer {layer} of {type(cache).__name__} is a {type(held).__name__}: it cannot hold survivors")
+    return held

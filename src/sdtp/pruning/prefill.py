@@ -6,21 +6,24 @@ fewer tokens, so these are rewritten before each of them.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import inspect
-import sys
+import threading
 from typing import Any
 
 import torch
-from torch import nn
-from transformers.cache_utils import Cache
-from transformers.masking_utils import create_causal_mask
+from transformers.cache_utils import Cache, DynamicLayer
 
-from sdtp.pruning.cache import PrunedLayer, install
+from sdtp.pruning.adapter import Architecture, attention_of
+from sdtp.pruning.cache import PrunedLayer, layer_to_hold
+from sdtp.pruning.last_query import last_query_attention
+from sdtp.pruning.layer_inputs import LayerInputs, Slots
 from sdtp.pruning.schedule import PruningSchedule
 from sdtp.pruning.scorers import Scorer, StageView
 from sdtp.pruning.selection import protected_tokens, select, take
+
+
+# Threads may finish prefills of one context at once: a trace is of one of them throughout.
+_TELLING = threading.Lock()
 
 
 @dataclasses.dataclass
@@ -37,46 +40,53 @@ class Trace:
     prompt_lengths: list[int] = dataclasses.field(default_factory=list)
 
 
-class LayerInputs:
-    """Masks and tables for the layers of one forward pass, made once for all layers that share a length."""
+@dataclasses.dataclass(frozen=True)
+class PromptSlots:
+    """`Slots` of a prompt, and what a pruned cache layer shall know of them.
 
-    def __init__(self, config: Any) -> None:
-        self._config = config
-        self._made: dict[tuple[Any, ...], Any] = {}
-        self._sources: list[Any] = []  # keeps tables alive, so that no other one gets the same id
+    Attributes:
+        positions: LongTensor [batch, slots], index among the row's real tokens; -1 at padding.
+        columns: LongTensor [batch, slots] of the input; -1 at padding that is left after a stage.
+        padded: whether any slot is padding.
+        seen: columns of input, removed tokens and padding included.
+    """
 
-    def forget(self) -> None:
-        """Drop what was made: the layers from here on have another length."""
-        self._made.clear()
-        self._sources.clear()
+    positions: torch.Tensor
+    columns: torch.Tensor
+    padded: bool
+    seen: int
 
-    def mask(
-        self, hidden: torch.Tensor, valid: torch.Tensor | None, cache: Cache | None, layer: int, stage: int
-    ) -> Any:
-        """The attention mask of a layer for [batch, tokens, hidden] states; None where the kernel needs none.
+    def valid(self) -> torch.Tensor | None:
+        """See `Slots.valid`."""
+        return self.positions >= 0 if self.padded else None
 
-        Args:
-            hidden: [batch, tokens, hidden] states the layer is about to run on.
-            valid: [batch, cached + tokens] bool, True at real tokens; None if all are.
-            cache: tells, at `layer`, how many tokens are held already; None if none are kept.
-            layer: decoder layer, for the cache.
-            stage: the stage whose survivors the layer holds: layers of one stage share a mask.
-        """
-        key = ("mask", stage, hidden.device)
-        if key not in self._made:
-            # Position ids are left out: gaps in them would be read as borders of packed sequences.
-            self._made[key] = create_causal_mask(
-                config=self._config, inputs_embeds=hidden, attention_mask=valid, cache=cache, layer_idx=layer
-            )
-        return self._made[key]
 
-    def rotary(self, table: Any, columns: torch.Tensor) -> Any:
-        """The (cos, sin) table [batch or 1, all tokens, dim] cut to the tokens present."""
-        key = ("rotary", id(table))
-        if key not in self._made:
-            self._sources.append(table)
-            self._made[key] = tuple(take(part, columns.to(part.device)) for part in table)
-        return self._made[key]
+@dataclasses.dataclass(frozen=True)
+class MaskedSlots:
+    """`Slots` of a cache layer, of which the caller's mask may hide more than padding.
+
+    Attributes:
+        held: the layer.
+        mask: [batch, columns of input up to here] bool, True at tokens to attend to.
+    """
+
+    held: PrunedLayer
+    mask: torch.Tensor
+
+    @property
+    def seen(self) -> int:
+        """See `Slots.seen`."""
+        return self.held.seen
+
+    @property
+    def columns(self) -> torch.Tensor:
+        """See `Slots.columns`."""
+        return self.held.columns
+
+    def valid(self) -> torch.Tensor:
+        """See `Slots.valid`."""
+        positions, columns = self.held.positions, self.held.columns
+        return (positions >= 0) & self.mask.to(columns.device).gather(1, columns.clamp_min(0))
 
 
 class Prefill:
@@ -85,14 +95,16 @@ class Prefill:
     Args:
         schedule: which layers prune and how many tokens survive.
         scorer: who decides.
-        layers: the model's decoder layers.
-        config: the decoder's config.
+        architecture: the model's layers and how they attend.
         attention_mask: [batch, tokens] as given to the model (nonzero = real), or None.
         shape: (batch, tokens) of the forward.
         prompt_columns: columns that are prompt; later ones are candidate tokens, never scored, removed or counted.
         protect: [batch, prompt_columns] bool, True at columns the caller wants kept, or None.
-        trace: filled in as stages decide.
         device: where the inputs are.
+        ranks: the process group that shares the model's weights; all of it keeps what its first rank keeps.
+
+    Raises:
+        ValueError: a row without any token.
     """
 
     always_gather = False  # tests set it to send even a complete prompt through the gather path
@@ -101,72 +113,109 @@ class Prefill:
         self,
         schedule: PruningSchedule,
         scorer: Scorer,
-        layers: nn.ModuleList,
-        config: Any,
+        architecture: Architecture,
         attention_mask: torch.Tensor | None,
         shape: tuple[int, int],
         prompt_columns: int,
         protect: torch.Tensor | None,
-        trace: Trace,
         device: torch.device,
+        ranks: Any = None,
     ) -> None:
-        self.schedule, self.scorer, self.layers, self.trace = schedule, scorer, layers, trace
-        self.inputs = LayerInputs(config)
+        self.schedule, self.scorer, self.architecture, self.ranks = schedule, scorer, architecture, ranks
+        self.inputs = LayerInputs(architecture.config)
+        self.masked = attention_mask is not None
         batch, tokens = shape
-        self.batch, self.extra = batch, tokens - prompt_columns
+        self.batch, self.extra, self.seen = batch, tokens - prompt_columns, tokens
         self.columns = torch.arange(tokens, device=device).expand(batch, tokens)
         self.valid: torch.Tensor | None = None
         self.present = [prompt_columns] * batch
+        self.right_padded = False  # whether some row's last column is padding
         self.positions = self.columns[:, :prompt_columns]
         if attention_mask is not None:
-            real = attention_mask[:, :prompt_columns] != 0
-            self.present = real.sum(1).tolist()  # the one read of lengths in a prefill
-            if min(self.present) < prompt_columns:
+            real = attention_mask[:, :prompt_columns].to(device) != 0
+            ends = torch.stack([real.sum(1), real[:, -1]])
+            self.present, last = ends.tolist()  # the one read of lengths in a prefill
+            self.right_padded = not all(last)
+            if min(self.present, default=0) < prompt_columns:
                 self.valid = real
                 self.positions = (real.cumsum(1) - 1).masked_fill(~real, -1)
-        if min(self.present) == 0:
-            raise ValueError(f"row {self.present.index(0)} of the prompt has no token: at least one is needed")
+        if min(self.present, default=0) == 0:
+            raise ValueError(
+                f"row {self.present.index(0)} of the prompt has no token: at least one is needed"
+                if self.present
+                else "the prompt has no rows"
+            )
         self.prompt_lengths = list(self.present)
         self.lengths = torch.tensor(self.present, device=device)
         self.protect = protect
         self.stage = -1  # the latest stage that removed something; -1: layers still see the model's own columns
+        self.kept: list[torch.Tensor] = []
         self.nan: list[tuple[int, torch.Tensor]] = []
         self.query: tuple[torch.Tensor, Any] | None = None
-        trace.kept.clear()
-        trace.prompt_lengths[:] = self.present
+
+    def check_positions(self, position_ids: torch.Tensor | None, cache: Cache | None) -> None:
+        """Refuse position ids that the model's own mask reads as several packed sequences.
+
+        Raises:
+            ValueError: they jump, and there is neither padding mask nor cache, or the kernel reads them itself.
+        """
+        packed = cache is None or "flash" in self.architecture.config._attn_implementation
+        if self.masked or not packed or position_ids is None:
+            return
+        if (position_ids.diff(dim=-1) != 1).any():
+            raise ValueError(
+                "position_ids with gaps and no attention_mask are read as several packed sequences, which is not "
+                "supported under a pruner: give an attention_mask, and a cache or use_cache=True"
+            )
 
     def before_layer(self, layer: int, hidden: torch.Tensor, cache: Cache | None) -> torch.Tensor:
         """The states [batch, kept, hidden] that a layer shall run on; `hidden` itself where nothing is removed."""
         if layer in self.schedule.layers:
-            whole = self._cache_layer() if self.stage < 0 else None
+            whole = self._slots() if self.stage < 0 else None
             hidden = self._stage(self.schedule.layers.index(layer), layer, hidden, cache)
             if whole is not None and self.stage >= 0 and cache is not None:
                 for earlier in range(layer):
-                    install(cache, earlier, copy.copy(whole))
+                    self._know(cache, earlier, whole, -1)
         if self.stage >= 0 and cache is not None:
-            install(cache, layer, self._cache_layer())
+            self._know(cache, layer, self._slots(), self.stage)
         return hidden
 
-    def _cache_layer(self) -> PrunedLayer:
-        """What a layer that runs on the tokens present shall know of them."""
-        slots = torch.cat([self.positions, self._extra_positions()], dim=1) if self.extra else self.positions
-        return PrunedLayer(slots, self.stage, self.positions.shape[1], self.valid is not None)
+    def _slots(self) -> PromptSlots:
+        """The tokens present, candidates last."""
+        positions, columns = self.positions, self.columns
+        if self.extra:
+            lengths = self.lengths.to(positions.device)
+            candidates = lengths[:, None] + torch.arange(self.extra, device=lengths.device)
+            positions = torch.cat([positions, candidates], dim=1)
+        if self.valid is not None and self.stage >= 0:
+            columns = columns.masked_fill(positions < 0, -1)
+        return PromptSlots(positions, columns, self.valid is not None, self.seen)
 
-    def adapt(self, layer: int, hidden: torch.Tensor, kwargs: dict[str, Any], cache: Cache | None) -> None:
-        """Rewrite a layer's mask, position ids and rotary table for the tokens present."""
+    def _know(self, cache: Cache, layer: int, slots: PromptSlots, stage: int) -> None:
+        """Have a layer of the cache know the tokens it holds or is about to."""
+        held: DynamicLayer = layer_to_hold(cache, layer, len(self.architecture.layers))
+        cache.layers[layer] = PrunedLayer(
+            held,
+            slots.positions,
+            slots.columns,
+            stage,
+            slots.positions.shape[1] - self.extra,
+            slots.padded,
+            slots.seen,
+            cache.layers,
+            self.architecture.window,
+            self.architecture.maskless,
+        )
+
+    def adapt(self, layer: int, hidden: torch.Tensor, kwargs: dict[str, Any], cache: Cache | None) -> dict[str, Any]:
+        """A layer's arguments with mask, position ids, rotary table and biases for the tokens present."""
         if self.stage < 0:
-            return
-        valid = self.valid
-        if valid is not None and self.extra:
-            valid = torch.cat([valid, valid.new_ones(self.batch, self.extra)], dim=1)
-        kwargs["attention_mask"] = self.inputs.mask(hidden, valid, cache, layer, self.stage)
-        kwargs["position_ids"] = None
-        kwargs["position_embeddings"] = self.inputs.rotary(kwargs["position_embeddings"], self.columns)
-
-    def _extra_positions(self) -> torch.Tensor:
-        """LongTensor [batch, extra]: candidates follow the prompt."""
-        lengths = self.lengths.to(self.positions.device)
-        return lengths[:, None] + torch.arange(self.extra, device=lengths.device)
+            return kwargs
+        slots = self._slots()
+        changed = layer_arguments(self.inputs, self.architecture, layer, self.stage, hidden, kwargs, cache, slots)
+        if kwargs.get("position_embeddings") is not None:
+            changed["position_embeddings"] = self.inputs.rotary(kwargs["position_embeddings"], self.columns)
+        return changed
 
     def _stage(self, stage: int, layer: int, hidden: torch.Tensor, cache: Cache | None) -> torch.Tensor:
         prompt = self.positions.shape[1]
@@ -183,7 +232,7 @@ class Prefill:
             for total, n, count in zip(self.prompt_lengths, self.present, self._counts(protected, marked), strict=True)
         ]
         if budgets == self.present and valid is None and not self.always_gather:
-            self.trace.kept.append(positions)
+            self.kept.append(positions)
             return hidden
         view = StageView(
             stage, layer, hidden[:, :prompt], positions, self.lengths, lambda: self._last_query_attention(layer, cache)
@@ -197,10 +246,12 @@ class Prefill:
             )
         self.nan.append((stage, scores.isnan().any() if valid is None else (scores.isnan() & valid).any()))
         kept, self.valid = select(scores, protected, valid, budgets)
+        if self.ranks is not None:
+            torch.distributed.broadcast(kept, group_src=0, group=self.ranks)
         self.positions = positions.gather(1, kept)
         if self.valid is not None:
             self.positions = self.positions.masked_fill(~self.valid, -1)
-        self.trace.kept.append(self.positions)
+        self.kept.append(self.positions)
         columns = kept
         if self.extra:
             tail = torch.arange(prompt, prompt + self.extra, device=device).expand(self.batch, self.extra)
@@ -224,39 +275,40 @@ class Prefill:
         self.query = (take(hidden, last), tuple(take(part, last.to(part.device)) for part in table))
 
     def _last_query_attention(self, layer: int, cache: Cache | None) -> torch.Tensor:
-        """[batch, tokens] float32: attention of the last prompt token in `layer - 1`, averaged over heads.
+        """What `StageView.last_query_attention` computes.
 
         Raises:
-            ValueError: the forward keeps no cache, so the keys of the layer before are gone, or the attention is of a
-                kind whose queries are not known here.
+            ValueError: the keys of the layer before are not at hand.
         """
         if cache is None or self.query is None:
             raise ValueError("LastQuery reads the keys of the layer before: call the model with use_cache=True")
-        attention: Any = self.layers[layer - 1].self_attn
-        state, (cos, sin) = self.query
-        query = attention.q_proj(state).unflatten(-1, (-1, attention.head_dim))
-        if hasattr(attention, "q_norm"):
-            if attention.q_norm.weight.shape != (attention.head_dim,):
-                raise ValueError(
-                    f"LastQuery knows query norms over one head ({attention.head_dim} channels), "
-                    f"{type(attention).__name__} has one over {attention.q_norm.weight.numel()}"
-                )
-            query = attention.q_norm(query)
-        query = query.transpose(1, 2)
-        # The rotation is the model family's own: the function its attention module calls.
-        rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-        query, _ = rotate(query, query, cos, sin)
-        held: Any = cache.layers[layer - 1]
-        keys = held.keys[:, :, : self.positions.shape[1]]
-        query = query.unflatten(1, (keys.shape[1], -1)).squeeze(-2)  # [batch, KV heads, queries per KV head, head_dim]
-        logits = torch.einsum("bkgd,bknd->bkgn", query.float(), keys.float()) * attention.scaling
-        if self.valid is not None:
-            logits = logits.masked_fill(~self.valid.to(logits.device)[:, None, None], -torch.inf)
-        probabilities: torch.Tensor = logits.softmax(-1)
-        return probabilities.mean((1, 2))
+        window = self.architecture.windows[layer - 1]
+        if window is not None and self.seen > window:
+            raise ValueError(
+                f"LastQuery is not supported before layer {layer} with a prompt of {self.seen} tokens: "
+                f"layer {layer - 1} attends to the latest {window} only"
+            )
+        attention = attention_of(self.architecture.layers[layer - 1])
+        if attention is None:
+            raise ValueError(f"layer {layer - 1} has no attention")
+        state, table = self.query
+        found = last_query_attention(
+            attention, state, table, cache.layers[layer - 1], self.positions.shape[1], self.valid
+        )
+        if self.ranks is not None:  # each rank has some of the heads
+            torch.distributed.all_reduce(found, group=self.ranks)
+            found = found / torch.distributed.get_world_size(self.ranks)
+        return found
 
-    def check_scores(self) -> None:
-        """Raise ValueError naming the stages whose scores were not numbers: one read, after the last layer."""
+    def finish(self, trace: Trace) -> None:
+        """Tell the trace what was kept, and check the scores: one read, after the last layer.
+
+        Raises:
+            ValueError: scores were not numbers, naming the stage.
+        """
+        with _TELLING:
+            trace.kept[:] = self.kept
+            trace.prompt_lengths[:] = self.prompt_lengths
         if self.nan:
             flags = torch.stack([flag.to(self.nan[0][1].device) for _, flag in self.nan]).tolist()
             if any(flags):
@@ -270,38 +322,54 @@ class Continuation:
     """Tokens after a pruned prompt: nothing is removed, each layer gets a mask of its own length.
 
     Args:
-        config: the decoder's config.
+        architecture: the model's layers and how they attend.
         attention_mask: [batch, all tokens] as given to the model, or None.
         shape: (batch, new tokens) of the forward.
     """
 
-    def __init__(self, config: Any, attention_mask: torch.Tensor | None, shape: tuple[int, int]) -> None:
-        self.inputs = LayerInputs(config)
-        batch, self.tokens = shape
-        self.new_valid: torch.Tensor | None = None
-        # A lone new token of a lone row is real; elsewhere a row may have fewer new tokens than its neighbours.
-        if attention_mask is not None and (batch > 1 or self.tokens > 1):
-            new = attention_mask[:, -self.tokens :] != 0
-            if not new.all():
-                self.new_valid = new
+    def __init__(self, architecture: Architecture, attention_mask: torch.Tensor | None, shape: tuple[int, int]) -> None:
+        self.architecture = architecture
+        self.inputs = LayerInputs(architecture.config)
+        self.tokens = shape[1]
+        self.mask: torch.Tensor | None = None  # [batch, all tokens] bool, if it hides any
+        self.new_valid: torch.Tensor | None = None  # its part of the new tokens, if it hides any of these
+        if attention_mask is not None:
+            mask = attention_mask != 0
+            new = mask[:, -self.tokens :]
+            whole, new_whole = torch.stack([mask.all(), new.all()]).tolist()
+            self.mask, self.new_valid = None if whole else mask, None if new_whole else new
 
-    def adapt(self, layer: int, hidden: torch.Tensor, kwargs: dict[str, Any], cache: Cache) -> None:
-        """Rewrite the mask of a layer whose cache holds survivors."""
+    def adapt(self, layer: int, hidden: torch.Tensor, kwargs: dict[str, Any], cache: Cache) -> dict[str, Any]:
+        """A layer's arguments, with a mask of its own length where its cache holds survivors."""
         held = cache.layers[layer] if layer < len(cache.layers) else None
         if not isinstance(held, PrunedLayer):
-            return
+            return kwargs
         held.expect(None if self.new_valid is None else self.new_valid.to(hidden.device), self.tokens)
-        if held.stage >= 0:  # before that the model's own mask, made for layer 0's length, is right
-            kwargs["attention_mask"] = self.inputs.mask(hidden, held.valid(), cache, layer, held.stage)
+        if held.stage < 0:  # the model's own mask, made for layer 0's length, is right
+            return kwargs
+        slots = held if self.mask is None else MaskedSlots(held, self.mask)
+        return layer_arguments(self.inputs, self.architecture, layer, held.stage, hidden, kwargs, cache, slots)
 
 
-def cache_of(kwargs: dict[str, Any]) -> Cache | None:
-    """The KV cache among a forward's keyword arguments, under its present or its former name."""
-    cache: Cache | None = kwargs.get("cache")
-    return kwargs.get("past_key_values") if cache is None else cache
+def layer_arguments(
+    inputs: LayerInputs,
+    architecture: Architecture,
+    layer: int,
+    stage: int,
+    hidden: torch.Tensor,
+    kwargs: dict[str, Any],
+    cache: Cache | None,
+    slots: Slots,
+) -> dict[str, Any]:
+    """A layer's arguments with what depends on the keys it meets: mask, biases, and no position ids.
 
-
-def bound_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A forward's arguments by name, whichever way they were passed."""
-    names = inspect.signature(module.forward).parameters
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+    Attention kernels read gaps in position ids as borders of packed sequences; positions themselves are in the rotary
+    tables, the biases or the states.
+    """
+    changed = dict(kwargs)
+    changed["attention_mask"] = inputs.mask(hidden, slots, cache, layer, stage, architecture.windows[layer])
+    if "position_ids" in kwargs:
+        changed["position_ids"] = None
+    if kwargs.get("alibi") is not None:
+        changed["alibi"] = inputs.alibi(kwargs["alibi"], slots, stage)
+    return changed

@@ -13,33 +13,42 @@ class PruningSchedule:
     """Stages of token removal over a decoder's layers.
 
     Stage `s` (0-based) scores the hidden states entering decoder layer `layers[s]` and removes tokens before that layer
-    runs, so that `round(keep[s] * N)` of a row's `N` prompt tokens are left.
+    runs. With fractions, `round(keep[s] * N)` of a row's `N` prompt tokens are left. With a budget of `B` tokens and
+    `S` stages, `round(N * (B / N) ** ((s + 1) / S))` are: each stage removes the same share, and the last leaves `B`,
+    or the whole of a prompt that is no longer. Protected tokens stay in any case, also when there are more of them.
 
     Attributes:
         layers: 0-based decoder layers before which tokens are removed, strictly ascending, each >= 1 (lengths and
             positions are read off layer 0's cache).
-        keep: fraction of the *prompt* kept after each stage, in (0, 1], never ascending; one per layer.
+        keep: fraction of the *prompt* kept after each stage, in (0, 1], never ascending; one per layer, none with a
+            budget.
         sinks: first tokens of the prompt that every stage keeps (attention sinks).
         local: fraction in [0, 1] of the tokens still present that form the protected tail.
         min_local: fewest tokens in the protected tail.
         min_tokens: prompts with fewer tokens than this are left alone.
+        budget: tokens left after the last stage, >= 1, instead of fractions; None with fractions.
 
     Raises:
         ValueError: a value outside its range, naming the field and the value.
     """
 
     layers: tuple[int, ...]
-    keep: tuple[float, ...]
+    keep: tuple[float, ...] = ()
     sinks: int = 4
     local: float = 0.1
     min_local: int = 16
     min_tokens: int = 0
+    budget: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
         object.__setattr__(self, "keep", tuple(float(k) for k in self.keep))
-        if len(self.layers) != len(self.keep):
-            raise ValueError(f"keep has {len(self.keep)} fractions for {len(self.layers)} layers: give one per layer")
+        if self.budget is not None:
+            self._check_budget()
+        elif len(self.layers) != len(self.keep):
+            raise ValueError(
+                f"keep has {len(self.keep)} fractions for {len(self.layers)} layers: give one per layer, or a budget"
+            )
         if not all(type(layer) is int for layer in self.layers):
             raise ValueError(f"layers is {self.layers}: they must be whole numbers")
         if any(layer < 1 for layer in self.layers):
@@ -55,6 +64,14 @@ class PruningSchedule:
         for name in ("sinks", "min_local", "min_tokens"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be >= 0")
+
+    def _check_budget(self) -> None:
+        if type(self.budget) is not int or self.budget < 1:
+            raise ValueError(f"budget is {self.budget}: the tokens to keep must be a whole number >= 1")
+        if self.keep:
+            raise ValueError(f"keep is {self.keep} with a budget of {self.budget} tokens: give one of the two")
+        if not self.layers:
+            raise ValueError(f"budget is {self.budget} with no layers: at least one must prune to keep to it")
 
     @classmethod
     def geometric(
@@ -80,15 +97,42 @@ class PruningSchedule:
         Raises:
             ValueError: a value outside its range.
         """
-        if not 1 <= start < num_layers:
-            raise ValueError(f"start is {start}: it must be a layer from 1 to {num_layers - 1}")
-        if step < 1:
-            raise ValueError(f"step is {step}: it must be >= 1")
-        if not 0.0 < ratio <= 1.0:
-            raise ValueError(f"ratio is {ratio}: the fraction to keep must be in (0, 1]")
-        layers = tuple(range(start, num_layers, step))
-        keep = tuple(ratio**s for s in range(1, len(layers) + 1))
-        return cls(layers, keep, sinks, local, min_local, min_tokens)
+        layers = _every(num_layers, start, step)
+        return cls(layers, _powers(ratio, len(layers)), sinks, local, min_local, min_tokens)
+
+    @classmethod
+    def to_budget(
+        cls,
+        num_layers: int,
+        start: int,
+        step: int,
+        tokens: int,
+        sinks: int = 4,
+        local: float = 0.1,
+        min_local: int = 16,
+        min_tokens: int = 0,
+    ) -> PruningSchedule:
+        """Stages at layers `start, start + step, ...` that leave `tokens` of any longer prompt, an equal share each.
+
+        Args:
+            num_layers: decoder layers of the model.
+            start: first pruning layer, >= 1.
+            step: layers between stages, >= 1.
+            tokens: the budget, >= 1.
+            sinks, local, min_local, min_tokens: see the class.
+
+        Raises:
+            ValueError: a value outside its range.
+        """
+        return cls(_every(num_layers, start, step), (), sinks, local, min_local, min_tokens, budget=tokens)
+
+    def with_ratio(self, ratio: float) -> PruningSchedule:
+        """The same layers and protection, the s-th stage (from 1) keeping `ratio**s` of the prompt instead.
+
+        Raises:
+            ValueError: a ratio outside (0, 1].
+        """
+        return dataclasses.replace(self, keep=_powers(ratio, self.stages), budget=None)
 
     @property
     def stages(self) -> int:
@@ -100,7 +144,7 @@ class PruningSchedule:
         return min(tokens, max(self.min_local, math.ceil(self.local * tokens)))
 
     def kept_at(self, stage: int, prompt_tokens: int, present: int, protected: int) -> int:
-        """Tokens one stage keeps: the budget, raised to the protected tokens and to 1, capped at those present.
+        """Tokens one stage keeps: its share, raised to the protected tokens and to 1, capped at those present.
 
         Args:
             stage: 0-based stage.
@@ -110,7 +154,14 @@ class PruningSchedule:
         """
         if prompt_tokens < self.min_tokens:
             return present
-        return min(present, max(round(self.keep[stage] * prompt_tokens), protected, 1))
+        return min(present, max(self._share(stage, prompt_tokens), protected, 1))
+
+    def _share(self, stage: int, prompt_tokens: int) -> int:
+        if self.budget is None:
+            return round(self.keep[stage] * prompt_tokens)
+        if prompt_tokens <= self.budget:
+            return prompt_tokens
+        return round(prompt_tokens * (self.budget / prompt_tokens) ** ((stage + 1) / self.stages))
 
     def surviving(self, prompt_tokens: int) -> list[int]:
         """Tokens left after each stage for a prompt of `prompt_tokens` (>= 1) of which the caller marks none."""
@@ -159,3 +210,19 @@ class PruningSchedule:
         if set(values) != fields:
             raise ValueError(f"schedule has keys {sorted(values)}: exactly {sorted(fields)} are accepted")
         return cls(**values)
+
+
+def _every(num_layers: int, start: int, step: int) -> tuple[int, ...]:
+    """Layers `start, start + step, ...` of a model."""
+    if not 1 <= start < num_layers:
+        raise ValueError(f"start is {start}: it must be a layer from 1 to {num_layers - 1}")
+    if step < 1:
+        raise ValueError(f"step is {step}: it must be >= 1")
+    return tuple(range(start, num_layers, step))
+
+
+def _powers(ratio: float, stages: int) -> tuple[float, ...]:
+    """Fractions of the prompt left when each stage keeps `ratio` of what the stage before left."""
+    if not 0.0 < ratio <= 1.0:
+        raise ValueError(f"ratio is {ratio}: the fraction to keep must be in (0, 1]")
+    return tuple(ratio**s for s in range(1, stages + 1))

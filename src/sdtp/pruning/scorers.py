@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import ClassVar, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -37,7 +37,14 @@ _Integers = TypeVar("_Integers", int, torch.Tensor)
 
 
 class Scorer(Protocol):
-    """Scores the tokens entering a stage; the higher, the more worth keeping."""
+    """Scores the tokens entering a stage; the higher, the more worth keeping.
+
+    Attributes:
+        question_conditioned: whether a token's score depends on what follows it in the prompt, so that the survivors of
+            a document are right for the one question it was read with.
+    """
+
+    question_conditioned: ClassVar[bool]
 
     def score(self, view: StageView) -> torch.Tensor:
         """Scores [batch, tokens], float32; values at padding are ignored."""
@@ -61,6 +68,8 @@ class Learned(nn.Module):
         width: hidden units of each MLP.
     """
 
+    question_conditioned: ClassVar[bool] = False
+
     def __init__(self, hidden_size: int, stages: int, width: int = 128) -> None:
         super().__init__()
         self.hidden_size = hidden_size
@@ -77,7 +86,8 @@ class Learned(nn.Module):
     def logits(self, stage: int, hidden: torch.Tensor) -> torch.Tensor:
         """Keep and drop logits [..., 2], float32, of hidden states [..., hidden] entering the stage."""
         mlp = self.mlps[stage]
-        logits: torch.Tensor = mlp(rms_normalised(hidden).to(next(mlp.parameters()).dtype))
+        with torch.autocast(hidden.device.type, enabled=False):  # scores in bfloat16 would tie
+            logits: torch.Tensor = mlp(rms_normalised(hidden).to(next(mlp.parameters()).dtype))
         return logits.float()
 
     def keep_scores(self, stage: int, hidden: torch.Tensor) -> torch.Tensor:
@@ -94,6 +104,8 @@ class Learned(nn.Module):
 @dataclasses.dataclass(frozen=True)
 class Random:
     """A score that depends on (seed, stage, original position) alone, so rows, beams and batches agree."""
+
+    question_conditioned: ClassVar[bool] = False
 
     seed: int = 0
 
@@ -118,6 +130,8 @@ def _mix(x: _Integers) -> _Integers:
 class Recent:
     """Keeps the sinks (by the schedule) and the latest tokens, as StreamingLLM (arXiv 2309.17453)."""
 
+    question_conditioned: ClassVar[bool] = False
+
     def score(self, view: StageView) -> torch.Tensor:
         """See `Scorer.score`; the original position."""
         return view.positions.to(torch.float32)
@@ -127,6 +141,8 @@ class Recent:
 class HiddenNorm:
     """Keeps the tokens whose hidden state is longest."""
 
+    question_conditioned: ClassVar[bool] = False
+
     def score(self, view: StageView) -> torch.Tensor:
         """See `Scorer.score`; the L2 norm of the state."""
         return view.hidden.float().norm(dim=-1)
@@ -135,6 +151,8 @@ class HiddenNorm:
 @dataclasses.dataclass(frozen=True)
 class LastQuery:
     """Keeps what the last prompt token attends to in the layer before (LazyLLM, arXiv 2407.14057; FastV)."""
+
+    question_conditioned: ClassVar[bool] = True
 
     def score(self, view: StageView) -> torch.Tensor:
         """See `Scorer.score`; mean over heads of the attention probability."""
@@ -149,6 +167,8 @@ class Saliency:
         labels: [stages, batch, N] saliency of every prompt token by original position; rows shorter than N padded at
             the end with anything.
     """
+
+    question_conditioned: ClassVar[bool] = True  # labels are those of one response
 
     labels: torch.Tensor
 

@@ -38,7 +38,9 @@ def select(
     within = torch.arange(tokens, device=scores.device) < budget
     keep = torch.zeros_like(protected).scatter(1, order, within.expand_as(protected))
     columns = keep.to(torch.int8).sort(dim=1, stable=True).indices[:, tokens - width :]
-    return columns, None if min(budgets) == width else keep.gather(1, columns)
+    if min(budgets) == width:
+        return columns, None
+    return columns, torch.arange(width, device=scores.device) >= width - budget
 
 
 def protected_tokens(

@@ -124,7 +124,10 @@ class _MaskedForward:
                 self.decide(stages.index(layer), hidden)
                 self.keys = self.key_mask(hidden.shape[1])
             if kwargs["attention_mask"] is not None:
-                raise UserError("the masking policy takes one sequence without padding: pass no attention_mask")
+                raise UserError(
+                    "the masking policy takes one sequence without padding, no longer than the model's sliding window, "
+                    f"if it has one: layer {layer} was handed an attention mask"
+                )
             return args, {**kwargs, "attention_mask": self.keys}
 
         return enter

@@ -1,0 +1,277 @@
+"""The hooks of one `with pruner(model)` block: they tell prefills from continuations and refuse what would be wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from sdtp.pruning.adapter import Architecture, attention_of, bound_arguments, cache_of, tensor_parallel_group
+from sdtp.pruning.cache import check_cache
+from sdtp.pruning.last_query import check_attention
+from sdtp.pruning.prefill import Continuation, Prefill, Trace
+from sdtp.pruning.schedule import PruningSchedule
+from sdtp.pruning.scorers import LastQuery, Scorer
+
+# Caches that `generate` would make and pruning cannot fill; others are looked at when they arrive.
+_CACHES = (None, "dynamic", "dynamic_full", "offloaded", "quantized")
+
+
+class _Call(threading.local):
+    """What one thread's call into the model has come to; threads may share a model."""
+
+    prompt_columns: int | None = None  # set when `generate` begins: how much of its first forward is prompt
+    logits_to_keep: Any = 0
+    forward: Prefill | Continuation | None = None
+
+
+class Session:
+    """The hooks of one context and what they share.
+
+    Args:
+        schedule: which layers prune and how many tokens survive.
+        scorer: who decides.
+        model: the causal LM.
+        architecture: its layers.
+        protect: [batch, prompt columns] bool, True at columns that no stage may remove, or None.
+    """
+
+    def __init__(
+        self,
+        schedule: PruningSchedule,
+        scorer: Scorer,
+        model: nn.Module,
+        architecture: Architecture,
+        protect: torch.Tensor | None,
+    ) -> None:
+        self.schedule, self.scorer, self.model, self.architecture = schedule, scorer, model, architecture
+        self.protect = protect
+        self.trace = Trace()
+        self.ranks = tensor_parallel_group(model)
+        self.call = _Call()
+
+    def attach(self, hooks: contextlib.ExitStack) -> None:
+        """Register every hook; `hooks` removes them.
+
+        Raises:
+            TypeError: the scorer reads attention of a kind it does not know.
+        """
+
+        def register(module: nn.Module, hook: Callable[..., Any]) -> None:
+            hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+        model, stack = self.model, self.architecture.stack
+        if model is not stack:
+            register(model, self._before_model)
+        register(stack, self._before_stack)
+        hooks.callback(stack.register_forward_hook(self._after_stack, always_call=True).remove)
+        for index, layer in enumerate(self.architecture.layers):  # all: a cache may know of earlier stages
+            register(layer, functools.partial(self._before_layer, index))
+        if isinstance(self.scorer, LastQuery):
+            for stage in self.schedule.layers:
+                attention: Any = attention_of(self.architecture.layers[stage - 1])
+                check_attention(attention, stage - 1)
+                register(attention, self._before_attention)
+        # An instance attribute hides the class's method until the context ends: only `generate` knows which part of its
+        # first forward is prompt (prompt lookup and assistants append candidates).
+        if hasattr(model, "generate"):
+            hooks.enter_context(_attribute(model, "generate", self._wrap_generate(model.generate)))  # type: ignore[arg-type]
+        for name in ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager"):
+            if hasattr(model, name):
+                hooks.enter_context(_attribute(model, name, functools.partial(_refuse_batching, name)))
+
+    def _wrap_generate(self, generate: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(generate)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            given = {**dict(zip(("inputs", "generation_config"), args, strict=False)), **kwargs}
+            self._check_generate(given)
+            prompt = next(
+                (given[k] for k in ("inputs_embeds", "input_ids", "inputs") if given.get(k) is not None), None
+            )
+            if prompt is None:
+                raise ValueError("generate under a pruner needs a prompt: input_ids or inputs_embeds")
+            # Restored, not cleared: a model may be its own assistant and generate while it generates.
+            outer, self.call.prompt_columns = self.call.prompt_columns, prompt.shape[1]
+            try:
+                return generate(*args, **kwargs)
+            finally:
+                self.call.prompt_columns = outer
+
+        return wrapped
+
+    def _check_generate(self, given: dict[str, Any]) -> None:
+        """Refuse ways of generating that a pruner would make wrong."""
+
+        def setting(name: str) -> Any:
+            # As `generate` resolves it: the call, then the configuration it was given, then the model's own.
+            own: Any = self.model.generation_config
+            places = (given.get(name), getattr(given.get("generation_config"), name, None), getattr(own, name, None))
+            return next((value for value in places if value is not None), None)
+
+        if setting("use_cache") is False:
+            raise ValueError("generate(use_cache=False) feeds the whole sequence at every step: not under a pruner")
+        refused = {
+            "prefill_chunk_size": "survivors are chosen over the whole prompt",
+            "dola_layers": "it reads the states of all layers at one position, and layers differ in length",
+            "assistant_early_exit": "the model's first layers draft for it, with a prompt of their own",
+            "penalty_alpha": "contrastive search reads the states of the whole prompt",
+        }
+        for name, why in refused.items():
+            if setting(name) is not None:
+                raise ValueError(f"{name}={setting(name)} is not supported under a pruner: {why}")
+        if setting("guidance_scale") not in (None, 1, 1.0):
+            raise ValueError(
+                f"guidance_scale={setting('guidance_scale')} is not supported under a pruner: it prefills a second "
+                "prompt inside generate"
+            )
+        if setting("cache_implementation") not in _CACHES:
+            raise ValueError(
+                f"cache_implementation={setting('cache_implementation')!r} is not supported under a pruner: layers of "
+                f"fixed length cannot hold survivors; one of {', '.join(map(repr, _CACHES[1:]))} is"
+            )
+
+    def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = bound_arguments(module, args, kwargs)
+        asked = given.get("logits_to_keep", 0)
+        if _is_prefill(given):
+            if given.get("labels") is not None:
+                raise ValueError("labels= is not supported under a pruner: logits of removed tokens do not exist")
+            if isinstance(asked, bool) or not isinstance(asked, int):
+                raise ValueError(f"logits_to_keep={asked!r} is not supported in a pruned prefill: give a number")
+        self.call.logits_to_keep = asked
+
+    def _before_stack(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = bound_arguments(module, args, kwargs)
+        inputs = given.get("inputs_embeds")
+        inputs = given.get("input_ids") if inputs is None else inputs
+        if inputs is None:
+            raise ValueError("the model was called without input_ids or inputs_embeds")
+        mask = given.get("attention_mask")
+        if mask is not None and (not isinstance(mask, torch.Tensor) or mask.ndim != 2):
+            raise ValueError(
+                "attention_mask under a pruner is [batch, tokens], 1 at real tokens: "
+                "masks of 4 dimensions are not supported"
+            )
+        cache = cache_of(given)
+        if cache is not None:
+            check_cache(cache)
+        shape = (inputs.shape[0], inputs.shape[1])
+        asked, self.call.logits_to_keep = self.call.logits_to_keep, 0
+        self.call.forward = (
+            self._prefill(given, mask, shape, inputs.device, asked)
+            if _is_prefill(given)
+            else Continuation(self.architecture, mask, shape)
+        )
+
+    def _prefill(
+        self,
+        given: dict[str, Any],
+        mask: torch.Tensor | None,
+        shape: tuple[int, int],
+        device: torch.device,
+        logits_to_keep: int,
+    ) -> Prefill:
+        for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
+            asked = given.get(name)
+            if getattr(self.architecture.config, name, False) if asked is None else asked:
+                raise ValueError(f"{name}=True is not supported in a pruned prefill: layers differ in length")
+        # Taken up: what else the model prefills while it generates (for a logits processor, say) is prompt throughout.
+        columns, self.call.prompt_columns = self.call.prompt_columns or shape[1], None
+        if shape[1] < columns:
+            raise ValueError(
+                f"a prompt of {columns} tokens came in parts, the first of {shape[1]}: survivors are chosen over the "
+                "whole prompt, prefill it in one forward"
+            )
+        prefill = Prefill(
+            self.schedule,
+            self.scorer,
+            self.architecture,
+            mask,
+            shape,
+            columns,
+            _expand_rows(self.protect, shape[0], columns),
+            device,
+            self.ranks,
+        )
+        self._check_logits_to_keep(prefill, logits_to_keep)
+        return prefill
+
+    def _check_logits_to_keep(self, prefill: Prefill, asked: int) -> None:
+        for total in prefill.prompt_lengths:
+            counts = [total, *self.schedule.surviving(total)]
+            tail = self.schedule.protected_tail(counts[-2]) if self.schedule.stages else total
+            if counts[-1] < total and asked - prefill.extra > tail:
+                raise ValueError(
+                    f"logits_to_keep={asked} reaches past the protected tail of {tail} tokens of a pruned prompt of "
+                    f"{total}: raise local or min_local, or keep fewer"
+                )
+
+    def _before_layer(
+        self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        forward = self.call.forward
+        if forward is None:
+            return None
+        kwargs = bound_arguments(module, args, kwargs)
+        cache = cache_of(kwargs)
+        hidden = kwargs["hidden_states"]
+        if isinstance(forward, Prefill):
+            hidden = forward.before_layer(index, hidden, cache)
+            changed = forward.adapt(index, hidden, kwargs, cache)
+        elif cache is not None:
+            changed = forward.adapt(index, hidden, kwargs, cache)
+        else:
+            return None
+        return (hidden,), {name: value for name, value in changed.items() if name != "hidden_states"}
+
+    def _before_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if isinstance(self.call.forward, Prefill):
+            given = bound_arguments(module, args, kwargs)
+            self.call.forward.remember_query(given["hidden_states"], given["position_embeddings"])
+
+    def _after_stack(self, module: nn.Module, args: Any, output: Any) -> None:
+        forward, self.call.forward = self.call.forward, None
+        if isinstance(forward, Prefill) and output is not None:
+            forward.finish(self.trace)
+
+
+def _refuse_batching(name: str, *args: Any, **kwargs: Any) -> Any:
+    raise ValueError(
+        f"{name} is not supported under a pruner: continuous batching keeps one length for all layers; use generate "
+        "with a batch of padded prompts"
+    )
+
+
+@contextlib.contextmanager
+def _attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Inside, the instance attribute `name` hides the class's, or the instance's own."""
+    own = {name: owner.__dict__[name]} if name in owner.__dict__ else {}
+    owner.__dict__[name] = value
+    try:
+        yield
+    finally:
+        del owner.__dict__[name]
+        owner.__dict__.update(own)
+
+
+def _is_prefill(given: dict[str, Any]) -> bool:
+    cache = cache_of(given)
+    return cache is None or cache.get_seq_length() == 0
+
+
+def _expand_rows(protect: torch.Tensor | None, batch: int, columns: int) -> torch.Tensor | None:
+    """The caller's mask for every row of the forward: beams and return sequences repeat the rows they came from."""
+    if protect is None:
+        return None
+    rows = protect.shape[0] if protect.ndim == 2 else 0
+    if protect.dtype != torch.bool or rows == 0 or batch % rows or protect.shape[1] != columns:
+        raise ValueError(
+            f"protect is {protect.dtype} of shape {tuple(protect.shape)}: a bool mask of shape [{batch}, {columns}] "
+            "(batch, prompt tokens) is needed"
+        )
+    return protect.repeat_interleave(batch // rows, dim=0)
