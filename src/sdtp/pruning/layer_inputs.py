@@ -66,10 +66,13 @@ class LayerInputs:
             self._made[key] = _lone_query(slots, cache, layer, window, hidden.device)
         elif key not in self._made:
             # Position ids are left out: gaps in them would be read as borders of packed sequences.
+            valid = slots.valid()
             self._made[key] = create_causal_mask(
                 config=self._config,
                 inputs_embeds=hidden,
-                attention_mask=slots.valid(),
+                attention_mask=valid,
+                # To find out whether it could do without one, it would read a mask that is known to hide something.
+                allow_is_causal_skip=valid is None,
                 cache=cache,
                 layer_idx=layer,
                 and_mask_function=None if window is None else self._within(window, slots, hidden),

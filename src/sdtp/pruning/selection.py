@@ -34,7 +34,7 @@ def select(
     width = max(budgets)
     if valid is None and min(budgets) == width:
         return order[:, :width].sort(dim=1).values, None
-    budget = torch.tensor(budgets, device=scores.device)[:, None]
+    budget = numbers(budgets, scores.device)[:, None]
     within = torch.arange(tokens, device=scores.device) < budget
     keep = torch.zeros_like(protected).scatter(1, order, within.expand_as(protected))
     columns = keep.to(torch.int8).sort(dim=1, stable=True).indices[:, tokens - width :]
@@ -67,10 +67,17 @@ def protected_tokens(
         order = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
     else:
         order = valid.cumsum(1) - 1
-    protected = (positions < schedule.sinks) | (order >= torch.tensor(tail_start, device=positions.device)[:, None])
+    protected = (positions < schedule.sinks) | (order >= numbers(tail_start, positions.device)[:, None])
     if marked is not None:
         protected = protected | marked
     return protected if valid is None else protected & valid
+
+
+def numbers(values: list[int], device: torch.device) -> torch.Tensor:
+    """LongTensor [len(values)] on a device, without making the host wait for it, as `torch.tensor` would."""
+    if len(set(values)) == 1:
+        return torch.full((len(values),), values[0], device=device)
+    return torch.tensor(values, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def take(tensor: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
