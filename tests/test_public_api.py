@@ -7,7 +7,7 @@ import sys
 
 PROGRAM = """
 import sys
-from sdtp import PruningSchedule, TokenPruner, flops, scorers
+from sdtp import PruningSchedule, TokenPruner, flops, protect_messages, scorers
 from sdtp.training import pairwise_ranking
 
 schedule = PruningSchedule.geometric(num_layers=28, start=4, step=3, ratio=0.9, sinks=4, local=0.1, min_local=16)

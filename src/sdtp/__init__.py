@@ -5,15 +5,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sdtp.pruning import flops, scorers
+    from sdtp.pruning.chat import protect_messages
     from sdtp.pruning.pruner import TokenPruner
     from sdtp.pruning.schedule import PruningSchedule
 
-__all__ = ["PruningSchedule", "TokenPruner", "flops", "scorers"]
+__all__ = ["PruningSchedule", "TokenPruner", "flops", "protect_messages", "scorers"]
 
 # Imported on first use: importing any module of the package runs this file, and the command line and the workflow's dry
 # run must not wait for torch.
 _MODULES = ("flops", "scorers")
-_CLASSES = {"PruningSchedule": "sdtp.pruning.schedule", "TokenPruner": "sdtp.pruning.pruner"}
+_MEMBERS = {
+    "PruningSchedule": "sdtp.pruning.schedule",
+    "TokenPruner": "sdtp.pruning.pruner",
+    "protect_messages": "sdtp.pruning.chat",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -22,8 +27,8 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("importlib.metadata").version("sdtp")
     if name in _MODULES:
         return importlib.import_module(f"sdtp.pruning.{name}")
-    if name in _CLASSES:
-        return getattr(importlib.import_module(_CLASSES[name]), name)
+    if name in _MEMBERS:
+        return getattr(importlib.import_module(_MEMBERS[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -6,13 +6,25 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import GPT2Config, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config, T5Config
+from transformers import (
+    BloomConfig,
+    DeepseekV3Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    T5Config,
+)
 
 from sdtp.errors import UserError
 from sdtp.pipeline.architecture import check_architecture
 
 # A Llama of 7 billion parameters: on the meta device it costs nothing.
-SUPPORTED = [LlamaConfig(), Qwen2Config(), Qwen3Config(), MistralConfig(sliding_window=None)]
+SUPPORTED = [LlamaConfig(), Qwen2Config(), Qwen3Config(), MistralConfig(), Gemma3TextConfig(), OPTConfig()]
 
 
 @pytest.mark.parametrize("config", SUPPORTED, ids=lambda config: config.model_type)
@@ -24,12 +36,10 @@ def test_supported_model_is_accepted_without_weights(config: PreTrainedConfig, t
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (
-            GPT2Config(),
-            "GPT2LMHeadModel is not supported: it has no decoder with a list of layers; supported are Llama",
-        ),
-        (MistralConfig(), "MistralForCausalLM is not supported with sliding_window=4096"),
-        (T5Config(), r"is no causal language model: .*T5Config.*; supported are Llama, Qwen2, Qwen3, Mistral"),
+        (GPT2Config(), "GPT2LMHeadModel is not supported: its decoder gives .*; supported are decoders with full"),
+        (T5Config(), r"is no causal language model: .*T5Config.*; supported are decoders with full"),
+        (BloomConfig(), "BloomForCausalLM cannot change its attention: no scorer can be trained through it"),
+        (DeepseekV3Config(), "DeepseekV3Config"),
     ],
     ids=lambda value: getattr(value, "model_type", ""),
 )

@@ -1,17 +1,22 @@
-"""Whether the pruner can take hold of a model, told from the model's config alone: refusals only, no result."""
+"""Whether the workflow can train for, prune and count a model, told from its config alone: refusals only, no result."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from sdtp.errors import UserError
+from sdtp.pruning import flops
 from sdtp.pruning.adapter import decoder_layers
+from sdtp.training.policy import put_attention
 
-SUPPORTED = "supported are Llama, Qwen2, Qwen3, Mistral without a sliding window, and others built like them"
+SUPPORTED = (
+    "supported are decoders with full or sliding attention (Llama, Qwen, Mistral, Gemma 3, Phi-3, GPT-NeoX, OPT, BLOOM, "
+    "mixtures of experts and others built like them)"
+)
 
 
 def check_architecture(model: str | Path, *, revision: str | None = None, trust_remote_code: bool) -> None:
-    """Raise UserError unless `model`, a folder or a hub id at `revision`, is one the pruner supports.
+    """Raise UserError unless `model`, a folder or a hub id at `revision`, is one the workflow supports.
 
     Of the model only config.json is read, and its own code where `trust_remote_code`: its layers are made on the meta
     device, without weights.
@@ -34,3 +39,8 @@ def check_architecture(model: str | Path, *, revision: str | None = None, trust_
         decoder_layers(made)
     except TypeError as error:
         raise UserError(f"model.source: {model}: {error}; {SUPPORTED}") from error
+    try:
+        flops.prefill(config, 1)  # the tables need it
+        put_attention(made)  # and training this
+    except (ValueError, UserError) as error:
+        raise UserError(f"model.source: {model}: {error}") from error

@@ -1,84 +1,175 @@
-"""Analytic FLOPs and KV-cache bytes of a decoder under a pruning schedule: pure arithmetic on a config.
+"""Analytic FLOPs and KV-cache bytes of a decoder under a pruning schedule: arithmetic on the sizes a config implies.
 
 A multiply-add counts as two operations. Counted: the matrix products of attention (projections, scores and values with
-a causal triangle) and of the gated or plain MLP, the language-model head on one position, and the learned scorer.
-Norms, activations, rotary embeddings and the embedding look-up are left out: below a percent of a prefill.
+a causal triangle, cut to the window where a layer slides one), of the MLP or of the experts that a token passes through
+with their router, the language-model head on one position, and the learned scorer. Norms, activations, position
+embeddings and the embedding look-up are left out: below a percent of a prefill.
+
+The sizes are read off the model itself, built from the config on torch's meta device: without storage, in about a tenth
+of a second, with the random state untouched. Fused or plain projections, gated or plain MLPs, dense or sparse layers
+are then what the model's own code makes of the config, and there is no table of families to be wrong or out of date.
+What the reading does not understand to the last parameter is refused by name.
+
+In a sliding layer a query sees `window` keys at most. That is exact for the unpruned model; the survivors inside a
+window depend on which they are, so there a pruned layer's count, taken as if none were missing, is an upper bound, and
+the speedup computed from it a lower one.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
+import torch
+from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from sdtp.pruning.adapter import architecture
 from sdtp.pruning.schedule import PruningSchedule
 
 
 @dataclasses.dataclass(frozen=True)
-class Dimensions:
-    """The sizes of a decoder that its FLOPs and cache depend on, read from a transformers config."""
+class Layer:
+    """The sizes of one decoder layer that its FLOPs and cache depend on.
 
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
-    mlp_matrices: int
-    vocabulary: int
+    Attributes:
+        weights: weights that one token is multiplied with, of the experts only those that it passes through.
+        query: query heads x head dimension.
+        cached: values held for a cached token, its key and its value over all KV heads.
+        window: most keys that a query sees, itself included; None for all before it.
+    """
+
+    weights: int
+    query: int
+    cached: int
+    window: int | None
+
+    def seen(self, tokens: int) -> int:
+        """Keys that the last of `tokens` tokens sees, itself included."""
+        return tokens if self.window is None else min(tokens, self.window)
+
+    def held(self, tokens: int) -> int:
+        """Tokens in the cache after `tokens`: of a window all but the oldest, which the next token no longer sees."""
+        return tokens if self.window is None else min(tokens, self.window - 1)
+
+    def pairs(self, tokens: int) -> int:
+        """(query, key) pairs of a causal prefill: `seen(1) + ... + seen(tokens)`."""
+        seen = self.seen(tokens)
+        return seen * (seen + 1) // 2 + (tokens - seen) * seen
+
+    def operations(self, tokens: int, pairs: int) -> int:
+        """Operations of the weight products of `tokens` tokens and of the scores and values of `pairs` pairs."""
+        return 2 * tokens * self.weights + 4 * pairs * self.query
+
+
+@dataclasses.dataclass(frozen=True)
+class Dimensions:
+    """The sizes of a decoder that its FLOPs and cache depend on.
+
+    Attributes:
+        layers: each decoder layer's sizes.
+        head: weights of the language-model head.
+    """
+
+    layers: tuple[Layer, ...]
+    head: int
 
     @classmethod
     def of(cls, config: Any) -> Dimensions:
-        """Read `num_hidden_layers`, `hidden_size`, ... of a config; no count of KV heads means multi-head.
+        """Read them off the causal LM of a transformers config.
 
         Raises:
-            ValueError: a mixture of experts, whose tokens pass through a part of its weights only.
+            ValueError: transformers has no causal LM for the config, or something in it is not counted: attention of
+                another size than the config's heads make, a parameter that belongs to no matrix, norm, experts or
+                router. The message names it.
+            TypeError: a model whose layers pruning does not support, see `adapter.architecture`.
         """
-        for experts in ("num_experts", "num_local_experts", "n_routed_experts"):
-            if getattr(config, experts, None):
-                raise ValueError(
-                    f"FLOPs of a mixture of experts ({experts}={getattr(config, experts)}) are not counted"
-                )
-        heads = config.num_attention_heads
-        return cls(
-            layers=config.num_hidden_layers,
-            hidden=config.hidden_size,
-            heads=heads,
-            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-            intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
-            mlp_matrices=3 if hasattr(config, "num_key_value_heads") else 2,
-            vocabulary=config.vocab_size,
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise _uncounted(config, "transformers has no causal language model for it")
+        with torch.device("meta"):
+            # A copy, because building writes into it; eager attention, because that is there for every model.
+            model = AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), attn_implementation="eager", trust_remote_code=False
+            )
+        parts = architecture(model)
+        head = model.get_output_embeddings()
+        elsewhere = {*parts.layers.modules(), head}
+        for path, module in model.named_modules():
+            if module not in elsewhere and not isinstance(module, nn.Embedding):
+                for name, parameter in module.named_parameters(recurse=False):
+                    if parameter.ndim > 1:
+                        raise _uncounted(config, f"{path}.{name} is a matrix outside its decoder layers")
+        read = zip(parts.layers, parts.windows, strict=True)
+        return cls(tuple(_layer(layer, window, parts.stack.config) for layer, window in read), head.weight.numel())
+
+
+def _uncounted(config: Any, reason: str) -> ValueError:
+    return ValueError(f"FLOPs of a {type(config).__name__} are not counted: {reason}")
+
+
+def _layer(layer: nn.Module, window: int | None, config: Any) -> Layer:
+    """Sum a layer's matrices, and check that those of its attention are the config's heads and nothing else."""
+    experts = {parameter.shape[0] for parameter in layer.parameters() if parameter.ndim == 3}
+    weights = attention = 0
+    for path, module in layer.named_modules():
+        if isinstance(module, nn.ModuleList) and next(module.parameters(), None) is not None:
+            raise _uncounted(config, f"a layer's {path} is a list, and which of it a token meets is not known")
+        if isinstance(module, nn.Linear | Conv1D):
+            weights += module.weight.numel()
+            attention += module.weight.numel() if "attn" in path or "attention" in path else 0
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            full_name = f"{path}.{name}".lstrip(".")
+            if name == "sinks" or "bias" in name or (parameter.ndim == 1 and "Norm" in type(module).__name__):
+                continue  # added, or one factor a channel: no matrix product
+            if parameter.ndim == 3:  # [experts, out, in], of which a token meets a few
+                if getattr(config, "num_experts_per_tok", None) is None:
+                    raise _uncounted(config, f"{full_name} looks like experts, but num_experts_per_tok is not set")
+                weights += parameter[0].numel() * config.num_experts_per_tok
+            elif parameter.ndim == 2 and experts == {parameter.shape[0]} and parameter.shape[1] == config.hidden_size:
+                weights += parameter.numel()  # the router, [experts, hidden]
+            else:
+                raise _uncounted(config, f"a layer's {full_name} belongs to no matrix, norm, experts or router")
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    expected = 2 * config.hidden_size * head_dim * (heads + kv_heads)  # queries and output, keys and values
+    if attention != expected:
+        raise _uncounted(
+            config,
+            f"a layer's attention has {attention} weights in its matrices, where {heads} heads and {kv_heads} KV heads "
+            f"of {head_dim} make {expected}",
         )
+    return Layer(weights, heads * head_dim, 2 * kv_heads * head_dim, window)
 
-    @property
-    def per_token(self) -> int:
-        """Operations of one layer's weight products for one token."""
-        q_and_o = 2 * self.hidden * self.heads * self.head_dim
-        k_and_v = 2 * self.hidden * self.kv_heads * self.head_dim
-        return 2 * (q_and_o + k_and_v + self.mlp_matrices * self.hidden * self.intermediate)
 
-    @property
-    def per_pair(self) -> int:
-        """Operations of one layer's attention for one (query, key) pair: scores and values."""
-        return 4 * self.heads * self.head_dim
+def _lengths(size: Dimensions, prompt_tokens: int, schedule: PruningSchedule | None) -> list[int]:
+    """Tokens that each layer runs on in prefill."""
+    if schedule is None:
+        return [prompt_tokens] * len(size.layers)
+    return schedule.layer_lengths(prompt_tokens, len(size.layers))
 
 
 def prefill(config: Any, prompt_tokens: int, schedule: PruningSchedule | None = None, scorer_width: int = 0) -> float:
     """Operations to prefill a prompt and get the logits of its last position.
 
+    Exact for the unpruned model and for full attention; an upper bound for pruned layers that slide a window.
+
     Args:
-        config: a transformers config of a Llama-like decoder.
+        config: a transformers config of a decoder; see `Dimensions.of` for what is refused.
         prompt_tokens: `N` >= 1.
         schedule: the pruning schedule; None for the unpruned model.
         scorer_width: hidden units of the learned scorer; 0 leaves scoring out.
     """
     size = Dimensions.of(config)
-    lengths = [prompt_tokens] * size.layers if schedule is None else schedule.layer_lengths(prompt_tokens, size.layers)
-    total = float(sum(n * size.per_token + n * (n + 1) // 2 * size.per_pair for n in lengths))
-    total += 2 * size.hidden * size.vocabulary
+    lengths = _lengths(size, prompt_tokens, schedule)
+    total = sum(layer.operations(n, layer.pairs(n)) for layer, n in zip(size.layers, lengths, strict=True))
+    total += 2 * size.head
     if schedule is not None and scorer_width:
-        total += scoring(config, prompt_tokens, schedule, scorer_width)
-    return total
+        return total + scoring(config, prompt_tokens, schedule, scorer_width)
+    return float(total)
 
 
 def scoring(config: Any, prompt_tokens: int, schedule: PruningSchedule, scorer_width: int) -> float:
@@ -88,19 +179,27 @@ def scoring(config: Any, prompt_tokens: int, schedule: PruningSchedule, scorer_w
 
 
 def decode(config: Any, prompt_tokens: int, new_tokens: int, schedule: PruningSchedule | None = None) -> float:
-    """Operations to generate `new_tokens` after prefill: `new_tokens - 1` steps, the first token came with prefill."""
+    """Operations to generate `new_tokens` after prefill: `new_tokens - 1` steps, the first token came with prefill.
+
+    Exact where `prefill` is, and an upper bound where that is one.
+    """
     size = Dimensions.of(config)
-    lengths = [prompt_tokens] * size.layers if schedule is None else schedule.layer_lengths(prompt_tokens, size.layers)
+    lengths = _lengths(size, prompt_tokens, schedule)
     total = 0
     for done in range(1, new_tokens):
-        total += sum(size.per_token + (n + done) * size.per_pair for n in lengths) + 2 * size.hidden * size.vocabulary
+        total += sum(layer.operations(1, layer.seen(n + done)) for layer, n in zip(size.layers, lengths, strict=True))
+        total += 2 * size.head
     return float(total)
 
 
 def cache_bytes(
     config: Any, prompt_tokens: int, schedule: PruningSchedule | None = None, bytes_per_value: int = 4
 ) -> int:
-    """Bytes of the keys and values held after prefill."""
+    """Bytes of the keys and values held after prefill.
+
+    A sliding layer holds `window - 1` tokens at most: what the next token sees besides itself.
+    """
     size = Dimensions.of(config)
-    lengths = [prompt_tokens] * size.layers if schedule is None else schedule.layer_lengths(prompt_tokens, size.layers)
-    return sum(lengths) * 2 * size.kv_heads * size.head_dim * bytes_per_value
+    lengths = _lengths(size, prompt_tokens, schedule)
+    values = sum(layer.held(n) * layer.cached for layer, n in zip(size.layers, lengths, strict=True))
+    return values * bytes_per_value

@@ -92,14 +92,23 @@ class MaskingPolicy:
         ]
         before = model.config._attn_implementation
         try:
-            model.set_attn_implementation(attention.NAME)
-            if model.config._attn_implementation != attention.NAME:
-                raise UserError(f"{type(model).__name__} cannot change its attention: it cannot be trained through")
+            put_attention(model)
             yield run.trace
         finally:
             for hook in hooks:
                 hook.remove()
             model.set_attn_implementation(before)
+
+
+def put_attention(model: PreTrainedModel) -> None:
+    """Have a model attend through key masks with gradients.
+
+    Raises:
+        UserError: the model cannot change its attention.
+    """
+    model.set_attn_implementation(attention.NAME)
+    if model.config._attn_implementation != attention.NAME:
+        raise UserError(f"{type(model).__name__} cannot change its attention: no scorer can be trained through it")
 
 
 class _MaskedForward:
