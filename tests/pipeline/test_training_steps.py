@@ -16,8 +16,10 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from sdtp.errors import UserError
+from sdtp.pipeline.models import load_model
 from sdtp.pipeline.shards import Labels
 from sdtp.pipeline.steps import saliency, saliency_index, train
+from sdtp.pruning.fingerprint import fingerprint
 from sdtp.pruning.pruner import TokenPruner
 from sdtp.pruning.scorers import Learned
 from sdtp.training import objective
@@ -180,6 +182,7 @@ def test_train_writes_a_pruner_its_curves_and_metrics(run: Path) -> None:
     assert pruner.schedule.layers == (1, 3)
     assert pruner.schedule.keep == (0.7, 0.7**2)
     assert isinstance(pruner.scorer, Learned)
+    assert pruner.trained_for == fingerprint(load_model(run / "model", "float32", "sdpa", torch.device("cpu")))
     with (run / "history.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["step", "split", "metric", "value"]

@@ -383,6 +383,14 @@ def test_damaged_settings_of_a_baseline_are_named_with_their_fault(tmp_path, val
         store.load(tmp_path)
 
 
+def test_a_whole_number_stands_for_a_fraction(tmp_path):
+    store.save(tmp_path, SCHEDULE, scorers.Recent())
+    damage_settings(lambda s: s["schedule"].update(local=1, keep=[1, 0.5]))(tmp_path)
+    schedule = store.load(tmp_path)[0]
+    assert schedule == PruningSchedule((1, 3), (1.0, 0.5), local=1.0)
+    assert type(schedule.local) is float
+
+
 def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere/pruner\.json: there is no such file"):
         store.load(tmp_path / "nowhere")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any
 
 
@@ -196,20 +195,8 @@ class PruningSchedule:
             raise ValueError(f"layers is {self.layers}: the model has layers 0 to {num_layers - 1} only")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `from_dict` reads them back."""
+        """Plain JSON values, the arguments of the class."""
         return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> PruningSchedule:
-        """The schedule `to_dict` wrote.
-
-        Raises:
-            ValueError: a missing or unknown key, or a value outside its range.
-        """
-        fields = {field.name for field in dataclasses.fields(cls)}
-        if set(values) != fields:
-            raise ValueError(f"schedule has keys {sorted(values)}: exactly {sorted(fields)} are accepted")
-        return cls(**values)
 
 
 def _every(num_layers: int, start: int, step: int) -> tuple[int, ...]:
