@@ -478,6 +478,11 @@ def test_decoders_that_would_be_pruned_wrong_are_refused(config, reason):
         TokenPruner(SCHEDULE, scorers.Random())(model).__enter__()
 
 
+def test_a_bare_decoder_is_refused(tiny_model):
+    with pytest.raises(TypeError, match="LlamaModel is a decoder without a language-model head"):
+        TokenPruner(SCHEDULE, scorers.Random())(tiny_model().model).__enter__()
+
+
 def test_last_query_refuses_query_norms_it_does_not_know():
     model = AutoModelForCausalLM.from_config(Olmo2Config(**TINY))
     with pytest.raises(TypeError, match=r"layer 0's Olmo2Attention: its Olmo2RMSNorm of queries is not over the 8"):

@@ -98,7 +98,7 @@ def architecture(model: nn.Module) -> Architecture:
     """
     name = type(model).__name__
     config: Any = getattr(model, "config", None)
-    for part in ("vision_config", "audio_config", "image_token_id"):
+    for part in ("vision_config", "audio_config", "image_token_id", "num_codebooks"):
         if getattr(config, part, None) is not None:
             raise TypeError(f"{name} is not supported: its prompts are not text alone ({part} is set)")
     if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
@@ -126,6 +126,10 @@ def _reason_to_refuse(config: Any) -> str | None:
         return _REFUSED_TYPES[config.model_type]
     if any(getattr(config, "kv_sharing_modes", None) or ()) or (getattr(config, "num_kv_shared_layers", None) or 0) > 0:
         return "some of its layers read the keys and values of others (KV sharing)"
+    if (getattr(config, "n_recurrent_loops", None) or 1) > 1:
+        return "it runs some of its layers several times over"
+    if getattr(config, "alibi", False):
+        return "its ALiBi biases are part of its attention mask"
     kinds = set(get_layer_types_and_kwargs(config)[0]) - {"full_attention", "sliding_attention"}
     if kinds:
         return f"it has layers of type {', '.join(sorted(kinds))}, only full and sliding attention are"
@@ -170,7 +174,8 @@ def bound_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     """A forward's arguments by name, whichever way they were passed."""
     if not args:
         return kwargs
-    return {**dict(zip(_argument_names(type(module)), args, strict=False)), **kwargs}
+    kind: Any = type(module)
+    return {**dict(zip(_argument_names(kind), args, strict=False)), **kwargs}
 
 
 @functools.cache

@@ -101,6 +101,11 @@ class TokenPruner:
         """
         inner = unwrap(model)
         parts = architecture(inner)
+        if parts.stack is inner:
+            raise TypeError(
+                f"{type(inner).__name__} is a decoder without a language-model head: attach to the model that holds it, "
+                "whose calls tell prompts from what follows"
+            )
         schedule = self.schedule if ratio is None else self.schedule.with_ratio(ratio)
         schedule.check_fits(len(parts.layers))
         if isinstance(self.scorer, Learned) and self.scorer.hidden_size != parts.config.hidden_size:

@@ -97,7 +97,8 @@ class Learned(nn.Module):
 
     def score(self, view: StageView) -> torch.Tensor:
         """See `Scorer.score`. The stage's weights move to the device of the states it scores, and stay there."""
-        self.mlps[view.stage].to(view.hidden.device)
+        with torch.inference_mode(False):  # weights moved inside it could never be trained again
+            self.mlps[view.stage].to(view.hidden.device)
         return self.keep_scores(view.stage, view.hidden)
 
 
