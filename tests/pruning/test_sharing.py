@@ -230,7 +230,7 @@ def test_a_second_pruner_is_refused_wherever_it_takes_hold(tiny_model):
             expected = generated(model, ids, trace)
             inside = belongings(model)
             for one in (pruner, second):
-                for where in (model, wrapped, wrapped.base_model, model.model):
+                for where in (model, wrapped, wrapped.base_model):
                     refused(one, where)
             assert belongings(model) == inside
             assert_same(generated(model, ids, trace), expected)  # the first goes on
