@@ -130,7 +130,8 @@ class PrunedLayer(CacheLayerMixin):
         """
         tokens = key_states.shape[-2]
         if self._expected != tokens:
-            within = self.window is None or self.seen + tokens <= self.window
+            # A window as long as the keys gets a mask that hides none of them.
+            within = self.window is None or self.seen + tokens < self.window
             if tokens > 1 or self.padded or not self.maskless or not within:
                 raise RuntimeError(
                     f"this cache holds a pruned prompt and got {tokens} tokens for {key_states.shape[0]} rows outside "

@@ -19,8 +19,7 @@ from sdtp.pruning.last_query import last_query_attention
 from sdtp.pruning.layer_inputs import LayerInputs, Slots
 from sdtp.pruning.schedule import PruningSchedule
 from sdtp.pruning.scorers import Scorer, StageView
-from sdtp.pruning.selection import protected_tokens, select, take
-
+from sdtp.pruning.selection import numbers, protected_tokens, select, take
 
 # Threads may finish prefills of one context at once: a trace is of one of them throughout.
 _TELLING = threading.Lock()
@@ -102,6 +101,8 @@ class Prefill:
         protect: [batch, prompt_columns] bool, True at columns the caller wants kept, or None.
         device: where the inputs are.
         ranks: the process group that shares the model's weights; all of it keeps what its first rank keeps.
+        position_ids: [batch or 1, tokens] as given to the model, or None.
+        drafts: whether the cache may be cut by the last prompt token, which is then fed again as it was.
 
     Raises:
         ValueError: a row without any token.
@@ -120,10 +121,13 @@ class Prefill:
         protect: torch.Tensor | None,
         device: torch.device,
         ranks: Any = None,
+        position_ids: torch.Tensor | None = None,
+        drafts: bool = False,
     ) -> None:
         self.schedule, self.scorer, self.architecture, self.ranks = schedule, scorer, architecture, ranks
         self.inputs = LayerInputs(architecture.config)
-        self.masked = attention_mask is not None
+        self.position_ids, self.masked = position_ids, attention_mask is not None
+        self.drafts = drafts
         batch, tokens = shape
         self.batch, self.extra, self.seen = batch, tokens - prompt_columns, tokens
         self.columns = torch.arange(tokens, device=device).expand(batch, tokens)
@@ -133,7 +137,7 @@ class Prefill:
         self.positions = self.columns[:, :prompt_columns]
         if attention_mask is not None:
             real = attention_mask[:, :prompt_columns].to(device) != 0
-            ends = torch.stack([real.sum(1), real[:, -1]])
+            ends = torch.stack([real.sum(1), real[:, -1:].sum(1)])
             self.present, last = ends.tolist()  # the one read of lengths in a prefill
             self.right_padded = not all(last)
             if min(self.present, default=0) < prompt_columns:
@@ -146,30 +150,17 @@ class Prefill:
                 else "the prompt has no rows"
             )
         self.prompt_lengths = list(self.present)
-        self.lengths = torch.tensor(self.present, device=device)
+        self.lengths = numbers(self.present, device)
         self.protect = protect
         self.stage = -1  # the latest stage that removed something; -1: layers still see the model's own columns
         self.kept: list[torch.Tensor] = []
         self.nan: list[tuple[int, torch.Tensor]] = []
         self.query: tuple[torch.Tensor, Any] | None = None
 
-    def check_positions(self, position_ids: torch.Tensor | None, cache: Cache | None) -> None:
-        """Refuse position ids that the model's own mask reads as several packed sequences.
-
-        Raises:
-            ValueError: they jump, and there is neither padding mask nor cache, or the kernel reads them itself.
-        """
-        packed = cache is None or "flash" in self.architecture.config._attn_implementation
-        if self.masked or not packed or position_ids is None:
-            return
-        if (position_ids.diff(dim=-1) != 1).any():
-            raise ValueError(
-                "position_ids with gaps and no attention_mask are read as several packed sequences, which is not "
-                "supported under a pruner: give an attention_mask, and a cache or use_cache=True"
-            )
-
     def before_layer(self, layer: int, hidden: torch.Tensor, cache: Cache | None) -> torch.Tensor:
         """The states [batch, kept, hidden] that a layer shall run on; `hidden` itself where nothing is removed."""
+        if layer == 0:
+            self._check_positions(cache)
         if layer in self.schedule.layers:
             whole = self._slots() if self.stage < 0 else None
             hidden = self._stage(self.schedule.layers.index(layer), layer, hidden, cache)
@@ -179,6 +170,17 @@ class Prefill:
         if self.stage >= 0 and cache is not None:
             self._know(cache, layer, self._slots(), self.stage)
         return hidden
+
+    def _check_positions(self, cache: Cache | None) -> None:
+        """Refuse position ids that the model's own mask, or a flash kernel, reads as several packed sequences."""
+        packed = cache is None or "flash" in self.architecture.config._attn_implementation
+        if self.masked or not packed or self.position_ids is None:
+            return
+        if (self.position_ids.diff(dim=-1) != 1).any():
+            raise ValueError(
+                "position_ids with gaps and no attention_mask are read as several packed sequences, which is not "
+                "supported under a pruner: give an attention_mask"
+            )
 
     def _slots(self) -> PromptSlots:
         """The tokens present, candidates last."""
@@ -199,7 +201,7 @@ class Prefill:
             slots.positions,
             slots.columns,
             stage,
-            slots.positions.shape[1] - self.extra,
+            slots.positions.shape[1] - self.extra - self.drafts,
             slots.padded,
             slots.seen,
             cache.layers,
@@ -247,6 +249,7 @@ class Prefill:
         self.nan.append((stage, scores.isnan().any() if valid is None else (scores.isnan() & valid).any()))
         kept, self.valid = select(scores, protected, valid, budgets)
         if self.ranks is not None:
+            kept = kept.contiguous()  # gloo sends the memory behind a view as if it were the view
             torch.distributed.broadcast(kept, group_src=0, group=self.ranks)
         self.positions = positions.gather(1, kept)
         if self.valid is not None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sdtp.pruning import generating
 from sdtp.pruning.adapter import Architecture, attention_of, bound_arguments, cache_of, tensor_parallel_group
 from sdtp.pruning.cache import check_cache
 from sdtp.pruning.last_query import check_attention
@@ -18,14 +19,12 @@ from sdtp.pruning.prefill import Continuation, Prefill, Trace
 from sdtp.pruning.schedule import PruningSchedule
 from sdtp.pruning.scorers import LastQuery, Scorer
 
-# Caches that `generate` would make and pruning cannot fill; others are looked at when they arrive.
-_CACHES = (None, "dynamic", "dynamic_full", "offloaded", "quantized")
-
 
 class _Call(threading.local):
     """What one thread's call into the model has come to; threads may share a model."""
 
-    prompt_columns: int | None = None  # set when `generate` begins: how much of its first forward is prompt
+    generation: generating.Generation | None = None  # set when `generate` begins, for its first forward
+    labels: Any = None
     logits_to_keep: Any = 0
     forward: Prefill | Continuation | None = None
 
@@ -88,85 +87,46 @@ class Session:
     def _wrap_generate(self, generate: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(generate)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            given = {**dict(zip(("inputs", "generation_config"), args, strict=False)), **kwargs}
-            self._check_generate(given)
-            prompt = next(
-                (given[k] for k in ("inputs_embeds", "input_ids", "inputs") if given.get(k) is not None), None
-            )
-            if prompt is None:
-                raise ValueError("generate under a pruner needs a prompt: input_ids or inputs_embeds")
+            generation = generating.read(args, kwargs, getattr(self.model, "generation_config", None))
             # Restored, not cleared: a model may be its own assistant and generate while it generates.
-            outer, self.call.prompt_columns = self.call.prompt_columns, prompt.shape[1]
+            outer, self.call.generation = self.call.generation, generation
             try:
                 return generate(*args, **kwargs)
             finally:
-                self.call.prompt_columns = outer
+                self.call.generation = outer
 
         return wrapped
 
-    def _check_generate(self, given: dict[str, Any]) -> None:
-        """Refuse ways of generating that a pruner would make wrong."""
-
-        def setting(name: str) -> Any:
-            # As `generate` resolves it: the call, then the configuration it was given, then the model's own.
-            own: Any = self.model.generation_config
-            places = (given.get(name), getattr(given.get("generation_config"), name, None), getattr(own, name, None))
-            return next((value for value in places if value is not None), None)
-
-        if setting("use_cache") is False:
-            raise ValueError("generate(use_cache=False) feeds the whole sequence at every step: not under a pruner")
-        refused = {
-            "prefill_chunk_size": "survivors are chosen over the whole prompt",
-            "dola_layers": "it reads the states of all layers at one position, and layers differ in length",
-            "assistant_early_exit": "the model's first layers draft for it, with a prompt of their own",
-            "penalty_alpha": "contrastive search reads the states of the whole prompt",
-        }
-        for name, why in refused.items():
-            if setting(name) is not None:
-                raise ValueError(f"{name}={setting(name)} is not supported under a pruner: {why}")
-        if setting("guidance_scale") not in (None, 1, 1.0):
-            raise ValueError(
-                f"guidance_scale={setting('guidance_scale')} is not supported under a pruner: it prefills a second "
-                "prompt inside generate"
-            )
-        if setting("cache_implementation") not in _CACHES:
-            raise ValueError(
-                f"cache_implementation={setting('cache_implementation')!r} is not supported under a pruner: layers of "
-                f"fixed length cannot hold survivors; one of {', '.join(map(repr, _CACHES[1:]))} is"
-            )
-
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = bound_arguments(module, args, kwargs)
-        asked = given.get("logits_to_keep", 0)
-        if _is_prefill(given):
-            if given.get("labels") is not None:
-                raise ValueError("labels= is not supported under a pruner: logits of removed tokens do not exist")
-            if isinstance(asked, bool) or not isinstance(asked, int):
-                raise ValueError(f"logits_to_keep={asked!r} is not supported in a pruned prefill: give a number")
-        self.call.logits_to_keep = asked
+        self.call.labels, self.call.logits_to_keep = given.get("labels"), given.get("logits_to_keep", 0)
 
     def _before_stack(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # Taken up here: what is asked of this forward is not asked of the next, and what else the model prefills while
+        # it generates (for a logits processor, say) is prompt throughout.
+        labels, self.call.labels = self.call.labels, None
+        logits_to_keep, self.call.logits_to_keep = self.call.logits_to_keep, 0
+        generation, self.call.generation = self.call.generation, None
         given = bound_arguments(module, args, kwargs)
         inputs = given.get("inputs_embeds")
         inputs = given.get("input_ids") if inputs is None else inputs
         if inputs is None:
             raise ValueError("the model was called without input_ids or inputs_embeds")
-        mask = given.get("attention_mask")
-        if mask is not None and (not isinstance(mask, torch.Tensor) or mask.ndim != 2):
-            raise ValueError(
-                "attention_mask under a pruner is [batch, tokens], 1 at real tokens: "
-                "masks of 4 dimensions are not supported"
-            )
+        shape = (inputs.shape[0], inputs.shape[1])
         cache = cache_of(given)
         if cache is not None:
             check_cache(cache)
-        shape = (inputs.shape[0], inputs.shape[1])
-        asked, self.call.logits_to_keep = self.call.logits_to_keep, 0
-        self.call.forward = (
-            self._prefill(given, mask, shape, inputs.device, asked)
-            if _is_prefill(given)
-            else Continuation(self.architecture, mask, shape)
-        )
+        held = 0 if cache is None else cache.get_seq_length()
+        mask = given.get("attention_mask")
+        _check_mask(mask, shape, held)
+        if held > 0:
+            self.call.forward = Continuation(self.architecture, mask, shape)
+            return
+        if labels is not None:
+            raise ValueError("labels= is not supported under a pruner: logits of removed tokens do not exist")
+        prefill = self._prefill(given, mask, shape, inputs.device, generation)
+        self._check_logits_to_keep(prefill, logits_to_keep)
+        self.call.forward = prefill
 
     def _prefill(
         self,
@@ -174,14 +134,13 @@ class Session:
         mask: torch.Tensor | None,
         shape: tuple[int, int],
         device: torch.device,
-        logits_to_keep: int,
+        generation: generating.Generation | None,
     ) -> Prefill:
         for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
             asked = given.get(name)
             if getattr(self.architecture.config, name, False) if asked is None else asked:
                 raise ValueError(f"{name}=True is not supported in a pruned prefill: layers differ in length")
-        # Taken up: what else the model prefills while it generates (for a logits processor, say) is prompt throughout.
-        columns, self.call.prompt_columns = self.call.prompt_columns or shape[1], None
+        columns = shape[1] if generation is None else generation.prompt_columns
         if shape[1] < columns:
             raise ValueError(
                 f"a prompt of {columns} tokens came in parts, the first of {shape[1]}: survivors are chosen over the "
@@ -197,11 +156,16 @@ class Session:
             _expand_rows(self.protect, shape[0], columns),
             device,
             self.ranks,
+            given.get("position_ids"),
+            generation is not None and generation.drafts,
         )
-        self._check_logits_to_keep(prefill, logits_to_keep)
+        if generation is not None and prefill.right_padded:
+            raise ValueError("a prompt ends in padding: generate goes on from the last column, pad on the left")
         return prefill
 
-    def _check_logits_to_keep(self, prefill: Prefill, asked: int) -> None:
+    def _check_logits_to_keep(self, prefill: Prefill, asked: Any) -> None:
+        if isinstance(asked, bool) or not isinstance(asked, int):
+            raise ValueError(f"logits_to_keep={asked!r} is not supported in a pruned prefill: give a number")
         for total in prefill.prompt_lengths:
             counts = [total, *self.schedule.surviving(total)]
             tail = self.schedule.protected_tail(counts[-2]) if self.schedule.stages else total
@@ -259,9 +223,19 @@ def _attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
         owner.__dict__.update(own)
 
 
-def _is_prefill(given: dict[str, Any]) -> bool:
-    cache = cache_of(given)
-    return cache is None or cache.get_seq_length() == 0
+def _check_mask(mask: Any, shape: tuple[int, int], held: int) -> None:
+    if mask is None:
+        return
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+        raise ValueError(
+            "attention_mask under a pruner is [batch, tokens], 1 at real tokens: masks of 4 dimensions are not "
+            "supported"
+        )
+    if tuple(mask.shape) != (shape[0], held + shape[1]):
+        raise ValueError(
+            f"attention_mask is of shape {tuple(mask.shape)}: for {shape[1]} tokens after {held} in the cache it is "
+            f"[{shape[0]}, {held + shape[1]}]"
+        )
 
 
 def _expand_rows(protect: torch.Tensor | None, batch: int, columns: int) -> torch.Tensor | None:
