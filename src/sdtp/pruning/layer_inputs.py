@@ -1,4 +1,8 @@
-"""What decoder layers are handed in place of what the model's loop made for layer 0: masks, rotary tables, biases."""
+"""What decoder layers are handed in place of what the model's loop made for layer 0: masks, rotary tables, biases.
+
+That loop gives every layer the same mask, position ids and rotary table; after the first stage layers run on fewer
+tokens, and meet fewer keys, so these are rewritten before each of them.
+"""
 
 from __future__ import annotations
 
@@ -42,6 +46,32 @@ class LayerInputs:
         """Drop what was made: the layers from here on have another length."""
         self._made.clear()
         self._sources.clear()
+
+    def arguments(
+        self,
+        kwargs: dict[str, Any],
+        hidden: torch.Tensor,
+        slots: Slots,
+        cache: Cache | None,
+        layer: int,
+        stage: int,
+        window: int | None,
+    ) -> dict[str, Any]:
+        """A layer's arguments with what depends on the keys it meets: mask, biases, and no position ids.
+
+        Attention kernels read gaps in position ids as borders of packed sequences; positions themselves are in the
+        rotary tables, the biases or the states.
+
+        Args:
+            kwargs: as the model gave them.
+            hidden, slots, cache, layer, stage, window: see `mask`.
+        """
+        changed = {**kwargs, "attention_mask": self.mask(hidden, slots, cache, layer, stage, window)}
+        if "position_ids" in kwargs:
+            changed["position_ids"] = None
+        if kwargs.get("alibi") is not None:
+            changed["alibi"] = self.alibi(kwargs["alibi"], slots, stage)
+        return changed
 
     def mask(
         self, hidden: torch.Tensor, slots: Slots, cache: Cache | None, layer: int, stage: int, window: int | None

@@ -1,8 +1,4 @@
-"""One forward pass under a pruner: the tokens present, and what each decoder layer is handed instead.
-
-The model's loop gives every layer the same mask, position ids and rotary table; after the first stage layers run on
-fewer tokens, so these are rewritten before each of them.
-"""
+"""A prompt's forward pass under a pruner: which tokens are present, stage by stage."""
 
 from __future__ import annotations
 
@@ -16,7 +12,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from sdtp.pruning.adapter import Architecture, attention_of
 from sdtp.pruning.cache import PrunedLayer, layer_to_hold
 from sdtp.pruning.last_query import last_query_attention
-from sdtp.pruning.layer_inputs import LayerInputs, Slots
+from sdtp.pruning.layer_inputs import LayerInputs
 from sdtp.pruning.schedule import PruningSchedule
 from sdtp.pruning.scorers import Scorer, StageView
 from sdtp.pruning.selection import numbers, protected_tokens, select, take
@@ -58,34 +54,6 @@ class PromptSlots:
     def valid(self) -> torch.Tensor | None:
         """See `Slots.valid`."""
         return self.positions >= 0 if self.padded else None
-
-
-@dataclasses.dataclass(frozen=True)
-class MaskedSlots:
-    """`Slots` of a cache layer, of which the caller's mask may hide more than padding.
-
-    Attributes:
-        held: the layer.
-        mask: [batch, columns of input up to here] bool, True at tokens to attend to.
-    """
-
-    held: PrunedLayer
-    mask: torch.Tensor
-
-    @property
-    def seen(self) -> int:
-        """See `Slots.seen`."""
-        return self.held.seen
-
-    @property
-    def columns(self) -> torch.Tensor:
-        """See `Slots.columns`."""
-        return self.held.columns
-
-    def valid(self) -> torch.Tensor:
-        """See `Slots.valid`."""
-        positions, columns = self.held.positions, self.held.columns
-        return (positions >= 0) & self.mask.to(columns.device).gather(1, columns.clamp_min(0))
 
 
 class Prefill:
@@ -214,7 +182,8 @@ class Prefill:
         if self.stage < 0:
             return kwargs
         slots = self._slots()
-        changed = layer_arguments(self.inputs, self.architecture, layer, self.stage, hidden, kwargs, cache, slots)
+        window = self.architecture.windows[layer]
+        changed = self.inputs.arguments(kwargs, hidden, slots, cache, layer, self.stage, window)
         if kwargs.get("position_embeddings") is not None:
             changed["position_embeddings"] = self.inputs.rotary(kwargs["position_embeddings"], self.columns)
         return changed
@@ -319,60 +288,3 @@ class Prefill:
                 raise ValueError(
                     f"{type(self.scorer).__name__} gave NaN scores at stage {stage}: what was kept means nothing"
                 )
-
-
-class Continuation:
-    """Tokens after a pruned prompt: nothing is removed, each layer gets a mask of its own length.
-
-    Args:
-        architecture: the model's layers and how they attend.
-        attention_mask: [batch, all tokens] as given to the model, or None.
-        shape: (batch, new tokens) of the forward.
-    """
-
-    def __init__(self, architecture: Architecture, attention_mask: torch.Tensor | None, shape: tuple[int, int]) -> None:
-        self.architecture = architecture
-        self.inputs = LayerInputs(architecture.config)
-        self.tokens = shape[1]
-        self.mask: torch.Tensor | None = None  # [batch, all tokens] bool, if it hides any
-        self.new_valid: torch.Tensor | None = None  # its part of the new tokens, if it hides any of these
-        if attention_mask is not None:
-            mask = attention_mask != 0
-            new = mask[:, -self.tokens :]
-            whole, new_whole = torch.stack([mask.all(), new.all()]).tolist()
-            self.mask, self.new_valid = None if whole else mask, None if new_whole else new
-
-    def adapt(self, layer: int, hidden: torch.Tensor, kwargs: dict[str, Any], cache: Cache) -> dict[str, Any]:
-        """A layer's arguments, with a mask of its own length where its cache holds survivors."""
-        held = cache.layers[layer] if layer < len(cache.layers) else None
-        if not isinstance(held, PrunedLayer):
-            return kwargs
-        held.expect(None if self.new_valid is None else self.new_valid.to(hidden.device), self.tokens)
-        if held.stage < 0:  # the model's own mask, made for layer 0's length, is right
-            return kwargs
-        slots = held if self.mask is None else MaskedSlots(held, self.mask)
-        return layer_arguments(self.inputs, self.architecture, layer, held.stage, hidden, kwargs, cache, slots)
-
-
-def layer_arguments(
-    inputs: LayerInputs,
-    architecture: Architecture,
-    layer: int,
-    stage: int,
-    hidden: torch.Tensor,
-    kwargs: dict[str, Any],
-    cache: Cache | None,
-    slots: Slots,
-) -> dict[str, Any]:
-    """A layer's arguments with what depends on the keys it meets: mask, biases, and no position ids.
-
-    Attention kernels read gaps in position ids as borders of packed sequences; positions themselves are in the rotary
-    tables, the biases or the states.
-    """
-    changed = dict(kwargs)
-    changed["attention_mask"] = inputs.mask(hidden, slots, cache, layer, stage, architecture.windows[layer])
-    if "position_ids" in kwargs:
-        changed["position_ids"] = None
-    if kwargs.get("alibi") is not None:
-        changed["alibi"] = inputs.alibi(kwargs["alibi"], slots, stage)
-    return changed

@@ -14,8 +14,9 @@ from torch import nn
 from sdtp.pruning import generating
 from sdtp.pruning.adapter import Architecture, attention_of, bound_arguments, cache_of, tensor_parallel_group
 from sdtp.pruning.cache import check_cache
+from sdtp.pruning.continuation import Continuation
 from sdtp.pruning.last_query import check_attention
-from sdtp.pruning.prefill import Continuation, Prefill, Trace
+from sdtp.pruning.prefill import Prefill, Trace
 from sdtp.pruning.schedule import PruningSchedule
 from sdtp.pruning.scorers import LastQuery, Scorer
 
