@@ -26,6 +26,7 @@ STEPS = [
     "saliency-index",
     "tables",
     "train",
+    "verify",
 ]
 
 

@@ -33,6 +33,7 @@ _FIXED_LENGTH = "its decoder gives the last states the length of the prompt"
 _REFUSED_TYPES = {
     "gpt2": _FIXED_LENGTH,
     "gpt_bigcode": _FIXED_LENGTH,
+    "doge": "its attention makes masks of its own, from all keys held",
     "gpt_neo": "its local attention counts the keys held, not positions",
 }
 

@@ -103,7 +103,7 @@ class TokenPruner:
         parts = architecture(inner)
         if parts.stack is inner:
             raise TypeError(
-                f"{type(inner).__name__} is a decoder without a language-model head: attach to the model that holds it, "
+                f"{type(inner).__name__} has no language-model head: attach to the causal LM that holds it, "
                 "whose calls tell prompts from what follows"
             )
         schedule = self.schedule if ratio is None else self.schedule.with_ratio(ratio)

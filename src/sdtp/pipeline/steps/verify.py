@@ -72,6 +72,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--trust-remote-code", action="store_true", help="run the model's own Python code")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
     args = parser.parse_args(argv)
+    if args.prompt_tokens < 1:
+        parser.error(f"--prompt-tokens {args.prompt_tokens}: at least 1 is needed")
     if args.families and args.pruner is not None:
         parser.error("--pruner belongs to one model: not with --families")
     transformers_logging.set_verbosity_error()
@@ -139,7 +141,7 @@ def _verify(name: str, model: PreTrainedModel, pruner: TokenPruner, tokens: int,
     context = getattr(config, "max_position_embeddings", None)
     check_context({"--prompt-tokens": tokens, "what follows the prompt": AFTER_THE_PROMPT}, context)
     generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(min(3, config.vocab_size - 1), config.vocab_size, (1, max(tokens, 1)), generator=generator)
+    prompt = torch.randint(min(3, config.vocab_size - 1), config.vocab_size, (1, tokens), generator=generator)
     try:
         verification = Verification(model, pruner, prompt.to(model.device))
     except (TypeError, ValueError) as error:  # the pruner is another model's, or has nothing to remove
@@ -173,10 +175,10 @@ def _setting(
     lines = [
         f"{kind}, {len(parts.layers)} layers, {numbers['dtype']}, {numbers['attention']}, {model.device.type}",
         f"{type(pruner.scorer).__name__} scores; of {numbers['prompt_tokens']} prompt tokens are left {survivors}",
-        f"exact is |Δ logit| up to {verification.tolerance:.1e}, {ROUNDING[model.dtype]:.1e} of the largest logit; pruning "
-        f"itself moves the logits at the prompt's last token by up to {verification.effect:.1e}",
+        f"exact is |Δ logit| up to {verification.tolerance:.1e}, {ROUNDING[model.dtype]:.1e} of the largest logit; "
+        f"pruning itself moves the logits at the prompt's last token by up to {verification.effect:.1e}",
     ]
-    if verification.effect <= verification.tolerance:
+    if not verification.effect > verification.tolerance:
         lines.append("that is no more than rounding: exact proves little, try another --prompt-tokens or --dtype")
     window = min((size for size in parts.windows if size is not None), default=0)
     if window > numbers["prompt_tokens"]:
@@ -253,9 +255,10 @@ def _reasons(verified: list[Verified]) -> list[str]:
 
 
 def _plain(verified: Verified) -> dict[str, Any]:
-    """A model's results in JSON values; a difference that is not a number is null there, and wrong."""
-    results = [dataclasses.asdict(result) for result in verified.results]
-    for result in results:
-        if result["difference"] is not None and not math.isfinite(result["difference"]):
-            result["difference"] = None
-    return {"model": verified.name, **verified.numbers, "results": results}
+    """A model's numbers and results in JSON values, null for a number that is not finite."""
+    results = [_finite(dataclasses.asdict(result)) for result in verified.results]
+    return {"model": verified.name, **_finite(verified.numbers), "results": results}
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in values.items()}
