@@ -12,10 +12,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from sdtp.errors import UserError
 from sdtp.pipeline.steps import verify
 from sdtp.pruning import scorers
-from sdtp.pruning.families import FAMILIES, tiny_model
 from sdtp.pruning.pruner import TokenPruner
 from sdtp.pruning.schedule import PruningSchedule
-from sdtp.pruning.verify import MODES
+from sdtp.verification.families import FAMILIES, tiny_model
+from sdtp.verification.verify import MODES
 from tests.pruning import test_mutants
 
 SCHEDULE = PruningSchedule((1, 3), (0.6, 0.3), sinks=2, local=0.1, min_local=3)

@@ -10,8 +10,8 @@ from sdtp.pruning.adapter import decoder_layers
 from sdtp.training.policy import put_attention
 
 SUPPORTED = (
-    "supported are decoders with full or sliding attention (Llama, Qwen, Mistral, Gemma 3, Phi-3, GPT-NeoX, OPT, BLOOM, "
-    "mixtures of experts and others built like them)"
+    "supported are decoders with full or sliding attention: Llama, Qwen, Mistral, Gemma 3, Phi-3, GPT-NeoX, OPT, "
+    "mixtures of experts and others built like them"
 )
 
 

@@ -15,7 +15,7 @@ from sdtp.pipeline.models import load_tokenizer
 from sdtp.pipeline.report import Run, render, token_texts
 from sdtp.pipeline.results import read_comparisons, read_history, read_latency, read_quality
 from sdtp.pipeline.step import step
-from sdtp.pruning.pruner import TokenPruner
+from sdtp.pruning import store
 
 PACKAGES = ("sdtp", "torch", "transformers", "datasets", "safetensors", "numpy", "pandas", "matplotlib", "snakemake")
 
@@ -66,7 +66,7 @@ def read_run(args: argparse.Namespace) -> Run:
         settings=json.loads(args.settings),
         model=json.loads((args.model / "manifest.json").read_text("utf-8")),
         data=json.loads((args.data / "manifest.json").read_text("utf-8")),
-        layers=TokenPruner.from_pretrained(args.pruner).schedule.layers,
+        layers=store.load(args.pruner)[0].layers,
         tests=tests,
         latency=read_latency(args.latency),
         quality=quality,

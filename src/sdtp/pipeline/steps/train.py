@@ -17,8 +17,8 @@ from sdtp.pipeline.models import load_model
 from sdtp.pipeline.schedules import build_schedule
 from sdtp.pipeline.shards import SPLITS, Labels, metadata
 from sdtp.pipeline.step import step
+from sdtp.pruning import store
 from sdtp.pruning.fingerprint import fingerprint
-from sdtp.pruning.pruner import TokenPruner
 from sdtp.pruning.scorers import Learned
 from sdtp.training.examples import Example
 from sdtp.training.objective import Weights
@@ -103,7 +103,7 @@ def main(argv: list[str]) -> None:
             on_checkpoint=lambda folder: log.artifact(folder, "checkpoints"),
         )
         with atomic_folder(args.output) as temporary:
-            TokenPruner(schedule, scorer.cpu(), fingerprint(model)).save_pretrained(temporary)
+            store.save(temporary, schedule, scorer.cpu(), fingerprint(model))
         with write_atomically(args.history) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(("step", "split", "metric", "value"))

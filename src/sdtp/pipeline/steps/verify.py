@@ -24,11 +24,11 @@ from sdtp.pipeline.files import write_atomically
 from sdtp.pipeline.limits import check_context
 from sdtp.pipeline.models import ATTENTION
 from sdtp.pruning.adapter import architecture
-from sdtp.pruning.families import FAMILIES, tiny_model
 from sdtp.pruning.pruner import TokenPruner
 from sdtp.pruning.schedule import PruningSchedule
 from sdtp.pruning.scorers import Random
-from sdtp.pruning.verify import MODES, ROUNDING, Result, Verification
+from sdtp.verification.families import FAMILIES, tiny_model
+from sdtp.verification.verify import MODES, ROUNDING, Result, Verification
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Tokens that the longest of the modes puts after the prompt.

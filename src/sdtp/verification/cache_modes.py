@@ -12,9 +12,9 @@ from transformers import QuantizedCache
 from transformers.utils import is_optimum_quanto_available
 
 from sdtp.pruning.cache import PrunedLayer
-from sdtp.pruning.generation_modes import greedy
 from sdtp.pruning.prefill import Trace
-from sdtp.pruning.trial import MismatchError, NotRunError, Trial, cache_in, largest, worst, worst_step
+from sdtp.verification.generation_modes import greedy
+from sdtp.verification.trial import MismatchError, NotRunError, Trial, cache_in, largest, worst, worst_step
 
 
 def several_turns(trial: Trial) -> float:

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sdtp.pruning.generation_modes import greedy
-from sdtp.pruning.trial import MismatchError, NotRunError, Trial, cache_in, worst
+from sdtp.verification.generation_modes import greedy
+from sdtp.verification.trial import MismatchError, NotRunError, Trial, cache_in, worst
 
 
 def static_cache(trial: Trial) -> float:

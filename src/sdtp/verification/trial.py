@@ -13,10 +13,10 @@ from torch.overrides import TorchFunctionMode
 from transformers.cache_utils import Cache
 
 from sdtp.pruning.adapter import cache_of
-from sdtp.pruning.hidden_keys import masked_logits
 from sdtp.pruning.prefill import Trace
 from sdtp.pruning.pruner import TokenPruner
 from sdtp.pruning.wrappers import unwrap
+from sdtp.verification.hidden_keys import masked_logits
 
 
 class MismatchError(Exception):

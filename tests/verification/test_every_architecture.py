@@ -1,7 +1,7 @@
 """Every causal language model of transformers: refused by name when a pruner is attached, or exact at every step.
 
-`python -m tests.pruning.test_every_architecture` writes the table of what becomes of each anew; read the difference
-before committing it.
+`python -m tests.verification.test_every_architecture` writes the table of what becomes of each anew; read the
+difference before committing it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from sdtp import PruningSchedule, TokenPruner, scorers
 from sdtp.pruning.adapter import architecture
-from sdtp.pruning.hidden_keys import masked_logits
+from sdtp.verification.hidden_keys import masked_logits
 from tests.pruning import reference
 
 TABLE = Path(__file__).with_name("every_architecture.yaml")

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from sdtp.pruning import layer_inputs, scorers, verify
-from sdtp.pruning.families import FAMILIES, tiny_model
-from sdtp.pruning.hidden_keys import hidden_keys, masked_logits
 from sdtp.pruning.pruner import TokenPruner
 from sdtp.pruning.schedule import PruningSchedule
-from sdtp.pruning.trial import Float64Throughout, MismatchError, Trial, largest, same_tokens, worst_step
-from sdtp.pruning.verify import MODES, Verification, mask_equals_removal
+from sdtp.verification.families import FAMILIES, tiny_model
+from sdtp.verification.hidden_keys import hidden_keys, masked_logits
+from sdtp.verification.trial import Float64Throughout, MismatchError, Trial, largest, same_tokens, worst_step
+from sdtp.verification.verify import MODES, Verification, mask_equals_removal
 from tests import conftest
 from tests.pruning import reference, test_mutants
 

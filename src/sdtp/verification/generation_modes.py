@@ -13,9 +13,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from sdtp.pruning.hidden_keys import takes_position_ids
 from sdtp.pruning.prefill import Trace
-from sdtp.pruning.trial import MismatchError, NotRunError, Trial, largest, same_tokens, worst, worst_step
+from sdtp.verification.hidden_keys import takes_position_ids
+from sdtp.verification.trial import MismatchError, NotRunError, Trial, largest, same_tokens, worst, worst_step
 
 
 def plain_forward(trial: Trial) -> float:
