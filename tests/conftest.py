@@ -111,6 +111,19 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# A test is skipped for want of a GPU or of an optional package, its reason printed; more skips than that are a fault.
+MOST_SKIPPED = 32
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Fail a run that skipped too much."""
+    reporter: Any = session.config.pluginmanager.get_plugin("terminalreporter")
+    skipped = len(reporter.stats.get("skipped", [])) if reporter else 0
+    if exitstatus == pytest.ExitCode.OK and skipped > MOST_SKIPPED:
+        reporter.write_line(f"{skipped} tests were skipped: at most {MOST_SKIPPED} may be", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 @pytest.fixture(autouse=True)
 def isolated_randomness() -> Iterator[None]:
     """Every test starts from the same seed and default dtype, whatever ran before it."""

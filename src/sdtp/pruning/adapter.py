@@ -54,12 +54,12 @@ class Architecture:
     layers: nn.ModuleList
     windows: tuple[int | None, ...]
 
-    @property
+    @functools.cached_property
     def window(self) -> int | None:
         """The smallest of the windows; None if there is none."""
         return min((window for window in self.windows if window is not None), default=None)
 
-    @property
+    @functools.cached_property
     def alibi(self) -> bool:
         """Whether layers may be handed ALiBi biases of their keys."""
         return "alibi" in inspect.signature(self.layers[0].forward).parameters
