@@ -10,9 +10,10 @@ import re
 import pytest
 import torch
 
-from sdtp.pruning import layer_inputs, scorers, verify
+from sdtp.pruning import layer_inputs, scorers
 from sdtp.pruning.pruner import TokenPruner
 from sdtp.pruning.schedule import PruningSchedule
+from sdtp.verification import verify
 from sdtp.verification.families import FAMILIES, tiny_model
 from sdtp.verification.hidden_keys import hidden_keys, masked_logits
 from sdtp.verification.trial import Float64Throughout, MismatchError, Trial, largest, same_tokens, worst_step
