@@ -618,3 +618,51 @@ def test_beams_over_a_document_that_was_cached_for_one_row_each(tiny_model, fami
 def test_a_document_without_its_question_is_not_pruned_by_the_question(tiny_model):
     with pytest.raises(ValueError, match="LastQuery chooses tokens by the end of the prompt"):
         TokenPruner(schedule_for("llama"), scorers.LastQuery()).cache_document(tiny_model(), prompt(40)[0])
+
+
+# --- wrong ways to go on ---
+
+
+@pytest.mark.parametrize("made", ["with a config", "without one"])
+def test_a_cache_that_a_failed_prefill_left_uneven_is_not_continued(tiny_model, made):
+    class Broken:
+        question_conditioned = False
+
+        def score(self, view):
+            raise ZeroDivisionError
+
+    model = tiny_model()
+    ids = torch.randint(3, 128, (1, 40))
+    cache = DynamicCache(config=model.config) if made == "with a config" else DynamicCache()
+    with TokenPruner(schedule_for("llama"), Broken())(model), torch.no_grad():
+        with pytest.raises(ZeroDivisionError):
+            model(ids, cache=cache)
+        with pytest.raises(RuntimeError, match="interrupted"):
+            model(ids[:, :1], cache=cache)
+
+
+def test_padded_rows_go_on_with_their_mask_or_not_at_all(tiny_model):
+    model = tiny_model()
+    ids = torch.randint(3, 128, (2, 40))
+    real = torch.ones_like(ids)
+    real[1, :9] = 0
+    pruner = TokenPruner(schedule_for("llama"), scorers.HiddenNorm())
+    cache = pruner.cache_document(model, ids, real)
+    with pruner(model), torch.no_grad():
+        with pytest.raises(ValueError, match="give the attention_mask of all tokens"):
+            model(ids[:, :1], cache=cache)
+        with pytest.raises(ValueError, match="the cache holds 2 rows and the model was called with 1"):
+            model(ids[:1, :1], cache=cache)
+        assert [layer.get_seq_length() for layer in cache.layers][:2] == [40, cache.layers[1].get_seq_length()]
+        model(ids[:, :1], attention_mask=torch.cat([real, real[:, -1:]], 1), cache=cache)
+
+
+def test_a_question_without_its_document_is_refused(tiny_model):
+    model = tiny_model()
+    document, question = torch.randint(3, 128, (1, 40)), torch.randint(3, 128, (1, 7))
+    pruner = TokenPruner(schedule_for("llama"), scorers.HiddenNorm())
+    cache = pruner.cache_document(model, document)
+    with pruner(model):
+        with pytest.raises(ValueError, match="the cache holds 40 tokens and generate was given 7"):
+            model.generate(question, cache=cache, max_new_tokens=2)
+        assert model.generate(torch.cat([document, question], 1), cache=cache, max_new_tokens=2).shape[1] <= 49

@@ -365,10 +365,16 @@ def test_scores_that_are_not_numbers_name_the_stage(tiny_model, keep):
 
 def test_protect_of_another_shape_is_refused(tiny_model):
     model = tiny_model()
-    for shape in ((0, 40), (40,), (1, 39)):
+    for shape in ((0, 40), (40,), (1, 39), (2, 40)):
         protect = torch.ones(shape, dtype=torch.bool)
         with pytest.raises(ValueError, match="protect is"), TokenPruner(SCHEDULE, scorers.Random())(model, protect):
             model(prompt(40)[0])
+    # Rows are the prompt's: in `generate` beams repeat them, in a plain forward nothing does.
+    two, ids = torch.ones(2, 40, dtype=torch.bool), prompt(40)[0].repeat(4, 1)
+    with pytest.raises(ValueError, match=r"\[4, 40\]"), TokenPruner(SCHEDULE, scorers.Random())(model, two):
+        model(ids)
+    with TokenPruner(SCHEDULE, scorers.Random())(model, two):
+        model.generate(ids[:2], num_return_sequences=2, do_sample=True, max_new_tokens=2)
 
 
 def test_models_of_another_kind_or_size_are_refused_by_name(tiny_model):

@@ -17,6 +17,8 @@ from transformers.cache_utils import (
     EncoderDecoderCache,
 )
 
+_INTERRUPTED = "a forward pass on this cache was interrupted: its layers hold different tokens, make a new cache"
+
 
 class PrunedLayer(CacheLayerMixin):
     """A cache layer around another one that holds the survivors of a pruned prompt and the tokens after it.
@@ -69,6 +71,11 @@ class PrunedLayer(CacheLayerMixin):
     def awaits(self) -> bool:
         """Whether tokens were announced that have not come."""
         return self._expected != 0
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch."""
+        return self._positions.shape[0]
 
     @property
     def slots(self) -> int:
@@ -277,8 +284,12 @@ class PrunedLayer(CacheLayerMixin):
         self.held.prefetch()
 
 
-def check_cache(cache: Any) -> None:
+def check_cache(cache: Any, layers: int) -> None:
     """Refuse a cache that pruning cannot fill or continue.
+
+    Args:
+        cache: what a forward was given.
+        layers: decoder layers of the model.
 
     Raises:
         TypeError: it is no cache of transformers, or a layer keeps tokens in another form (static, linear).
@@ -298,15 +309,16 @@ def check_cache(cache: Any) -> None:
                 "quantised and offloaded caches"
             )
     check_whole(cache.layers)
+    held = {layer.get_seq_length() for layer in cache.layers if isinstance(layer, DynamicLayer)}
+    if len(held) > 1 or (any(held) and len(cache.layers) < layers):
+        raise RuntimeError(_INTERRUPTED)
 
 
 def check_whole(layers: list[Any]) -> None:
     """Raise RuntimeError if layers of a pruned cache hold different tokens: a forward pass was interrupted."""
     pruned = [layer for layer in layers if isinstance(layer, PrunedLayer)]
     if pruned and (len(pruned) < len(layers) or any(p.seen != pruned[0].seen or p.awaits for p in pruned)):
-        raise RuntimeError(
-            "a forward pass on this cache was interrupted: its layers hold different tokens, make a new cache"
-        )
+        raise RuntimeError(_INTERRUPTED)
 
 
 def layer_to_hold(cache: Cache, layer: int, layers: int) -> DynamicLayer:

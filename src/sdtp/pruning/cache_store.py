@@ -92,7 +92,7 @@ def save_cache(cache: Cache, path: str | Path, model: nn.Module) -> None:
         RuntimeError: a forward pass on it was interrupted.
     """
     path, inner = Path(path), unwrap(model)
-    check_cache(cache)
+    check_cache(cache, len(getattr(cache, "layers", ())))
     if len(cache.layers) != len(architecture(inner).layers):
         raise ValueError(f"the cache has {len(cache.layers)} layers, the model {len(architecture(inner).layers)}")
     if tensor_parallel_group(inner) is not None:

@@ -38,11 +38,13 @@ class Generation:
     """What a call of `generate` says of its first forward pass.
 
     Attributes:
+        prompt_rows: rows of the prompt; beams and return sequences repeat them.
         prompt_columns: tokens of the prompt; what the forward has more are candidates.
         drafts: whether the model is an assistant, which feeds the last prompt token again when its first candidate
             was wrong.
     """
 
+    prompt_rows: int
     prompt_columns: int
     drafts: bool
 
@@ -91,4 +93,4 @@ def read(args: tuple[Any, ...], kwargs: Mapping[str, Any], own: Any) -> Generati
     prompt = next((prompt for prompt in prompts if prompt is not None), None)
     if prompt is None:
         raise ValueError("generate under a pruner needs a prompt: input_ids or inputs_embeds")
-    return Generation(prompt.shape[1], bool(setting("is_assistant")))
+    return Generation(prompt.shape[0], prompt.shape[1], bool(setting("is_assistant")))

@@ -254,12 +254,6 @@ class Prefill:
         """
         if cache is None or self.query is None:
             raise ValueError("LastQuery reads the keys of the layer before: call the model with use_cache=True")
-        window = self.architecture.windows[layer - 1]
-        if window is not None and self.seen > window:
-            raise ValueError(
-                f"LastQuery is not supported before layer {layer} with a prompt of {self.seen} tokens: "
-                f"layer {layer - 1} attends to the latest {window} only"
-            )
         attention = attention_of(self.architecture.layers[layer - 1])
         if attention is None:
             raise ValueError(f"layer {layer - 1} has no attention")
@@ -278,9 +272,6 @@ class Prefill:
         Raises:
             ValueError: scores were not numbers, naming the stage.
         """
-        with _TELLING:
-            trace.kept[:] = self.kept
-            trace.prompt_lengths[:] = self.prompt_lengths
         if self.nan:
             flags = torch.stack([flag.to(self.nan[0][1].device) for _, flag in self.nan]).tolist()
             if any(flags):
@@ -288,3 +279,6 @@ class Prefill:
                 raise ValueError(
                     f"{type(self.scorer).__name__} gave NaN scores at stage {stage}: what was kept means nothing"
                 )
+        with _TELLING:
+            trace.kept[:] = self.kept
+            trace.prompt_lengths[:] = self.prompt_lengths

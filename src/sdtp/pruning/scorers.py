@@ -22,7 +22,7 @@ class StageView:
             the row is padding.
         prompt_lengths: LongTensor [batch], `N` of each row.
         last_query_attention: computes [batch, tokens] float32, the attention that the last prompt token paid in layer
-            `layer - 1`, averaged over heads.
+            `layer - 1`, averaged over heads; under `LastQuery` alone, which has these layers checked and watched.
     """
 
     stage: int

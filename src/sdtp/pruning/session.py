@@ -13,7 +13,7 @@ from torch import nn
 
 from sdtp.pruning import generating
 from sdtp.pruning.adapter import Architecture, attention_of, bound_arguments, cache_of, tensor_parallel_group
-from sdtp.pruning.cache import check_cache
+from sdtp.pruning.cache import PrunedLayer, check_cache
 from sdtp.pruning.continuation import Continuation
 from sdtp.pruning.last_query import check_attention
 from sdtp.pruning.prefill import Prefill, Trace
@@ -89,6 +89,7 @@ class Session:
         @functools.wraps(generate)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             generation = generating.read(args, kwargs, getattr(self.model, "generation_config", None))
+            _check_whole_prompt(cache_of(kwargs), generation, kwargs.get("attention_mask"))
             # Restored, not cleared: a model may be its own assistant and generate while it generates.
             outer, self.call.generation = self.call.generation, generation
             try:
@@ -116,11 +117,12 @@ class Session:
         shape = (inputs.shape[0], inputs.shape[1])
         cache = cache_of(given)
         if cache is not None:
-            check_cache(cache)
+            check_cache(cache, len(self.architecture.layers))
         held = 0 if cache is None else cache.get_seq_length()
         mask = given.get("attention_mask")
         _check_mask(mask, shape, held)
         if held > 0:
+            _check_rows(cache.layers[0], shape[0], mask)
             self.call.forward = Continuation(self.architecture, mask, shape)
             return
         if labels is not None:
@@ -141,6 +143,8 @@ class Session:
             asked = given.get(name)
             if getattr(self.architecture.config, name, False) if asked is None else asked:
                 raise ValueError(f"{name}=True is not supported in a pruned prefill: layers differ in length")
+        if isinstance(self.scorer, LastQuery):
+            self._check_windows(shape[1])
         columns = shape[1] if generation is None else generation.prompt_columns
         if shape[1] < columns:
             raise ValueError(
@@ -154,7 +158,7 @@ class Session:
             mask,
             shape,
             columns,
-            _expand_rows(self.protect, shape[0], columns),
+            _expand_rows(self.protect, shape[0] if generation is None else generation.prompt_rows, shape[0], columns),
             device,
             self.ranks,
             given.get("position_ids"),
@@ -163,6 +167,15 @@ class Session:
         if generation is not None and prefill.right_padded:
             raise ValueError("a prompt ends in padding: generate goes on from the last column, pad on the left")
         return prefill
+
+    def _check_windows(self, tokens: int) -> None:
+        for layer in self.schedule.layers:
+            window = self.architecture.windows[layer - 1]
+            if window is not None and tokens > window:
+                raise ValueError(
+                    f"LastQuery is not supported before layer {layer} with a prompt of {tokens} tokens: layer "
+                    f"{layer - 1} attends to the latest {window} only"
+                )
 
     def _check_logits_to_keep(self, prefill: Prefill, asked: Any) -> None:
         if isinstance(asked, bool) or not isinstance(asked, int):
@@ -239,14 +252,36 @@ def _check_mask(mask: Any, shape: tuple[int, int], held: int) -> None:
         )
 
 
-def _expand_rows(protect: torch.Tensor | None, batch: int, columns: int) -> torch.Tensor | None:
+def _check_whole_prompt(cache: Any, generation: generating.Generation, mask: torch.Tensor | None) -> None:
+    """Refuse a question alone after a pruned prompt: `generate` takes its first tokens for those in the cache."""
+    first = next(iter(getattr(cache, "layers", ())), None)
+    columns = generation.prompt_columns
+    if isinstance(first, PrunedLayer) and columns <= first.seen and (mask is None or mask.shape[1] == columns):
+        raise ValueError(
+            f"the cache holds {first.seen} tokens and generate was given {columns}: give it the ids of all, those in "
+            "the cache first, or the attention_mask of all"
+        )
+
+
+def _check_rows(held: Any, rows: int, mask: torch.Tensor | None) -> None:
+    """Refuse to continue a pruned cache with other rows, or with padding that nobody tells the model of."""
+    if not isinstance(held, PrunedLayer):
+        return
+    if held.rows != rows:
+        raise ValueError(f"the cache holds {held.rows} rows and the model was called with {rows}")
+    if held.padded and mask is None:
+        raise ValueError(
+            "this cache holds rows with padding: give the attention_mask of all tokens, those in the cache first"
+        )
+
+
+def _expand_rows(protect: torch.Tensor | None, rows: int, batch: int, columns: int) -> torch.Tensor | None:
     """The caller's mask for every row of the forward: beams and return sequences repeat the rows they came from."""
     if protect is None:
         return None
-    rows = protect.shape[0] if protect.ndim == 2 else 0
-    if protect.dtype != torch.bool or rows == 0 or batch % rows or protect.shape[1] != columns:
+    if protect.dtype != torch.bool or tuple(protect.shape) != (rows, columns):
         raise ValueError(
-            f"protect is {protect.dtype} of shape {tuple(protect.shape)}: a bool mask of shape [{batch}, {columns}] "
+            f"protect is {protect.dtype} of shape {tuple(protect.shape)}: a bool mask of shape [{rows}, {columns}] "
             "(batch, prompt tokens) is needed"
         )
     return protect.repeat_interleave(batch // rows, dim=0)
