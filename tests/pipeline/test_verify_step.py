@@ -80,7 +80,7 @@ def test_wrong_modes_are_named_and_end_with_1(
 
 
 def test_a_difference_that_is_no_number_is_null(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.pruning.test_verify import nan_tables
+    from tests.verification.test_verify import nan_tables
 
     nan_tables(monkeypatch)
     with pytest.raises(SystemExit):
