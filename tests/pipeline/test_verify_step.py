@@ -95,7 +95,7 @@ def test_families_are_one_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     some = {family: FAMILIES[family] for family in ("llama", "bloom", "mistral_window")}
-    monkeypatch.setattr(verify, "FAMILIES", some)  # all of them are tried in tests/pruning/test_verify.py
+    monkeypatch.setattr(verify, "FAMILIES", some)  # all of them are tried in tests/verification/test_verify.py
     verify.main(["--families", "--prompt-tokens", "40", "--json", str(tmp_path / "verify.json")])
     told = lines(capsys)
     assert told[2].split() == ["llama", "bloom", "mistral_window"]
