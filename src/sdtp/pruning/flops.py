@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from sdtp.pruning.adapter import architecture
@@ -86,6 +85,8 @@ class Dimensions:
                 router. The message names it.
             TypeError: a model whose layers pruning does not support, see `adapter.architecture`.
         """
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM  # here: they take seconds
+
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise _uncounted(config, "transformers has no causal language model for it")
         with torch.device("meta"):

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Mapping
 from typing import Any
-
-from transformers import GenerationMixin
-
-_PARAMETERS = tuple(inspect.signature(GenerationMixin.generate).parameters)[1:]
 
 # Caches that `generate` would make and pruning cannot fill; those it is given are looked at when they arrive. "hybrid",
 # which older checkpoints of sliding-window models ask for, `generate` takes for none given.
@@ -59,7 +56,7 @@ def read(args: tuple[Any, ...], kwargs: Mapping[str, Any], own: Any) -> Generati
     Raises:
         ValueError: naming the setting, wherever it was made, and the reason.
     """
-    given = {**dict(zip(_PARAMETERS, args, strict=False)), **kwargs}
+    given = {**dict(zip(_parameters(), args, strict=False)), **kwargs}
 
     def setting(name: str) -> Any:
         # As `generate` resolves it: the call, then the configuration it was given, then the model's own.
@@ -94,3 +91,11 @@ def read(args: tuple[Any, ...], kwargs: Mapping[str, Any], own: Any) -> Generati
     if prompt is None:
         raise ValueError("generate under a pruner needs a prompt: input_ids or inputs_embeds")
     return Generation(prompt.shape[0], prompt.shape[1], bool(setting("is_assistant")))
+
+
+@functools.cache
+def _parameters() -> tuple[str, ...]:
+    """Of `generate`, in their order."""
+    from transformers import GenerationMixin  # here, because it takes seconds, and every model has it by now
+
+    return tuple(inspect.signature(GenerationMixin.generate).parameters)[1:]
