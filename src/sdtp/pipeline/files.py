@@ -3,13 +3,13 @@
 import hashlib
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from sdtp.disk import sync, temporary_sibling
 from sdtp.errors import UserError
 
 
@@ -24,15 +24,15 @@ def write_atomically(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary_sibling(path)
+    temporary = temporary_sibling(path)
     try:
         yield temporary
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync(path.parent)
+    sync(path.parent)
 
 
 @contextmanager
@@ -45,14 +45,14 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, replaced = _temporary_sibling(path), _temporary_sibling(path)
+    temporary, replaced = temporary_sibling(path), temporary_sibling(path)
     temporary.mkdir()
     try:
         yield temporary
         for folder, _, names in os.walk(temporary):
             for name in names:
-                _sync(Path(folder, name))
-            _sync(Path(folder))
+                sync(Path(folder, name))
+            sync(Path(folder))
         if path.exists():
             os.rename(path, replaced)
         os.rename(temporary, path)
@@ -61,23 +61,11 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         if replaced.exists() and not path.exists():
             os.rename(replaced, path)
         raise
-    _sync(path.parent)
+    sync(path.parent)
     if replaced.is_dir():
         shutil.rmtree(replaced)
     else:
         replaced.unlink(missing_ok=True)
-
-
-def _temporary_sibling(path: Path) -> Path:
-    return path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name}")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def sha256_file(path: str | Path) -> str:

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import secrets
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
+from sdtp.disk import sync, temporary_sibling
 from sdtp.pruning.adapter import Architecture, architecture, tensor_parallel_group
 from sdtp.pruning.cache import PrunedLayer, check_cache
 from sdtp.pruning.fingerprint import Fingerprint, fingerprint
@@ -278,19 +278,11 @@ def _named(path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """A new file's path beside `path`, moved there at the end as a whole; removed where writing it failed."""
-    temporary = path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name}")
+    temporary = temporary_sibling(path)
     try:
         yield temporary
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -66,8 +66,7 @@ class Session:
             hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
         model, stack = self.model, self.architecture.stack
-        if model is not stack:
-            register(model, self._before_model)
+        register(model, self._before_model)
         register(stack, self._before_stack)
         hooks.callback(stack.register_forward_hook(self._after_stack, always_call=True).remove)
         for index, layer in enumerate(self.architecture.layers):  # all: a cache may know of earlier stages

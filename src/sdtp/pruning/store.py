@@ -7,7 +7,6 @@ import dataclasses
 import json
 import os
 import re
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
+from sdtp.disk import sync, temporary_sibling
 from sdtp.pruning import scorers
 from sdtp.pruning.fingerprint import Fingerprint
 from sdtp.pruning.plain import from_plain
@@ -228,16 +228,16 @@ def _write(folder: Path, settings: bytes, weights: bytes | None) -> None:
         }
         (folder / SETTINGS).unlink(missing_ok=True)  # from here until the end there is no pruner in the folder
         (folder / WEIGHTS).unlink(missing_ok=True)
-        _sync(folder)
+        sync(folder)
         for name, temporary in new.items():
             os.replace(temporary, folder / name)
-        _sync(folder)
+        sync(folder)
 
 
 @contextlib.contextmanager
 def _temporary(path: Path, content: bytes) -> Iterator[Path]:
     """A file beside `path` with the content, on the disk; removed at the end where it was not moved away."""
-    temporary = path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name}")
+    temporary = temporary_sibling(path)
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -246,11 +246,3 @@ def _temporary(path: Path, content: bytes) -> Iterator[Path]:
         yield temporary
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

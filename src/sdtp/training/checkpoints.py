@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from sdtp.disk import sync
+
 logger = logging.getLogger(__name__)
 
 _TENSORS, _STATE = "state.safetensors", "state.json"
@@ -54,10 +56,10 @@ class Checkpoints:
         )
         (temporary / _STATE).write_text(text + "\n", encoding="utf-8")
         for name in (_TENSORS, _STATE):
-            _sync(temporary / name)
+            sync(temporary / name)
         shutil.rmtree(final, ignore_errors=True)  # damaged or of other settings, else it would have been resumed
         os.rename(temporary, final)
-        _sync(self.folder)
+        sync(self.folder)
         for old in self._newest_first()[_KEPT:]:
             shutil.rmtree(old)
         return final
@@ -124,11 +126,3 @@ def restore(
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
