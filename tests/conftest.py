@@ -40,24 +40,8 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
-TINY = {
-    "vocab_size": 128,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "initializer_range": 0.2,  # the default 0.02 makes tiny random models nearly position-blind
-}
-
-WINDOW = 12  # of the families with sliding windows: smaller than most prompts of the tests
-
-# The grouped kernel that experts use by default has no float64.
-EXPERTS = {"num_experts_per_tok": 2, "experts_implementation": "eager"}
+from sdtp.verification.families import EXPERTS, WINDOW
+from sdtp.verification.families import SIZES as TINY
 
 FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),

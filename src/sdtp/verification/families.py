@@ -10,7 +10,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelF
 
 WINDOW = 12  # of the families with sliding windows: smaller than most prompts
 
-_COMMON = {
+SIZES = {
     "vocab_size": 128,
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -24,7 +24,7 @@ _COMMON = {
     "initializer_range": 0.2,  # the default 0.02 makes tiny random models nearly blind to positions
 }
 # The grouped kernel that experts use by default has no float64.
-_EXPERTS = {"num_experts_per_tok": 2, "experts_implementation": "eager"}
+EXPERTS = {"num_experts_per_tok": 2, "experts_implementation": "eager"}
 
 FAMILIES: MappingProxyType[str, tuple[str, dict[str, Any]]] = MappingProxyType({
     "llama": ("llama", {}),
@@ -47,8 +47,8 @@ FAMILIES: MappingProxyType[str, tuple[str, dict[str, Any]]] = MappingProxyType({
     "gpt_neox": ("gpt_neox", {}),  # rotates a quarter of each head
     "opt": ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32}),  # learned positions
     "bloom": ("bloom", {"n_layer": 4, "n_head": 4}),  # ALiBi
-    "mixtral": ("mixtral", {"num_local_experts": 4, **_EXPERTS}),
-    "qwen3_moe": ("qwen3_moe", {"head_dim": 8, "num_experts": 4, "moe_intermediate_size": 32, **_EXPERTS}),
+    "mixtral": ("mixtral", {"num_local_experts": 4, **EXPERTS}),
+    "qwen3_moe": ("qwen3_moe", {"head_dim": 8, "num_experts": 4, "moe_intermediate_size": 32, **EXPERTS}),
 })  # fmt: skip
 """Name of each family: the model type and what its config differs in."""
 
@@ -62,7 +62,7 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float64, attention: str =
         attention: the kernel; a family that has the eager one alone gets that.
     """
     model_type, own = FAMILIES[family]
-    config = CONFIG_MAPPING[model_type](**{**_COMMON, **own})
+    config = CONFIG_MAPPING[model_type](**{**SIZES, **own})
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if attention == "sdpa" and not model_class._supports_sdpa:
         attention = "eager"
