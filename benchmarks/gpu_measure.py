@@ -238,10 +238,12 @@ def passes_of(bench: Bench, tokens: int, ratios: Sequence[float]) -> dict[str, C
 def scoring_pass(scorer: Learned, entering: Sequence[int], dtype: torch.dtype, watch: Stopwatch) -> Timing:
     """The scorer's own time: scores for the given number of hidden states at each stage."""
     states = torch.randn(1, max(entering), scorer.hidden_size, dtype=dtype, device=watch.device)
+    positions = torch.arange(max(entering), device=watch.device)[None]
+    lengths = torch.full((1,), max(entering), device=watch.device)
 
     def score() -> None:
         for stage, tokens in enumerate(entering):
-            scorer.keep_scores(stage, states[:, :tokens])
+            scorer(stage, states[:, -tokens:], positions[:, -tokens:], lengths)
 
     return seconds_of(score, watch)
 

@@ -44,11 +44,13 @@ def test_recent_and_hidden_norm():
 def test_learned_is_keep_minus_drop_and_blind_to_scale():
     scorer = scorers.Learned(4, 2, width=8)
     hidden = torch.randn(2, 3, 4)
-    logits = scorer.logits(1, hidden)
-    assert torch.equal(scorer.keep_scores(1, hidden), logits[..., 0] - logits[..., 1])
-    assert torch.allclose(scorer.keep_scores(1, hidden * 1000), scorer.keep_scores(1, hidden), atol=1e-4)
-    assert scorer.keep_scores(1, hidden.to(torch.bfloat16)).dtype == torch.float32
-    assert not torch.equal(scorer.keep_scores(0, hidden), scorer.keep_scores(1, hidden))
+    places = torch.arange(3).expand(2, 3), torch.tensor([3, 3])
+    scores = scorer(1, hidden, *places)
+    logits = scorer.mlps[1](hidden / hidden.square().mean(-1, keepdim=True).sqrt())
+    assert torch.allclose(scores, logits[..., 0] - logits[..., 1], atol=1e-4)
+    assert torch.allclose(scorer(1, hidden * 1000, *places), scores, atol=1e-4)
+    assert scorer(1, hidden.to(torch.bfloat16), *places).dtype == torch.float32
+    assert not torch.equal(scorer(0, hidden, *places), scores)
 
 
 def test_saliency_reads_labels_by_original_position():

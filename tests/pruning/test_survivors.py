@@ -14,6 +14,7 @@ from sdtp.pruning import scorers
 from sdtp.pruning.pruner import TokenPruner
 from sdtp.pruning.schedule import PruningSchedule
 from tests.pruning.reference import removal
+from tests.scoring import keep_scores
 
 SCHEDULE = PruningSchedule((1, 2, 4), (0.7, 0.45, 0.3), sinks=2, local=0.05, min_local=3)
 LENGTHS = (40, 33, 17)  # of the padded batch's rows
@@ -102,7 +103,7 @@ def test_learned_scores_are_those_of_their_formula() -> None:
     hidden = 100 * torch.randn(50, 32, dtype=torch.float64)
     for stage in range(SCHEDULE.stages):
         expected = score_of(0)(stage, hidden, []).float()
-        torch.testing.assert_close(scorer.keep_scores(stage, hidden).detach(), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(keep_scores(scorer, stage, hidden).detach(), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -8,6 +8,7 @@ from sdtp.errors import UserError
 from sdtp.pruning.scorers import Learned
 from sdtp.training.examples import Example
 from sdtp.training.label_fit import fit_labels, stage_states
+from tests.scoring import keep_scores
 
 
 def fit(scorer, states, saliency, epochs=30, seed=0, mse=1.0, rank=1.0):
@@ -45,7 +46,7 @@ def test_states_are_those_that_enter_the_layers(tiny_model):
         assert torch.allclose(states[stage].float(), normed, atol=2e-3)
         # A scorer divides by the root mean square itself: stored states give it what the model's own give.
         scorer = Learned(32, 2, width=8)
-        stored, own = scorer.keep_scores(stage, states[stage]), scorer.keep_scores(stage, hidden)
+        stored, own = keep_scores(scorer, stage, states[stage]), keep_scores(scorer, stage, hidden)
         assert torch.allclose(stored, own, atol=2e-3)
     assert not any(module._forward_pre_hooks for module in model.modules())
 
@@ -58,7 +59,7 @@ def test_scores_come_to_order_tokens_as_saliency_does(data, mse, rank):
     assert [epoch for epoch, _ in losses] == list(range(1, 31))
     assert losses[-1][1] < losses[0][1] / 2
     for stage in range(2):
-        scores = scorer.keep_scores(stage, states[0][stage])
+        scores = keep_scores(scorer, stage, states[0][stage])
         assert kendalltau(scores.detach(), saliency[0][stage]).statistic > 0.8
 
 

@@ -11,6 +11,7 @@ from sdtp.pruning.scorers import Learned
 from sdtp.training.attention import masked_key_attention
 from sdtp.training.policy import MaskingPolicy, gumbel_noise
 from tests.pruning.reference import removal
+from tests.scoring import keep_scores
 
 N, R = 30, 6
 SCHEDULE = PruningSchedule((1, 2, 3), (0.7, 0.5, 0.3), sinks=2, local=0.1, min_local=3)
@@ -42,7 +43,7 @@ def test_values_are_those_of_physical_removal(tiny_model, family, attention, dty
     policy = MaskingPolicy(SCHEDULE, scorer, temperature=0.3)
 
     def score(stage, hidden, prompt):
-        scores = scorer.keep_scores(stage, hidden)
+        scores = keep_scores(scorer, stage, hidden, prompt, N)
         return scores + 0.3 * noise(stage, N)[prompt] if noisy else scores
 
     states, kept, entering = removal(model, ids(), N, SCHEDULE, score)
@@ -62,7 +63,7 @@ def test_values_are_those_of_physical_removal(tiny_model, family, attention, dty
     # The scorer read the states that pruning would have given it.
     for stage, (positions, hidden) in enumerate(entering):
         assert trace.entering[stage].tolist() == positions
-        expected = scorer.keep_scores(stage, hidden)
+        expected = keep_scores(scorer, stage, hidden, positions, N)
         torch.testing.assert_close(trace.scores[stage][positions], expected, rtol=0, atol=1e-5)
 
 
@@ -71,7 +72,7 @@ def test_the_last_prompt_position_predicts_as_under_removal(tiny_model):
     model = tiny_model()
     scorer = make_scorer()
     states, _kept, _ = removal(
-        model, ids(N), N, SCHEDULE, lambda stage, hidden, prompt: scorer.keep_scores(stage, hidden)
+        model, ids(N), N, SCHEDULE, lambda stage, hidden, prompt: keep_scores(scorer, stage, hidden, prompt, N)
     )
     with MaskingPolicy(SCHEDULE, scorer)(model, N):
         logits = model(ids(), use_cache=False, logits_to_keep=R + 1).logits[0, 0]
@@ -288,8 +289,8 @@ def test_sampling_keeps_the_budget_and_follows_the_scores(tiny_model):
     """Gumbel top-1 of three free tokens: each is drawn with its softmax probability."""
 
     class Fixed(Learned):
-        def keep_scores(self, stage, hidden):
-            return torch.tensor([0.0, 1.0, 2.0, 0.0])
+        def forward(self, stage, hidden, positions, prompt_lengths, present=None):
+            return torch.tensor([[0.0, 1.0, 2.0, 0.0]])
 
     schedule = PruningSchedule((3,), (0.5,), sinks=0, local=0.0, min_local=1)
     model = tiny_model()

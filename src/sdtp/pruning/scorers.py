@@ -83,23 +83,39 @@ class Learned(nn.Module):
         """Number of stages the scorer has weights for."""
         return len(self.mlps)
 
-    def logits(self, stage: int, hidden: torch.Tensor) -> torch.Tensor:
-        """Keep and drop logits [..., 2], float32, of hidden states [..., hidden] entering the stage."""
+    def forward(
+        self,
+        stage: int,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        prompt_lengths: torch.Tensor,
+        present: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Keep-logit minus drop-logit of every token.
+
+        Args:
+            stage: whose weights score.
+            hidden: [batch, tokens, hidden], the states entering the stage, in any order-preserving selection of tokens.
+            positions: LongTensor [batch, tokens], index among the row's real prompt tokens; -1 at padding.
+            prompt_lengths: LongTensor [batch], `N` of each row.
+            present: bool [batch, tokens], the tokens that entered the stage; None if all but padding did. Training
+                scores removed ones as well, which must not change the scores of those that are left.
+
+        Returns:
+            [batch, tokens] float32.
+        """
         mlp = self.mlps[stage]
         with torch.autocast(hidden.device.type, enabled=False):  # scores in bfloat16 would tie
             logits: torch.Tensor = mlp(rms_normalised(hidden).to(next(mlp.parameters()).dtype))
-        return logits.float()
-
-    def keep_scores(self, stage: int, hidden: torch.Tensor) -> torch.Tensor:
-        """Keep-logit minus drop-logit [...], float32."""
-        keep, drop = self.logits(stage, hidden).unbind(-1)
+        keep, drop = logits.float().unbind(-1)
         return keep - drop
 
     def score(self, view: StageView) -> torch.Tensor:
         """See `Scorer.score`. The stage's weights move to the device of the states it scores, and stay there."""
         with torch.inference_mode(False):  # weights moved inside it could never be trained again
             self.mlps[view.stage].to(view.hidden.device)
-        return self.keep_scores(view.stage, view.hidden)
+        scores: torch.Tensor = self(view.stage, view.hidden, view.positions, view.prompt_lengths)
+        return scores
 
 
 @dataclasses.dataclass(frozen=True)

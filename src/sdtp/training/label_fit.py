@@ -93,8 +93,10 @@ def fit_labels(
         total = 0.0
         for index in torch.randperm(len(states), generator=generator).tolist():
             losses = []
+            positions = torch.arange(states[index].shape[1], device=device)
+            lengths = torch.full((1,), len(positions), device=device)
             for stage, hidden in enumerate(states[index].to(device)):
-                scores = scorer.keep_scores(stage, hidden)
+                scores = scorer(stage, hidden[None], positions[None], lengths)[0]
                 if mse:
                     losses.append(mse * standardised_mse(scores, targets[index][stage].to(device)))
                 if rank:

@@ -144,10 +144,13 @@ class _MaskedForward:
     def decide(self, stage: int, hidden: torch.Tensor) -> None:
         """Score, choose, and multiply the stage's straight-through mask into the cumulative one."""
         n, schedule, trace = self.prompt_tokens, self.policy.schedule, self.trace
-        scores = self.policy.scorer.keep_scores(stage, hidden[0, :n].detach())
+        positions = torch.arange(n, device=hidden.device)
+        entering = trace.kept[-1] if trace.kept else positions
+        present = torch.zeros(n, dtype=torch.bool, device=hidden.device).index_fill_(0, entering, True)
+        lengths = torch.full((1,), n, device=hidden.device)
+        scores = self.policy.scorer(stage, hidden[:, :n].detach(), positions[None], lengths, present[None])[0]
         if not scores.isfinite().all():
             raise UserError(f"scores of stage {stage} (layer {schedule.layers[stage]}) are not finite")
-        entering = trace.kept[-1] if trace.kept else torch.arange(n, device=hidden.device)
         noisy = scores
         if self.noise is not None:
             noisy = scores + self.policy.temperature * self.noise(stage, n).to(scores)
@@ -161,7 +164,6 @@ class _MaskedForward:
         trace.kept.append(kept)
 
         chosen = torch.zeros_like(value, dtype=torch.bool).index_fill_(0, kept, True)
-        present = torch.zeros_like(chosen).index_fill_(0, entering, True)
         free = torch.ones_like(chosen).index_fill_(0, entering[protected[0]], False)
         if len(kept) == len(entering):
             return
