@@ -133,10 +133,10 @@ def work_of(model: PreTrainedModel, tokens: int, pruner: TokenPruner | None) -> 
     config, size = model.config, model.dtype.itemsize
     if pruner is None:
         return Work(flops.prefill(config, tokens), 0.0, flops.cache_bytes(config, tokens, None, size), tokens)
-    schedule, width = pruner.schedule, scorer_of(pruner).width
+    schedule, scorer = pruner.schedule, scorer_of(pruner)
     return Work(
-        flops.prefill(config, tokens, schedule, width),
-        flops.scoring(config, tokens, schedule, width),
+        flops.prefill(config, tokens, schedule, scorer),
+        flops.scoring(tokens, schedule, scorer),
         flops.cache_bytes(config, tokens, schedule, size),
         schedule.surviving(tokens)[-1],
     )

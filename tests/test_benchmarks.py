@@ -376,11 +376,12 @@ class TestBudget:
     def test_prediction_of_what_was_never_run_is_at_the_ceilings(
         self, bench: Any, parts: Callable[[str], ModuleType]
     ) -> None:
-        config, schedule = bench.model.config, bench.pruners[0.8].schedule
-        whole, pruned = flops.prefill(config, 64), flops.prefill(config, 64, schedule, 128)
+        config, pruner = bench.model.config, bench.pruners[0.8]
+        schedule, scorer = pruner.schedule, pruner.scorer
+        whole, pruned = flops.prefill(config, 64), flops.prefill(config, 64, schedule, scorer)
         weights = 4 * (bench.model.num_parameters() - 128 * 32)
         steps = 2 * (2 * weights + flops.cache_bytes(config, 64) + flops.cache_bytes(config, 64, schedule))
-        expected = 3 * (whole + 2 * pruned + flops.scoring(config, 64, schedule, 128) + steps)
+        expected = 3 * (whole + 2 * pruned + flops.scoring(64, schedule, scorer) + steps)
         assert parts("measure").predicted_seconds(bench, 64, [0.8], {}) == pytest.approx(expected)
 
     def test_ratios_that_do_not_fit_are_left_out_and_named(

@@ -73,8 +73,13 @@ def test_a_pruned_layer_counts_its_survivors():
     expected = (4 * weights + 10 * pair) + (2 * weights + 3 * pair) + 160
     assert flops.prefill(SMALL, 4, schedule) == expected
     # The scorer sees the four tokens entering its stage: 8 -> 5 -> 2.
-    assert flops.scoring(SMALL, 4, schedule, 5) == 4 * 2 * (8 * 5 + 5 * 2)
-    assert flops.prefill(SMALL, 4, schedule, scorer_width=5) == expected + 400
+    scorer = scorers.Learned(8, 1, width=5)
+    assert flops.scoring(4, schedule, scorer) == 4 * 2 * (8 * 5 + 5 * 2)
+    assert flops.prefill(SMALL, 4, schedule, scorer) == expected + 400
+    # Three numbers for the place and two heads; keys and queries 8 -> 16, of at most the last 16 tokens.
+    asking = scorers.Learned(8, 1, width=5, position=True, question_rank=16)
+    assert flops.scoring(4, schedule, asking) == 2 * (4 * ((8 + 3 + 2) * 5 + 5 * 2) + 16 * (8 * 8 + 4 * 4))
+    assert flops.scoring(20, schedule, asking) == 2 * (20 * ((8 + 3 + 2) * 5 + 5 * 2) + 16 * (36 * 8 + 20 * 16))
 
 
 def test_decode_by_hand():
@@ -208,12 +213,13 @@ def test_decode_and_cache_are_what_runs(counted_model, family, tokens):
 def test_a_pruned_prefill_is_what_runs(counted_model, family):
     model, sizes = counted_model(family), COUNTED[family][1]
     schedule = PruningSchedule((1, 3), (0.6, 0.3), sinks=2, local=0.1, min_local=3)
-    pruner = TokenPruner(schedule, scorers.Learned(32, 2, width=8))
+    scorer = scorers.Learned(32, 2, width=8, position=True, question_rank=8)
+    pruner = TokenPruner(schedule, scorer)
     with pruner(model):
         ran, _ = operations(model, input_ids=torch.randint(3, 128, (1, 40)), logits_to_keep=1)
     lengths = [40, 24, 24, 12, 12, 12][: len(sizes.windows)]
     expected = ran + triangles_for_squares(sizes, lengths)
-    assert flops.prefill(model.config, 40, schedule, scorer_width=8) == expected
+    assert flops.prefill(model.config, 40, schedule, scorer) == expected
 
 
 NOTED = {

@@ -24,8 +24,13 @@ def learned() -> scorers.Learned:
     return scorers.Learned(16, 2, width=8)
 
 
-def test_a_learned_pruner_comes_back_bit_for_bit(tmp_path):
-    scorer = learned()
+def asking() -> scorers.Learned:
+    return scorers.Learned(16, 2, width=8, position=True, question_rank=16)
+
+
+@pytest.mark.parametrize("make", [learned, asking], ids=lambda make: make.__name__)
+def test_a_learned_pruner_comes_back_bit_for_bit(tmp_path, make):
+    scorer = make()
     store.save(tmp_path, SCHEDULE, scorer)
     schedule, back, trained_for = store.load(tmp_path)
     states = torch.randn(5, 16)
@@ -75,6 +80,7 @@ def test_the_model_a_pruner_was_trained_for_comes_back(tmp_path, tiny_model):
     ("scorer", "expected"),
     [
         (learned(), False),
+        (asking(), True),
         (scorers.Random(), False),
         (scorers.Recent(), False),
         (scorers.HiddenNorm(), False),
@@ -285,9 +291,9 @@ def test_damaged_weights_are_named_with_their_fault(tmp_path, fault):
 
 
 SETTING_FAULTS = {
-    "other format": (damage_settings(lambda s: s.update(format=99)), "format is 99: 2 is accepted"),
-    "old format": (damage_settings(lambda s: s.update(format=1)), "format is 1: 2 is accepted"),
-    "format as float": (damage_settings(lambda s: s.update(format=2.0)), "format is 2.0: 2 is accepted"),
+    "other format": (damage_settings(lambda s: s.update(format=99)), "format is 99: 3 is accepted"),
+    "old format": (damage_settings(lambda s: s.update(format=2)), "format is 2: 3 is accepted"),
+    "format as float": (damage_settings(lambda s: s.update(format=3.0)), "format is 3.0: 3 is accepted"),
     "no format": (damage_settings(lambda s: s.pop("format")), "format is None"),
     "no schedule": (damage_settings(lambda s: s.pop("schedule")), r"keys \[.*'schedule'.* are needed"),
     "no scorer": (damage_settings(lambda s: s.pop("scorer")), r"keys .* are needed"),
@@ -305,9 +311,9 @@ SETTING_FAULTS = {
     "truncated": (shorten(SETTINGS, 150), "line .* column"),
     "not JSON": (text("format: 2"), "Expecting value"),
     "no UTF-8": (text(b'{"format": "\xff"}'), "utf-8"),
-    "pickle": (text(pickle.dumps({"format": 2})), "utf-8"),
+    "pickle": (text(pickle.dumps({"format": 3})), "utf-8"),
     "deep": (text("[" * 100_000), "nested too deeply"),
-    "key twice": (replaced('"format": 2', '"format": 2, "format": 2'), "a key stands twice among"),
+    "key twice": (replaced('"format": 3', '"format": 3, "format": 3'), "a key stands twice among"),
     "NaN": (replaced("0.6", "NaN"), "it holds NaN: numbers must be finite"),
     "Infinity": (replaced("0.6", "-Infinity"), "it holds -Infinity: numbers must be finite"),
     "overflow": (replaced('"local": 0.1', '"local": 1e999'), r"schedule\.local is inf: a finite number"),
@@ -319,6 +325,10 @@ SETTING_FAULTS = {
     "other stages": (replaced('"stages": 2', '"stages": 3'), "scorer.stages is 3, but the schedule has 2"),
     "no width": (replaced('"width": 8', '"width": 0'), "scorer.width is 0: a size up to"),
     "negative size": (replaced('"hidden_size": 16', '"hidden_size": -16'), "scorer.hidden_size is -16: a size up to"),
+    "odd rank": (replaced('"question_rank": 0', '"question_rank": 12'), "question_rank is 12: a multiple of 8"),
+    "negative rank": (replaced('"question_rank": 0', '"question_rank": -8'), "scorer.question_rank is -8: a size up"),
+    "int as bool": (replaced('"position": false', '"position": 0'), "scorer.position is 0: bool is needed"),
+    "other inputs": (replaced('"position": false', '"position": true'), r"mlps\.0\.0\.weight has shape \(8, 16\)"),
     "bool as int": (replaced('"width": 8', '"width": true'), "scorer.width is True: int is needed"),
     "float as int": (replaced('"width": 8', '"width": 8.0'), "scorer.width is 8.0: int is needed"),
     "string as int": (replaced('"width": 8', '"width": "8"'), "scorer.width is '8': int is needed"),

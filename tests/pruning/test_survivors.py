@@ -25,17 +25,39 @@ Score = Callable[[int, torch.Tensor, list[int]], torch.Tensor]
 
 def learned() -> tuple[scorers.Scorer, Callable[[int], Score]]:
     """Keep logit minus drop logit of a two-layer GELU MLP on the state divided by its root mean square."""
-    scorer = scorers.Learned(32, SCHEDULE.stages, width=8)
-    weights = [[parameter.detach().double() for parameter in mlp.parameters()] for mlp in scorer.mlps]
+    return _learned(position=False, question_rank=0)
 
-    def score(stage: int, hidden: torch.Tensor, positions: list[int]) -> torch.Tensor:
-        first, first_bias, second, second_bias = weights[stage]
-        normed = hidden / (hidden.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
-        inner = normed @ first.T + first_bias
-        keep, drop = (inner * (1 + torch.erf(inner / math.sqrt(2))) / 2 @ second.T + second_bias).T
-        return keep - drop
 
-    return scorer, lambda row: score
+def asking() -> tuple[scorers.Scorer, Callable[[int], Score]]:
+    """The same, with the token's place and its best match among the last 16 tokens, head by head, as further inputs."""
+    return _learned(position=True, question_rank=16)
+
+
+def _learned(position: bool, question_rank: int) -> tuple[scorers.Scorer, Callable[[int], Score]]:
+    scorer = scorers.Learned(32, SCHEDULE.stages, 8, position, question_rank)
+
+    def score_of(row: int) -> Score:
+        end = LENGTHS[row] - 1
+
+        def score(stage: int, hidden: torch.Tensor, positions: list[int]) -> torch.Tensor:
+            first, first_bias, second, second_bias = (p.detach().double() for p in scorer.mlps[stage].parameters())
+            normed = hidden.double() / (hidden.double().pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+            inputs = []
+            for token, place in zip(normed, positions, strict=True):
+                more = [place / end, math.log2(1 + place) / 16, math.log2(1 + end - place) / 16] if position else []
+                for head in range(question_rank // 8):
+                    rows = slice(8 * head, 8 * head + 8)
+                    key = scorer.keys[stage].weight[rows].detach().double() @ token
+                    queries = [scorer.queries[stage].weight[rows].detach().double() @ last for last in normed[-16:]]
+                    more.append(max(float(key @ query) for query in queries) / math.sqrt(8))
+                inputs.append(torch.cat([token, torch.tensor(more, dtype=torch.float64)]))
+            inner = torch.stack(inputs) @ first.T + first_bias
+            keep, drop = (inner * (1 + torch.erf(inner / math.sqrt(2))) / 2 @ second.T + second_bias).T
+            return keep - drop
+
+        return score
+
+    return scorer, score_of
 
 
 def hidden_norm() -> tuple[scorers.Scorer, Callable[[int], Score]]:
@@ -81,7 +103,9 @@ def assert_kept(found: list[torch.Tensor], row: int, expected: list[list[int]]) 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-@pytest.mark.parametrize("make", [learned, hidden_norm, recent, random, saliency], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make", [learned, asking, hidden_norm, recent, random, saliency], ids=lambda make: make.__name__
+)
 def test_each_scorer_keeps_its_best_tokens(
     tiny_model: Callable[..., PreTrainedModel], family: str, make: Callable[[], tuple], seed: int
 ) -> None:
@@ -97,13 +121,33 @@ def test_each_scorer_keeps_its_best_tokens(
         assert_kept(trace.kept, row, expected)
 
 
-def test_learned_scores_are_those_of_their_formula() -> None:
-    scorer, score_of = learned()
-    assert isinstance(scorer, scorers.Learned)
-    hidden = 100 * torch.randn(50, 32, dtype=torch.float64)
+@pytest.mark.parametrize("make", [learned, asking], ids=lambda make: make.__name__)
+def test_learned_scores_are_those_of_their_formula(make: Callable[[], tuple]) -> None:
+    scorer, score_of = make()
+    hidden = 100 * torch.randn(40, 32, dtype=torch.float64)
     for stage in range(SCHEDULE.stages):
-        expected = score_of(0)(stage, hidden, []).float()
-        torch.testing.assert_close(keep_scores(scorer, stage, hidden).detach(), expected, rtol=0, atol=1e-5)
+        for positions in (list(range(40)), [0, 3, *range(12, 40, 2), 39], [5, 39]):  # 40, 17 and 2 tokens left
+            expected = score_of(0)(stage, hidden[positions], positions).float()
+            found = keep_scores(scorer, stage, hidden[positions], positions, 40).detach()
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_removed_tokens_are_scored_by_what_is_left() -> None:
+    """Training scores tokens that an earlier stage removed: they ask nothing, and are compared with what is left."""
+    scorer, _ = asking()
+    assert isinstance(scorer, scorers.Learned)
+    hidden, positions, lengths = torch.randn(1, 40, 32), torch.arange(40)[None], torch.tensor([40])
+    present = torch.rand(1, 40) < 0.6
+    left = present.nonzero()[:, 1]
+    scores = scorer(1, hidden, positions, lengths, present)
+    alone = scorer(1, hidden[:, left], positions[:, left], lengths)
+    torch.testing.assert_close(scores[:, left], alone)
+    assert not torch.allclose(scorer(1, hidden, positions, lengths)[:, left], alone)
+    for token in (~present[0]).nonzero()[:, 0].tolist():
+        returned = torch.cat([left[left < token], torch.tensor([token]), left[left > token]])
+        seen = torch.isin(returned, left)[None]
+        again = scorer(1, hidden[:, returned], positions[:, returned], lengths, seen)[0, returned == token]
+        torch.testing.assert_close(again, scores[0, [token]])
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sdtp.pruning.adapter import architecture
 from sdtp.pruning.schedule import PruningSchedule
+from sdtp.pruning.scorers import Learned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +154,9 @@ def _lengths(size: Dimensions, prompt_tokens: int, schedule: PruningSchedule | N
     return schedule.layer_lengths(prompt_tokens, len(size.layers))
 
 
-def prefill(config: Any, prompt_tokens: int, schedule: PruningSchedule | None = None, scorer_width: int = 0) -> float:
+def prefill(
+    config: Any, prompt_tokens: int, schedule: PruningSchedule | None = None, scorer: Learned | None = None
+) -> float:
     """Operations to prefill a prompt and get the logits of its last position.
 
     Exact for the unpruned model and for full attention; an upper bound for pruned layers that slide a window.
@@ -162,21 +165,21 @@ def prefill(config: Any, prompt_tokens: int, schedule: PruningSchedule | None = 
         config: a transformers config of a decoder; see `Dimensions.of` for what is refused.
         prompt_tokens: `N` >= 1.
         schedule: the pruning schedule; None for the unpruned model.
-        scorer_width: hidden units of the learned scorer; 0 leaves scoring out.
+        scorer: the learned scorer; None leaves scoring out, of which the baselines need next to nothing.
     """
     size = Dimensions.of(config)
     lengths = _lengths(size, prompt_tokens, schedule)
     total = sum(layer.operations(n, layer.pairs(n)) for layer, n in zip(size.layers, lengths, strict=True))
     total += 2 * size.head
-    if schedule is not None and scorer_width:
-        return total + scoring(config, prompt_tokens, schedule, scorer_width)
+    if schedule is not None and scorer is not None:
+        return total + scoring(prompt_tokens, schedule, scorer)
     return float(total)
 
 
-def scoring(config: Any, prompt_tokens: int, schedule: PruningSchedule, scorer_width: int) -> float:
-    """Operations of the learned scorer (hidden -> width -> 2) over the tokens entering each stage."""
+def scoring(prompt_tokens: int, schedule: PruningSchedule, scorer: Learned) -> float:
+    """Operations of the learned scorer over the tokens entering each stage."""
     entering = [prompt_tokens, *schedule.surviving(prompt_tokens)[:-1]] if schedule.stages else []
-    return float(sum(entering) * 2 * (config.hidden_size * scorer_width + 2 * scorer_width))
+    return float(sum(2 * scorer.multiply_adds(tokens) for tokens in entering))
 
 
 def decode(config: Any, prompt_tokens: int, new_tokens: int, schedule: PruningSchedule | None = None) -> float:

@@ -37,14 +37,15 @@ _Integers = TypeVar("_Integers", int, torch.Tensor)
 
 
 class Scorer(Protocol):
-    """Scores the tokens entering a stage; the higher, the more worth keeping.
+    """Scores the tokens entering a stage; the higher, the more worth keeping."""
 
-    Attributes:
-        question_conditioned: whether a token's score depends on what follows it in the prompt, so that the survivors of
-            a document are right for the one question it was read with.
-    """
+    @property
+    def question_conditioned(self) -> bool:
+        """Whether a token's score depends on what follows it in the prompt.
 
-    question_conditioned: ClassVar[bool]
+        Then the survivors of a document are right for the one question it was read with.
+        """
+        ...
 
     def score(self, view: StageView) -> torch.Tensor:
         """Scores [batch, tokens], float32; values at padding are ignored."""
@@ -56,8 +57,20 @@ def rms_normalised(hidden: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.rms_norm(hidden.float(), hidden.shape[-1:], eps=1e-6)
 
 
+# The end of a prompt, where its question stands: so many tokens are compared with every other.
+_QUESTION_TOKENS = 16
+# Channels of one head of that comparison.
+_HEAD = 8
+
+
 class Learned(nn.Module):
-    """The paper's scorer: before each stage an MLP maps a token's hidden state to keep and drop logits (π in R^{N×2}).
+    """A learned scorer: before each stage an MLP maps what is known of a token to keep and drop logits.
+
+    With a token's hidden state alone this is the paper's scorer (π in R^{N×2}, §3.2). Two more inputs can be had:
+
+    - `position`: where the token stands. A hidden state has little notion of how far it is from the end of the prompt.
+    - `question_rank`: what the end of the prompt asks for. Low-rank keys of the token are compared with queries of the
+      last 16 tokens present; each head's greatest product is an input.
 
     The state is divided by its root mean square first: residual streams grow by orders of magnitude over the layers,
     and a few channels of the first tokens hold values in the thousands.
@@ -66,22 +79,46 @@ class Learned(nn.Module):
         hidden_size: width of the model's hidden states.
         stages: number of stages, each with its own weights.
         width: hidden units of each MLP.
+        position: whether it sees positions.
+        question_rank: channels of the keys and queries, in heads of 8; 0 leaves the comparison out.
+
+    Attributes:
+        question_conditioned: see `Scorer`.
+
+    Raises:
+        ValueError: a `question_rank` that is not a multiple of 8.
     """
 
-    question_conditioned: ClassVar[bool] = False
-
-    def __init__(self, hidden_size: int, stages: int, width: int = 128) -> None:
+    def __init__(
+        self, hidden_size: int, stages: int, width: int = 128, position: bool = False, question_rank: int = 0
+    ) -> None:
         super().__init__()
+        if question_rank < 0 or question_rank % _HEAD:
+            raise ValueError(f"question_rank is {question_rank}: a multiple of {_HEAD} is accepted, or 0")
         self.hidden_size = hidden_size
         self.width = width
+        self.position = position
+        self.question_rank = question_rank
+        self.question_conditioned = question_rank > 0
+        inputs = hidden_size + 3 * position + question_rank // _HEAD
         self.mlps = nn.ModuleList(
-            nn.Sequential(nn.Linear(hidden_size, width), nn.GELU(), nn.Linear(width, 2)) for _ in range(stages)
+            nn.Sequential(nn.Linear(inputs, width), nn.GELU(), nn.Linear(width, 2)) for _ in range(stages)
         )
+        compared = range(stages if question_rank else 0)
+        self.keys = nn.ModuleList(nn.Linear(hidden_size, question_rank, bias=False) for _ in compared)
+        self.queries = nn.ModuleList(nn.Linear(hidden_size, question_rank, bias=False) for _ in compared)
 
     @property
     def stages(self) -> int:
         """Number of stages the scorer has weights for."""
         return len(self.mlps)
+
+    def multiply_adds(self, tokens: int) -> int:
+        """Multiply-adds that a stage takes to score so many tokens of one row."""
+        inputs = self.hidden_size + 3 * self.position + self.question_rank // _HEAD
+        asking = min(_QUESTION_TOKENS, tokens)
+        compared = self.question_rank * ((tokens + asking) * self.hidden_size + tokens * asking)
+        return tokens * (inputs + 2) * self.width + compared
 
     def forward(
         self,
@@ -106,16 +143,47 @@ class Learned(nn.Module):
         """
         mlp = self.mlps[stage]
         with torch.autocast(hidden.device.type, enabled=False):  # scores in bfloat16 would tie
-            logits: torch.Tensor = mlp(rms_normalised(hidden).to(next(mlp.parameters()).dtype))
-        keep, drop = logits.float().unbind(-1)
+            normed = rms_normalised(hidden).to(next(mlp.parameters()).dtype)
+            inputs = [normed]
+            if self.position:
+                inputs.append(_places(positions, prompt_lengths).to(normed))
+            if self.question_rank:
+                there = positions if present is None else positions.masked_fill(~present, -1)
+                inputs.append(self._matches(stage, normed, there))
+            keep, drop = mlp(torch.cat(inputs, dim=-1) if len(inputs) > 1 else normed).float().unbind(-1)
         return keep - drop
+
+    def _matches(self, stage: int, normed: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """[batch, tokens, heads]: how well each token's keys match the queries of the last tokens present.
+
+        Args:
+            stage: whose weights compare.
+            normed: [batch, tokens, hidden].
+            positions: LongTensor [batch, tokens], -1 where nothing is present.
+        """
+        latest = positions.topk(min(_QUESTION_TOKENS, positions.shape[1]), dim=1)
+        asking = normed.gather(1, latest.indices[..., None].expand(-1, -1, normed.shape[-1]))
+        queries = self.queries[stage](asking).unflatten(-1, (-1, _HEAD))  # [batch, asking, heads, 8]
+        keys = self.keys[stage](normed).unflatten(-1, (-1, _HEAD))  # [batch, tokens, heads, 8]
+        products = torch.einsum("bahc,bthc->bath", queries, keys) * _HEAD**-0.5
+        return products.masked_fill((latest.values < 0)[..., None, None], -torch.inf).amax(1)
 
     def score(self, view: StageView) -> torch.Tensor:
         """See `Scorer.score`. The stage's weights move to the device of the states it scores, and stay there."""
         with torch.inference_mode(False):  # weights moved inside it could never be trained again
-            self.mlps[view.stage].to(view.hidden.device)
+            for modules in (self.mlps, self.keys, self.queries):
+                if len(modules):
+                    modules[view.stage].to(view.hidden.device)
         scores: torch.Tensor = self(view.stage, view.hidden, view.positions, view.prompt_lengths)
         return scores
+
+
+def _places(positions: torch.Tensor, prompt_lengths: torch.Tensor) -> torch.Tensor:
+    """[batch, tokens, 3] float32 in [0, 1] up to 64K tokens: share of the prompt before a token, and the logarithms of
+    its distances from both ends, which grow slowly beyond the lengths of training."""
+    last = (prompt_lengths[:, None] - 1).to(positions.device)
+    since, until = positions.clamp_min(0), (last - positions).clamp_min(0)
+    return torch.stack([since / last.clamp_min(1), (1 + since).log2() / 16, (1 + until).log2() / 16], dim=-1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,7 @@ from sdtp.pruning.plain import from_plain
 from sdtp.pruning.schedule import PruningSchedule
 
 SETTINGS, WEIGHTS = "pruner.json", "pruner.safetensors"
-_FORMAT = 2
+_FORMAT = 3
 _PLAIN: dict[str, type[scorers.Scorer]] = {
     cls.__name__: cls for cls in (scorers.Random, scorers.Recent, scorers.HiddenNorm, scorers.LastQuery)
 }
@@ -37,6 +37,15 @@ class _Sizes:
     hidden_size: int
     stages: int
     width: int
+    position: bool
+    question_rank: int
+
+    @classmethod
+    def of(cls, scorer: scorers.Learned) -> _Sizes:
+        return cls(scorer.hidden_size, scorer.stages, scorer.width, scorer.position, scorer.question_rank)
+
+    def build(self) -> scorers.Learned:
+        return scorers.Learned(**dataclasses.asdict(self))
 
 
 def save(
@@ -57,7 +66,7 @@ def save(
     """
     weights = None
     if type(scorer) is scorers.Learned:
-        described = {"kind": "Learned", **dataclasses.asdict(_Sizes(scorer.hidden_size, scorer.stages, scorer.width))}
+        described = {"kind": "Learned", **dataclasses.asdict(_Sizes.of(scorer))}
         weights = {name: value.detach().cpu().contiguous() for name, value in scorer.state_dict().items()}
         for name, value in weights.items():
             _check_values(name, value)
@@ -168,14 +177,16 @@ def _scorer(described: Any, schedule: PruningSchedule) -> tuple[scorers.Scorer |
     if kind == "Learned":
         sizes = from_plain(_Sizes, fields, "scorer")
         for name, size in dataclasses.asdict(sizes).items():
-            if not (0 if name == "stages" else 1) <= size <= _LARGEST:
+            if name != "position" and not (name not in ("stages", "question_rank")) <= size <= _LARGEST:
                 raise ValueError(f"scorer.{name} is {size}: a size up to {_LARGEST} is accepted")
         if sizes.stages != schedule.stages:
             raise ValueError(f"scorer.stages is {sizes.stages}, but the schedule has {schedule.stages}")
-        return sizes, scorers.Learned.question_conditioned
+        with torch.device("meta"):  # refuses sizes no scorer has, and allocates nothing
+            return sizes, sizes.build().question_conditioned
     if not isinstance(kind, str) or kind not in _PLAIN:
         raise ValueError(f"scorer.kind is {kind!r}: {_KINDS}")
-    return from_plain(_PLAIN[kind], fields, "scorer"), _PLAIN[kind].question_conditioned
+    scorer = from_plain(_PLAIN[kind], fields, "scorer")
+    return scorer, scorer.question_conditioned
 
 
 def _learned(path: Path, sizes: _Sizes) -> scorers.Learned:
@@ -185,7 +196,7 @@ def _learned(path: Path, sizes: _Sizes) -> scorers.Learned:
         SafetensorError, ValueError: the file is not whole, or holds other tensors than the scorer has.
     """
     with torch.device("meta"):  # allocates nothing before the file has shown that it fits
-        scorer = scorers.Learned(sizes.hidden_size, sizes.stages, sizes.width)
+        scorer = sizes.build()
     expected = {name: tuple(value.shape) for name, value in scorer.state_dict().items()}
     with open(path, "rb"):  # names what is wrong with the path, as safetensors does not
         pass

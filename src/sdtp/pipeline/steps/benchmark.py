@@ -86,7 +86,7 @@ def measure(
     """The unpruned and the pruned row of one prompt length; lists hold one number a repeat, in the order they ran."""
     prompt = torch.tensor([list(prompt_ids)], device=model.device)
     length, schedule = len(prompt_ids), pruner.schedule
-    width = pruner.scorer.width if isinstance(pruner.scorer, Learned) else 0  # the baselines' scoring is no product
+    scorer = pruner.scorer if isinstance(pruner.scorer, Learned) else None  # the baselines' scoring is no product
     held: dict[str, dict[str, int | None]] = {}
 
     @contextmanager
@@ -109,8 +109,8 @@ def measure(
         **held["sdtp"],
         "ideal_s": [timing.prefill_s for timing in samples["ideal"].warm],
         "kept_tokens": schedule.surviving(length)[-1],
-        "prefill_flop": flops.prefill(model.config, length, schedule, width),
-        "scoring_flop": flops.scoring(model.config, length, schedule, width),
+        "prefill_flop": flops.prefill(model.config, length, schedule, scorer),
+        "scoring_flop": 0.0 if scorer is None else flops.scoring(length, schedule, scorer),
     }
     return unpruned, pruned
 
