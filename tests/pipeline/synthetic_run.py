@@ -163,13 +163,29 @@ def generations(count: int = 120) -> list[dict[str, Any]]:
     return rows
 
 
+def data() -> dict[str, Any]:
+    """A manifest: training made of records, testing of a corpus."""
+    return {
+        "seed": 0,
+        "splits": {
+            "train": {
+                "rows": {"n_total": 1503, "n_skipped": 3, "n_left": 1452, "n_used": 48},
+                "skipped": {"empty_response": 2, "not_utf8": 1},
+                "prompts_cut": 7,
+            },
+            "test": {"rows": {"n_total": 56, "n_skipped": 0, "n_left": 0, "n_used": 56}},
+        },
+        "content_sha256": "ab" * 32,
+    }
+
+
 def run(n: int = 28, **changes: Any) -> Run:
     """A whole run; `changes` replace its fields. Comparisons follow from the quality where they are not replaced."""
     table = changes.get("quality", quality(n))
     fields: dict[str, Any] = {
         "settings": {"run": "synthetic", "seed": 0, "pruning": {"keep_ratios": list(RATIOS)}},
         "model": {"source": {"kind": "package", "ref": "some-model/weights.gguf"}, "parameters": 134515008},
-        "data": {"seed": 0, "splits": {"train": 48, "test": 56}, "content_sha256": "ab" * 32},
+        "data": data(),
         "layers": LAYERS,
         "tests": {"retrieval": [500] * n, "continuation": [480] * n},
         "latency": latency(),

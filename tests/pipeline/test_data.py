@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from sdtp.errors import UserError
 from sdtp.pipeline.config import DataSettings
@@ -47,12 +48,21 @@ def source(kind: str, ref: str | Path, **fields: Any) -> dict[str, Any]:
 
 
 def settings(train: dict[str, Any], test: dict[str, Any], **fields: Any) -> DataSettings:
-    values = {"max_tokens": 900, "distractors": 8, "examples": 6, "heldout": 3, "tests": 4, **fields}
+    values = {
+        "max_tokens": 900,
+        "distractors": 8,
+        "examples": 6,
+        "heldout": 3,
+        "tests": 4,
+        "malformed": "skip",
+        **fields,
+    }
     return DataSettings.from_mapping(
         {
             "max_tokens": values["max_tokens"],
             "train": {"source": train, "examples": values["examples"], "heldout": values["heldout"]},
             "test": {"source": test, "examples": values["tests"]},
+            "malformed": values["malformed"],
             "distractors": values["distractors"],
         },
         "data",
@@ -171,7 +181,7 @@ def test_prompts_that_overlap_with_training_are_left_out_however_they_are_writte
     manifest = build_dataset(tokenizer, settings(trained, source("jsonl", path), tests=2), 0, tmp_path / "data")
     assert prompts(tmp_path / "data", "test") == {"question 20", "question 21"}
     assert manifest["splits"]["test"]["in_training"] == 3
-    assert manifest["splits"]["test"]["records"]["usable"] == 5
+    assert manifest["splits"]["test"]["rows"] == {"n_total": 5, "n_skipped": 0, "n_used": 2, "n_left": 3}
     with pytest.raises(UserError, match=r"data\.test\.examples: 3 records .* 2 are left: 5 of 5 .* 3 of these"):
         build_dataset(tokenizer, settings(trained, source("jsonl", path), tests=3), 0, tmp_path / "more")
 
@@ -199,7 +209,7 @@ def test_step_refuses_prompts_that_leave_no_room_for_the_response(
     source_of = {"train": speeches, "test": speeches}
 
     def run() -> None:
-        data: dict[str, Any] = {"max_tokens": 900, "distractors": 8}
+        data: dict[str, Any] = {"max_tokens": 900, "malformed": "skip", "distractors": 8}
         data |= {"train": {"source": source_of["train"], "examples": 2, "heldout": 1}}
         data |= {"test": {"source": source_of["test"], "examples": 2}}
         files = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "data")]
@@ -230,26 +240,146 @@ def test_records_become_instructions_in_the_chat_template(
     assert manifest["chat_template_tasks"] == ["retrieval", "instruction"]
 
 
-def test_cut_and_skipped_records_are_counted(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    write_rows(path, 2)
-    with path.open("a") as file:
-        file.write(json.dumps({"prompt": "first " + "word " * 400 + "last", "response": "value " * 400}) + "\n")
-        file.write('{"prompt": "p", "response": ""}\n\n{"prompt": "question 0", "response": "answer 0"}\n')
-    rows = source("jsonl", path)
-    wanted = settings(rows, rows, max_tokens=200, examples=3, heldout=0, tests=0)
+@pytest.fixture
+def faulty(tmp_path: Path) -> dict[str, Any]:
+    """A source of eight rows: three sound ones, one of them too long in prompt and response; the last is not UTF-8."""
+    path = write_rows(tmp_path / "rows.jsonl", 2)
+    with path.open("ab") as file:
+        long = {"prompt": "first " + "word " * 400 + "last", "response": "value " * 400}
+        file.write(json.dumps(long).encode() + b"\n")
+        file.write(b'{"prompt": "p", "response": ""}\n\n{"prompt": "question 0", "response": "answer 0"}\r\n')
+        file.write(b'{"prompt": "q", "response": "r", "id": "r1"}\n{"prompt": "", "response": "r"}\n')
+        file.write(b'{"prompt": "caf\xe9", "response": "r"}\n')
+    return source("jsonl", path)
+
+
+def test_cut_and_skipped_records_are_counted_and_named(
+    tokenizer: PreTrainedTokenizerBase, faulty: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    wanted = settings(faulty, faulty, max_tokens=200, examples=3, heldout=0, tests=0)
     described = build_dataset(tokenizer, wanted, 0, tmp_path / "data")["splits"]["train"]
     long = max(load_split(tmp_path / "data", "train"), key=lambda row: len(row["prompt_ids"]))
-    assert described["records"] == {"total": 5, "usable": 3, "skipped": {"empty_response": 1, "duplicate": 1}}
-    whole = len(encode(tokenizer, render(tokenizer, long["prompt"])))
+    assert described["rows"] == {"n_total": 8, "n_skipped": 5, "n_used": 3, "n_left": 0}
+    reasons = ("empty_response", "duplicate", "duplicate_id", "empty_prompt", "not_utf8")
+    assert described["skipped"] == dict.fromkeys(reasons, 1)
+    assert described["repaired"] == {"crlf": 1}
+    named = {
+        "empty_response": ["rows.jsonl, line 4: the response is empty"],
+        "duplicate": ["rows.jsonl, line 6: prompt and response are those of rows.jsonl, line 1"],
+        "duplicate_id": ["rows.jsonl, line 7: id 'r1' is used at rows.jsonl, line 2 already; ids must be unique"],
+        "empty_prompt": ["rows.jsonl, line 8: the prompt is empty"],
+        "not_utf8": ["rows.jsonl, line 9: byte 16 of the line, 0xe9, is not UTF-8"],
+        "crlf": ["rows.jsonl, line 6"],
+    }
+    assert described["first_malformed"] == named
+    # Once, although train and test read the same source.
+    assert [record.getMessage() for record in caplog.records if record.name == "sdtp.pipeline.data"] == [
+        f"data.train.source: 1 of 8 rows {'repaired' if reason == 'crlf' else 'left out'}, {reason}: {place}"
+        for reason, (place,) in named.items()
+    ]
+    cut = len(encode(tokenizer, render(tokenizer, long["prompt"]))) - 200
+    unused = len(encode(tokenizer, long["response"])) - MAX_RESPONSE_TOKENS
     assert len(long["prompt_ids"]) == 200
     assert len(long["response_ids"]) == MAX_RESPONSE_TOKENS
-    counts = {key: described[key] for key in ("prompts_cut", "prompt_tokens_cut", "responses_cut")}
-    assert counts == {"prompts_cut": 1, "prompt_tokens_cut": whole - 200, "responses_cut": 1}
+    counts = {name: described[name] for name in step.RECORD_COUNTS}
+    assert counts == {
+        "in_training": 0, "prompts_cut": 1, "prompt_tokens_cut": cut, "responses_cut": 1, "response_tokens_cut": unused
+    }  # fmt: skip
+    assert described["first_cut"] == {
+        "prompt": [f"rows.jsonl, line 3: {cut} tokens of the prompt"],
+        "response": [f"rows.jsonl, line 3: {unused} tokens of the response"],
+    }
     text = str(tokenizer.decode(long["prompt_ids"]))
     assert text.startswith("[turn]user\nfirst word")
     assert text.endswith("last[end]\n[turn]assistant\n")
     assert described["prompt_tokens"]["max"] == 200
+
+
+def test_what_is_too_long_is_cut_or_fatal_as_the_rule_says(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    rows = [{"prompt": "word " * 300, "response": "r"}, {"prompt": "p", "response": "value " * 400}]
+    for name, row in zip(("prompt", "response"), rows, strict=True):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+
+    def build(name: str, max_tokens: int, malformed: str) -> dict[str, Any]:
+        one = source("jsonl", tmp_path / f"{name}.jsonl")
+        chosen = settings(one, one, max_tokens=max_tokens, malformed=malformed, examples=1, heldout=0, tests=0)
+        return build_dataset(tokenizer, chosen, 0, tmp_path / "data")["splits"]["train"]
+
+    excess = build("prompt", 200, "skip")["prompt_tokens_cut"]
+    error = rf"^prompt\.jsonl, line 1: the prompt is {excess} tokens too long for data\.max_tokens 200; data\.malformed"
+    with pytest.raises(UserError, match=error):
+        build("prompt", 200, "fail")
+    assert build("prompt", 200 + excess, "fail")["prompts_cut"] == 0
+    # A response is read up to a fixed token whatever the rule: what lies past it is no fault of the row.
+    assert build("response", 200, "fail")["responses_cut"] == 1
+
+
+def test_text_without_tokens_is_refused_by_file_and_line(tmp_path: Path) -> None:
+    """Some tokenizers make nothing of a text that is not blank; an empty tensor would fail far from here."""
+    backend = Tokenizer(models.BPE({"a": 0, "\n": 1}, []))  # characters it does not know are dropped
+    letters = PreTrainedTokenizerFast(tokenizer_object=backend)
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "word", "response": "aaa"}\n')
+    one = source("jsonl", path)
+    chosen = settings(one, one, examples=1, heldout=0, tests=0)
+    with pytest.raises(UserError, match=r"rows\.jsonl, line 1: the tokenizer makes no token of the prompt"):
+        build_dataset(letters, chosen, 0, tmp_path / "data")
+
+
+def test_rows_add_up_in_every_split(
+    tokenizer: PreTrainedTokenizerBase, faulty: dict[str, Any], speeches: dict[str, Any], tmp_path: Path
+) -> None:
+    chosen = settings(faulty, speeches, max_tokens=900, examples=1, heldout=1)
+    parts = build_dataset(tokenizer, chosen, 0, tmp_path / "data")["splits"]
+    assert {name: part["rows"] for name, part in parts.items()} == {
+        "train": {"n_total": 8, "n_skipped": 5, "n_used": 1, "n_left": 2},
+        "heldout": {"n_total": 8, "n_skipped": 5, "n_used": 1, "n_left": 2},
+        "test": {"n_total": 8, "n_skipped": 0, "n_used": 8, "n_left": 0},
+    }
+    assert [len(load_split(tmp_path / "data", name)) for name in parts] == [1, 1, 8]
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_malformed_row_of_either_source_is_fatal_where_the_rule_says(
+    tokenizer: PreTrainedTokenizerBase, faulty: dict[str, Any], speeches: dict[str, Any], tmp_path: Path, part: str
+) -> None:
+    sources = (faulty, speeches) if part == "train" else (speeches, faulty)
+    with pytest.raises(UserError, match=r"^rows\.jsonl, line 4: the response is empty; data\.malformed"):
+        build_dataset(tokenizer, settings(*sources, malformed="fail"), 0, tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
+def test_step_logs_what_was_skipped_repaired_and_cut(
+    tokenizer: PreTrainedTokenizerBase,
+    faulty: dict[str, Any],
+    speeches: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("MLFLOW_TRACKING_URI", "SDTP_TRACKING_URI", "SDTP_PARENT_RUN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "model" / "manifest.json").write_text('{"trust_remote_code": false, "context_length": null}')
+    data: dict[str, Any] = {"max_tokens": 200, "malformed": "skip", "distractors": 0}
+    data |= {"train": {"source": faulty, "examples": 2, "heldout": 1}, "test": {"source": speeches, "examples": 2}}
+    files = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "data")]
+    metrics = tmp_path / "metrics.json"
+    step.main(["--settings", json.dumps({"seed": 0, "data": data}), *files, "--metrics", str(metrics)])
+    logged = json.loads(metrics.read_text())
+    described = json.loads((tmp_path / "data" / "manifest.json").read_text())["splits"]
+    assert {name for name in logged if name.startswith("test/")} == {
+        f"test/{count}" for count in ("examples", "n_total", "n_skipped", "n_used", "n_left")
+    }
+    found = {name.partition("/")[2]: value for name, value in logged.items() if name.startswith("train/")}
+    reasons = ("not_utf8", "duplicate_id", "empty_prompt", "empty_response", "duplicate")
+    assert found == {
+        "examples": 2, "n_total": 8, "n_skipped": 5, "n_used": 2, "n_left": 1,
+        **{f"skipped_{reason}": 1 for reason in reasons}, "repaired_byte_order_mark": 0, "repaired_crlf": 1,
+        **{count: described["train"][count] for count in step.RECORD_COUNTS},
+    }  # fmt: skip
+    assert logged["train/prompts_cut"] + logged["heldout/prompts_cut"] == 1
+    assert logged["train/prompt_tokens_cut"] + logged["heldout/prompt_tokens_cut"] > 100
 
 
 @pytest.mark.parametrize("part", ["train", "test"])
@@ -292,7 +422,7 @@ def test_data_step_reads_a_hub_dataset_at_its_commit(
     (model / "config.json").write_text('{"model_type": "llama"}')
     (model / "manifest.json").write_text('{"trust_remote_code": false, "context_length": null}')
     hub = source("hub", "someone/rows", revision="v1")
-    data: dict[str, Any] = {"max_tokens": 300, "distractors": 8}
+    data: dict[str, Any] = {"max_tokens": 300, "malformed": "skip", "distractors": 8}
     data |= {"train": {"source": hub, "examples": 6, "heldout": 2}, "test": {"source": hub, "examples": 4}}
     arguments = ["--settings", json.dumps({"seed": 0, "data": data}), "--model", str(model)]
     arguments += ["--output", str(tmp_path / "data"), "--metrics", str(tmp_path / "metrics.json")]

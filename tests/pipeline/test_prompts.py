@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from sdtp.errors import UserError
@@ -89,6 +91,23 @@ def test_long_prompt_keeps_limit_template_and_both_ends(make_tokenizer: Make) ->
         ]
     assert decode(tokenizer, ids).startswith("[bos][turn]user\nFirst of")
     assert decode(tokenizer, ids).endswith("the last word?[end]\n[turn]assistant\n")
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(st.characters(codec="utf-8"), min_size=1, max_size=60), st.integers(2, 40), st.booleans())
+def test_any_prompt_keeps_limit_and_both_ends_and_what_was_cut_is_counted(
+    make_tokenizer: Make, message: str, room: int, chat: bool
+) -> None:
+    tokenizer = make_tokenizer(adds_bos=True, template="[bos]" + TURNS if chat else None)
+    around, inner = frame(tokenizer, chat=chat), encode(tokenizer, message)
+    ids, cut = message_ids(tokenizer, message, len(around) + room)
+    assert len(ids) <= len(around) + room
+    assert ids[: len(around.head)] == around.head
+    assert ids[len(ids) - len(around.tail) :] == around.tail
+    assert cut == max(0, len(inner) - room)
+    if cut:
+        kept = ids[len(around.head) : len(ids) - len(around.tail)]
+        assert kept == inner[: room // 2] + inner[-(room - room // 2) :]
 
 
 def test_limit_below_the_template_is_refused(make_tokenizer: Make) -> None:

@@ -92,6 +92,11 @@ def test_smoke_stands_where_quality_is_shown_on_few_examples_and_nowhere_else() 
     assert many.count("n = 400") == 3 * 3 + rows + 27 + 1
 
 
+def test_rows_of_every_split_are_counted_and_add_up() -> None:
+    text = words(page().text)
+    assert "Split n_total n_skipped n_left n_used Prompts cut train 1,503 3 1,452 48 7 test 56 0 0 56 0" in text
+
+
 def test_equal_runs_give_equal_pages() -> None:
     assert report.render(synthetic_run.run()) == report.render(synthetic_run.run())
 
@@ -109,7 +114,7 @@ def test_text_of_prompts_and_models_is_only_text(attack: Any) -> None:
         tokens=[attack] * 120,
         settings={"run": attack},
         model={"source": {"ref": attack}, attack: attack},
-        data={attack: attack},
+        data={**synthetic_run.data(), attack: attack},
         tests={attack: [500]},
         timed_on=attack,
         versions={"machine": attack},

@@ -51,7 +51,9 @@ def folder(tmp_path: Path) -> Path:
                 for name, task in rows
             ]
         ).save_to_disk(tmp_path / "data" / split)  # fmt: skip
-    (tmp_path / "data" / "manifest.json").write_text(json.dumps({"content_sha256": "1", "splits": {"test": 2}}))
+    counts = {"n_total": 2, "n_skipped": 0, "n_left": 0, "n_used": 2}
+    data_manifest = {"content_sha256": "1", "splits": {"test": {"rows": counts}}}
+    (tmp_path / "data" / "manifest.json").write_text(json.dumps(data_manifest))
 
     (tmp_path / "saliency").mkdir()
     scores = [torch.tensor(score) for score in synthetic_run.saliency(3, PROMPT)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import asdict, dataclass
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
+
 SPLITS = ("train", "heldout", "test")
 # Longest prompt any table of ours reports: the benchmark cuts its prompts from one text of at most this many tokens.
 BENCHMARK_TOKENS = 131_072
@@ -49,7 +52,11 @@ def build_dataset(
 
     A `package` source is a corpus: training gets half retrieval, half continuation, testing `examples` of each, from
     different documents, phrasings and kinds of value. Other sources hold records, which become task `instruction`; one
-    whose prompt is in an earlier split is left out, whatever files the two come from.
+    whose prompt is in an earlier split is left out, whatever files the two come from. Malformed rows are left out or
+    refused as `settings.malformed` says (see `read_records`).
+
+    The manifest has for each split `rows`: of `n_total` rows of its source (examples made, for a corpus) `n_skipped`
+    were malformed, `n_used` are in the split, and `n_left` in an earlier one or not asked for.
 
     Args:
         tokenizer: the model's; its chat template shapes the prompts.
@@ -63,8 +70,9 @@ def build_dataset(
     Raises:
         UserError: a source is missing, malformed, too small, or not what its pinned sha256 says.
     """
-    trained = _read(settings.train.source, "data.train.source")
-    tested = _read(settings.test.source, "data.test.source")
+    trained = _read(settings.train.source, "data.train.source", settings.malformed)
+    same = settings.test.source == settings.train.source
+    tested = trained if same else _read(settings.test.source, "data.test.source", settings.malformed)
     counts = {"train": settings.train.examples, "heldout": settings.train.heldout, "test": settings.test.examples}
     splits: dict[str, _Split] = {}
     used: set[str] = set()
@@ -133,8 +141,14 @@ def benchmark_prompt(data_dir: str | Path, tokens: int) -> list[int]:
     return list(ids[:tokens])
 
 
-def _read(source: Source, key: str) -> Corpus | Records:
-    content = read_corpus(source.ref) if source.kind == "package" else read_records(source, key)
+def _read(source: Source, key: str, malformed: str) -> Corpus | Records:
+    content = read_corpus(source.ref) if source.kind == "package" else read_records(source, key, malformed)
+    if isinstance(content, Records):
+        for what, tally in (("left out", content.skipped), ("repaired", content.repaired)):
+            for reason, places in tally.first.items():
+                count = f"{tally.counts[reason]} of {content.total} rows {what}, {reason}"
+                more = "; ..." if tally.counts[reason] > len(places) else ""
+                logger.warning("%s: %s: %s%s", key, count, "; ".join(places), more)
     if source.sha256 is None or source.sha256 == content.sha256:
         return content
     if content.sha256 is None:
@@ -176,6 +190,7 @@ def _corpus_split(
         )
     )
     origin = {
+        "rows": _rows(len(examples), 0, len(examples)),
         "source": {"kind": source.kind, "ref": source.ref, "version": corpus.version, "sha256": corpus.sha256},
         "licence": corpus.licence,
         "documents": len(documents),
@@ -202,14 +217,28 @@ def _record_split(
     used: Set[str],
 ) -> _Split:
     examples, counts = instruction_examples(
-        tokenizer, content, used, count=count, max_tokens=settings.max_tokens, split=split, seed=seed
+        tokenizer,
+        content,
+        used,
+        count=count,
+        max_tokens=settings.max_tokens,
+        split=split,
+        seed=seed,
+        malformed=settings.malformed,
     )
     origin = {
         "source": {"kind": source.kind, "ref": source.ref, "revision": content.revision, "sha256": content.sha256},
-        "records": {"total": content.total, "usable": len(content.records), "skipped": content.skipped},
+        "rows": _rows(content.total, content.skipped.counts.total(), len(examples)),
+        "skipped": dict(content.skipped.counts),
+        "repaired": dict(content.repaired.counts),
+        "first_malformed": {**content.skipped.first, **content.repaired.first},
         **counts,
     }
     return _Split(examples, origin)
+
+
+def _rows(total: int, skipped: int, used: int) -> dict[str, int]:
+    return {"n_total": total, "n_skipped": skipped, "n_used": used, "n_left": total - skipped - used}
 
 
 def _benchmark_ids(tokenizer: PreTrainedTokenizerBase, content: Corpus | Records) -> list[int]:

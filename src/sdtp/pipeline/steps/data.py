@@ -7,7 +7,11 @@ from sdtp.pipeline.config import Settings
 from sdtp.pipeline.data import SPLITS, build_dataset, longest_response
 from sdtp.pipeline.limits import check_context
 from sdtp.pipeline.models import load_tokenizer, read_manifest
+from sdtp.pipeline.records import REPAIRED, SKIPPED
 from sdtp.pipeline.step import step
+
+# Of a split made of records, what its manifest counts beside rows.
+RECORD_COUNTS = ("in_training", "prompts_cut", "prompt_tokens_cut", "responses_cut", "response_tokens_cut")
 
 
 def main(argv: list[str]) -> None:
@@ -27,9 +31,11 @@ def main(argv: list[str]) -> None:
         for split in SPLITS:
             described = manifest["splits"][split]
             log.metric(f"{split}/examples", described["examples"])
-            log.metric(f"{split}/prompt_tokens_cut", described.get("prompt_tokens_cut", 0))
-            log.metric(f"{split}/records_in_training", described.get("in_training", 0))
-            log.metric(f"{split}/records_skipped", sum(described.get("records", {}).get("skipped", {}).values()))
+            log.metrics({f"{split}/{count}": number for count, number in described["rows"].items()})
+            if "skipped" in described:  # made of records
+                log.metrics({f"{split}/skipped_{reason}": described["skipped"].get(reason, 0) for reason in SKIPPED})
+                log.metrics({f"{split}/repaired_{what}": described["repaired"].get(what, 0) for what in REPAIRED})
+                log.metrics({f"{split}/{count}": described[count] for count in RECORD_COUNTS})
             revision = described["source"].get("revision") or described["source"].get("version")
             log.dataset(split, args.output / split, described["content_sha256"], revision)
         log.artifact(args.output / "manifest.json")
