@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BloomConfig, GPT2Config, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GPT2Config, PreTrainedModel, PreTrainedTokenizerBase
 
 from sdtp.errors import UserError
 from sdtp.pipeline.config import Source
@@ -217,11 +217,11 @@ def test_hub_model_is_fetched_at_its_revision_without_pickles(saved: Path, tmp_p
 
 @pytest.mark.slow
 def test_unsupported_hub_model_is_refused_before_its_weights_are_downloaded(saved: Path, tmp_path: Path) -> None:
-    BloomConfig(n_layer=2).save_pretrained(saved)
-    with serve("someone/bloom", saved) as (endpoint, requests):
-        done = run_model_step(endpoint, tmp_path, ref="someone/bloom", revision=None)
+    GPT2Config(n_layer=2).save_pretrained(saved)
+    with serve("someone/gpt2", saved) as (endpoint, requests):
+        done = run_model_step(endpoint, tmp_path, ref="someone/gpt2", revision=None)
     assert done.returncode == 1
-    assert "error: model.source: someone/bloom: BloomForCausalLM cannot change its attention" in done.stderr
+    assert "error: model.source: someone/gpt2: GPT2LMHeadModel is not supported: its decoder gives" in done.stderr
     assert [path for path in requests if path.endswith("config.json")]
     assert not [path for path in requests if path.endswith(".safetensors")]
     assert not (tmp_path / "model").exists()

@@ -1,6 +1,7 @@
 """The masking policy: its values are those of physical removal, its gradients those of the masks."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,8 +9,8 @@ import torch
 from sdtp.errors import UserError
 from sdtp.pruning.schedule import PruningSchedule
 from sdtp.pruning.scorers import Learned
-from sdtp.training.attention import masked_key_attention
-from sdtp.training.policy import MaskingPolicy, gumbel_noise
+from sdtp.training.policy import MaskingPolicy
+from sdtp.training.samplers import gumbel_noise
 from tests.pruning.reference import removal
 from tests.scoring import keep_scores
 
@@ -96,59 +97,6 @@ def test_short_prompts_keep_what_the_schedule_says(tiny_model, tokens):
     assert [len(positions) for positions in trace.kept] == SCHEDULE.surviving(tokens)
 
 
-def explicit(query, key, value, mask, scaling):
-    """The formula of the policy, as autograd sees it."""
-    scores = query @ key.mT * scaling
-    weights = mask.tril() * (scores - scores.amax(-1, keepdim=True)).exp()
-    return weights / weights.sum(-1, keepdim=True) @ value
-
-
-@pytest.mark.parametrize("block", [1, 3, 256])
-def test_attention_has_the_gradients_of_its_formula_and_the_slope_of_bringing_a_hidden_key_back(monkeypatch, block):
-    monkeypatch.setattr("sdtp.training.attention._BLOCK", block)
-    query, key, value = (torch.randn(2, 3, 7, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    mask = (torch.rand(2, 1, 7, 7) > 0.5).double()
-    mask.diagonal(dim1=-2, dim2=-1).fill_(1)
-    mask.requires_grad_(True)
-    inputs = (query, key, value, mask)
-    upstream = torch.randn(2, 3, 7, 4, dtype=torch.float64)
-    expected = explicit(*inputs, 0.5)
-    found = masked_key_attention(*inputs, 0.5)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-    *wanted, wanted_mask = torch.autograd.grad(expected, inputs, upstream)
-    *gradients, mask_gradient = torch.autograd.grad(found, inputs, upstream)
-    for ours, theirs in zip(gradients, wanted, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
-    visible = mask.detach() > 0
-    torch.testing.assert_close(mask_gradient[visible], wanted_mask[visible], rtol=0, atol=1e-12)
-    hidden = (~visible & torch.ones(7, 7, dtype=torch.bool).tril()).nonzero().tolist()
-    assert len(hidden) > 10
-    for batch, _, row, column in hidden:
-        back = mask.detach().clone()
-        back[batch, 0, row, column] = 1
-        slope = ((explicit(query, key, value, back, 0.5) - expected) * upstream).sum()
-        assert mask_gradient[batch, 0, row, column].item() == pytest.approx(slope.item(), abs=1e-12)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("wanted", [30.0, 300.0])
-def test_a_hidden_key_that_attention_wants_has_a_bounded_gradient(dtype, wanted):
-    # The third query's scores are 0, 150 or 1500, and 25: e to the difference is beyond float32, or any float.
-    query, key = (torch.tensor([[[[0.0], [wanted], [5.0]]]], dtype=dtype, requires_grad=True) for _ in range(2))
-    value = torch.tensor([[[[0.0], [1.0], [0.0]]]], dtype=dtype, requires_grad=True)
-    mask = torch.tensor([[[[1.0, 0, 0], [1, 1, 0], [1, 0, 1]]]], dtype=torch.promote_types(dtype, torch.float32))
-    mask.requires_grad_(True)
-    masked_key_attention(query, key, value, mask, 1.0)[0, 0, 2].sum().backward()
-    # The third query would give the second key all its weight: the result would go from 0 to 1, and no further.
-    assert mask.grad is not None
-    assert mask.grad[0, 0, 2, 1].item() == pytest.approx(1.0, abs=1e-12)
-    # It does not see that key as things are, and what it sees has value 0.
-    assert torch.equal(mask.grad[0, 0].float(), torch.tensor([[0.0, 0, 0], [0, 0, 0], [0, 1, 0]]))
-    assert value.grad[0, 0, :, 0].tolist() == pytest.approx([0.0, 0.0, 1.0], abs=1e-6)
-    for tensor in (query, key):
-        assert torch.equal(tensor.grad, torch.zeros_like(tensor))
-
-
 def masked_loss(model, masks):
     """A loss of the response with token i weighed by masks[layer][i] as a key of that layer, by an explicit bias."""
     backbone, tokens = model.model, N + R
@@ -228,6 +176,26 @@ def test_a_token_an_earlier_stage_dropped_gives_no_gradient_to_a_later_one(tiny_
     assert (gradients[0][gone].abs() > 0).all()
 
 
+def test_an_earlier_mask_counts_in_later_layers_where_its_token_would_still_be_there(tiny_model):
+    """Of a token the first stage dropped: the last layer's say reaches its score if the second would have kept it."""
+    schedule = PruningSchedule((1, 3), (0.6, 0.4), sinks=2, local=0.0, min_local=3)
+    model = tiny_model(dtype=torch.float64)
+    with MaskingPolicy(schedule, make_scorer(schedule), 0.7)(model, N, noise) as trace:
+        # The loss sees the masks of the last layer alone.
+        hook = model.model.layers[3].register_forward_pre_hook(lambda _, args: (args[0].detach(), *args[1:]))
+        loss = model(ids(), use_cache=False).logits[0, N - 1 :].logsumexp(-1).sum()
+        hook.remove()
+    (gradient,) = torch.autograd.grad(loss, trace.scores[0])
+    entering, kept = trace.entering[1].tolist(), trace.kept[1].tolist()
+    noisy = (trace.scores[1] + 0.7 * noise(1, N)).detach()
+    lowest_kept = min(noisy[i] for i in kept if 2 <= i < N - 3)
+    cut = (lowest_kept + max(noisy[i] for i in entering if i not in kept)) / 2
+    gone = [i for i in range(N) if i not in entering]
+    would_stay = [i for i in gone if noisy[i] > cut]
+    assert 0 < len(would_stay) < len(gone)
+    assert {i for i in gone if gradient[i] != 0} == set(would_stay)
+
+
 def test_without_gradient_only_the_scores_are_on_the_graph(tiny_model):
     model = tiny_model()
     with MaskingPolicy(SCHEDULE, make_scorer())(model, N, gradient=False) as trace:
@@ -248,6 +216,80 @@ def test_the_model_is_left_as_it_was_also_after_an_exception(tiny_model, attenti
     assert model.config._attn_implementation == attention
     assert not any(layer._forward_pre_hooks for layer in model.model.layers)
     assert torch.equal(model(ids()).logits, plain)
+
+
+@pytest.mark.parametrize("noisy", [True, False])
+def test_a_number_that_varies_is_masked_as_exactly_those_are_removed(tiny_model, noisy):
+    """Under Gumbel-softmax: values are those of physical removal of its draw, and protected tokens are never in it."""
+    model = tiny_model(dtype=torch.float64)
+    policy = MaskingPolicy(SCHEDULE, make_scorer(), 0.3, "gumbel_softmax")
+    counts = []
+    for epoch in range(6):
+        with policy(
+            model, N, (lambda stage, n, e=epoch: gumbel_noise(0, e, "a", stage, n)) if noisy else None
+        ) as trace:
+            logits = model(ids(), use_cache=False).logits[0]
+        kept = [positions.tolist() for positions in trace.kept]
+        for stage, (entering, protected) in enumerate(zip(trace.entering, trace.protected, strict=True)):
+            assert entering.tolist() == (kept[stage - 1] if stage else list(range(N)))
+            n = len(entering)
+            own = [i < 2 or place >= n - SCHEDULE.protected_tail(n) for place, i in enumerate(entering.tolist())]
+            assert protected.tolist() == own
+            assert set(entering[protected].tolist()) <= set(kept[stage]) <= set(entering.tolist())
+        counts.append([len(positions) for positions in kept])
+        # Removal of what was kept: a schedule of those numbers, by scores that are 1 there and 0 elsewhere.
+        plan = SimpleNamespace(
+            layers=SCHEDULE.layers, sinks=0, protected_tail=lambda n: 0, surviving=lambda n: counts[-1]
+        )
+        states, removed, _ = removal(
+            model,
+            ids(),
+            N,
+            plan,
+            lambda stage, _, prompt, kept=kept: torch.tensor([float(i in kept[stage]) for i in prompt]),
+        )
+        assert removed == kept
+        columns = torch.tensor(kept[-1] + list(range(N, N + R)))
+        expected = model.lm_head(states)
+        torch.testing.assert_close(logits[columns], expected, rtol=0, atol=1e-9 * max(1, expected.abs().max().item()))
+    budgets = SCHEDULE.surviving(N)
+    if noisy:
+        assert len(set(map(tuple, counts))) > 3
+        assert all(
+            abs(sum(column) / 6 - budget) < 3 for column, budget in zip(zip(*counts, strict=True), budgets, strict=True)
+        )
+    else:
+        assert counts == [budgets] * 6
+
+
+def test_gumbel_softmax_goes_on_where_an_earlier_stage_kept_too_few(tiny_model):
+    """Fewer tokens enter than the budget of the next stage: all of them stay, and the masks stay differentiable."""
+
+    class Low(Learned):
+        def forward(self, stage, hidden, positions, prompt_lengths, present=None):
+            return self.level.expand(1, hidden.shape[1])
+
+    schedule = PruningSchedule((1, 3), (0.6, 0.59), sinks=2, local=0.1, min_local=3)
+    scorer = Low(32, 2)
+    scorer.level = torch.zeros(1, requires_grad=True)
+    model = tiny_model()
+    few = 0
+    for epoch in range(12):
+        with MaskingPolicy(schedule, scorer, 1.0, "gumbel_softmax")(
+            model, N, lambda stage, n, e=epoch: gumbel_noise(0, e, "a", stage, n)
+        ) as trace:
+            loss = model(ids(), use_cache=False).logits[0, N:].square().mean()
+        (gradient,) = torch.autograd.grad(loss, scorer.level)
+        assert gradient.isfinite()
+        if len(trace.kept[0]) <= schedule.surviving(N)[1]:
+            few += 1
+            assert torch.equal(trace.kept[1], trace.kept[0])
+    assert 0 < few < 12
+
+
+def test_an_unknown_sampler_is_refused():
+    with pytest.raises(UserError, match=r"training\.sampler is 'dice': one of gumbel_topk, gumbel_softmax is accepted"):
+        MaskingPolicy(SCHEDULE, make_scorer(), sampler="dice")
 
 
 def test_padding_is_refused(tiny_model):
@@ -271,18 +313,6 @@ def test_non_finite_scores_name_the_stage(tiny_model):
 def test_temperature_must_be_positive(temperature):
     with pytest.raises(UserError, match=r"training\.temperature"):
         MaskingPolicy(SCHEDULE, make_scorer(), temperature)
-
-
-def test_noise_depends_on_all_of_its_key_and_on_nothing_else():
-    torch.manual_seed(1)
-    first = gumbel_noise(0, 0, "a", 0, 64)
-    torch.manual_seed(2)
-    assert torch.equal(gumbel_noise(0, 0, "a", 0, 64), first)
-    for key in ((1, 0, "a", 0), (0, 1, "a", 0), (0, 0, "b", 0), (0, 0, "a", 1)):
-        assert not torch.equal(gumbel_noise(*key, 64), first)
-    many = gumbel_noise(0, 0, "a", 0, 100_000)
-    assert many.mean().item() == pytest.approx(0.5772, abs=0.02)  # Euler's constant
-    assert many.var().item() == pytest.approx(1.6449, abs=0.05)  # pi^2 / 6
 
 
 def test_sampling_keeps_the_budget_and_follows_the_scores(tiny_model):

@@ -1,4 +1,4 @@
-"""Whether the workflow can train for, prune and count a model, told from its config alone: refusals only, no result."""
+"""Whether the workflow can prune and count a model, told from its config alone: refusals only, no result."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 from sdtp.errors import UserError
 from sdtp.pruning import flops
 from sdtp.pruning.adapter import decoder_layers
-from sdtp.training.policy import put_attention
 
 SUPPORTED = (
     "supported are decoders with full or sliding attention: Llama, Qwen, Mistral, Gemma 3, Phi-3, GPT-NeoX, OPT, "
@@ -41,6 +40,5 @@ def check_architecture(model: str | Path, *, revision: str | None = None, trust_
         raise UserError(f"model.source: {model}: {error}; {SUPPORTED}") from error
     try:
         flops.prefill(config, 1)  # the tables need it
-        put_attention(made)  # and training this
-    except (ValueError, UserError) as error:
+    except ValueError as error:
         raise UserError(f"model.source: {model}: {error}") from error

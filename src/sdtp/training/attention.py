@@ -5,121 +5,177 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
-
-NAME = "sdtp_masked_keys"
 
 # Query rows whose attention matrix the backward pass holds at once.
 _BLOCK = 256
 
 
 def masked_key_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    scaling: float,
+    window: int | None = None,
 ) -> torch.Tensor:
-    """Causal attention with probabilities `p_ij = m_ij e^{a_ij} / sum_k m_ik e^{a_ik}`, `a` the scaled dot products.
+    """Causal attention with probabilities `p_ij = m_j e^{a_ij} / sum_k m_k e^{a_ik}`, `a` the scaled dot products.
 
-    A key with `m = 0` has no part in the result, exactly as if it had been removed, yet its mask gets a gradient: how
-    the result would change if the key came back. The derivative at 0 would be of no use for that. It grows with
-    `r = e^{a_j} / sum_k m_k e^{a_k}`, without bound where few keys are left and attention wants the hidden one, while
-    the key, once back, weighs `r / (1 + r)` and not more. The gradient is the slope between hidden and back, which has
-    that weight; for a visible key, weighing `r`, it is the derivative.
+    A query always sees itself: `m_i` is 1 in its own row. A key with `m = 0` has no part in the result, exactly as if
+    it had been removed, yet its mask gets a gradient: how the result would change if the key came back. The derivative
+    at 0 would be of no use for that. It grows with `r = e^{a_j} / sum_k m_k e^{a_k}`, without bound where few keys are
+    left and attention wants the hidden one, while the key, once back, weighs `r / (1 + r)` and not more. The gradient
+    is the slope between hidden and back, which has that weight; for a visible key, weighing `r`, it is the derivative.
 
     The attention matrix is formed in blocks of rows in the backward pass, from logarithms: `r` itself need not fit a
-    float.
+    float. Rows through which no gradient comes are left out: those of removed tokens, which nothing after them reads.
 
     Args:
         query, key, value: [batch, heads, tokens, head_dim]; `value` may have another head_dim.
-        mask: [batch, 1, tokens, tokens] float, 0 or 1; rows are queries. Entries above the diagonal are ignored.
+        mask: [batch, 1, 1, tokens] float, 0 or 1, of each key.
         scaling: factor of the dot products.
+        window: a query sees the keys less than so many tokens before it; None for all.
 
     Returns:
         [batch, heads, tokens, head_dim].
     """
-    result: torch.Tensor = _MaskedKeyAttention.apply(query, key, value, mask, scaling)
+    if torch.is_autocast_enabled(query.device.type):  # as the kernels this stands for: rotary tables widen queries
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    result: torch.Tensor = _MaskedKeyAttention.apply(query, key, value, mask, scaling, window)
     return result
+
+
+def masked_softmax(
+    scores: torch.Tensor, mask: torch.Tensor, window: int | None = None, sink: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The probabilities of `masked_key_attention`, with its gradients, from scores that were computed elsewhere.
+
+    For attention that does more to its scores than scale them. The whole matrix is kept for the backward pass.
+
+    Args:
+        scores: [batch, heads, tokens, tokens], rows are queries. Keys they exclude by themselves, with minus infinity
+            or the lowest number, stay excluded and give no gradient.
+        mask, window: as of `masked_key_attention`.
+        sink: [heads], one more score in every row's sum, of no key; None for none.
+
+    Returns:
+        [batch, heads, tokens, tokens], of the dtype of `scores`, computed in float32 at least. Rows sum to 1, with a
+        sink to less.
+    """
+    probability: torch.Tensor = _MaskedSoftmax.apply(scores, mask, window, sink)
+    return probability
+
+
+class _Rows:
+    """What some query rows may see of the keys up to the last of them: bool [rows, keys] or [batch, 1, rows, keys].
+
+    Attributes:
+        near: neither in the future nor before the window.
+        own: the query itself.
+        hidden: near, but not seen.
+    """
+
+    def __init__(self, mask: torch.Tensor, rows: torch.Tensor, keys: int, window: int | None) -> None:
+        distance = rows[:, None] - torch.arange(keys, device=rows.device)
+        self.near = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+        self.own = distance == 0
+        self.hidden = (mask[..., :keys] == 0) & self.near & ~self.own
+
+    def probability(self, scores: torch.Tensor, sink: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of each key, and the logarithm [..., rows, 1] of the sum that it was divided by."""
+        seen = scores.masked_fill(~self.near | self.hidden, -torch.inf)
+        highest = seen.amax(-1, keepdim=True)
+        weights = seen.sub_(highest).exp_()
+        total = weights.sum(-1, keepdim=True)
+        if sink is not None:
+            total += (sink[:, None, None] - highest).exp()
+        return weights.div_(total), highest + total.log()
+
+    def mask_gradient(
+        self, scores: torch.Tensor, normaliser: torch.Tensor, probability: torch.Tensor, gain: torch.Tensor
+    ) -> torch.Tensor:
+        """[batch, 1, 1, keys], summed over heads and rows; `gain` is the loss's slope along each key's probability."""
+        # What a hidden key would weigh, r / (1 + r) = sigmoid(log r); a visible one weighs its probability.
+        weight = torch.where(self.hidden, torch.sigmoid(scores - normaliser), probability)
+        return weight.mul_(gain).masked_fill_(self.own, 0).sum((1, 2))[:, None, None]
 
 
 class _MaskedKeyAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor,
+        scaling: float,
+        window: int | None,
     ) -> torch.Tensor:
         ctx.save_for_backward(query, key, value, mask)
-        ctx.scaling = scaling
-        bias = mask.tril().log().to(query.dtype)  # 0 for 1, -inf for 0
-        return functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scaling)
+        ctx.scaling, ctx.window = scaling, window
+        tokens = query.shape[2]
+        rows = _Rows(mask, torch.arange(tokens, device=query.device), tokens, window)
+        return functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=rows.near & ~rows.hidden, scale=scaling
+        )
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: Any, grad_output: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, None]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, None, None]:
         query, key, value, mask = ctx.saved_tensors
         wide = torch.promote_types(query.dtype, torch.float32)
-        grad_query = torch.empty_like(query)
+        grad_query = torch.zeros_like(query)
         grad_key, grad_value = torch.zeros_like(key, dtype=wide), torch.zeros_like(value, dtype=wide)
-        grad_mask = torch.zeros_like(mask)
-        for start in range(0, query.shape[2], _BLOCK):
-            end = min(start + _BLOCK, query.shape[2])
-            rows = slice(start, end)
-            seen = slice(0, end)  # later keys are in the future of every row of the block
-            q, k, v = query[:, :, rows], key[:, :, seen], value[:, :, seen]
-            g = grad_output[:, :, rows]
-            scores = (q @ k.mT).to(wide) * ctx.scaling  # [batch, heads, block, end]
-            causal = torch.ones(end - start, end, dtype=torch.bool, device=q.device).tril(start)
-            scores.masked_fill_(~causal, -torch.inf)
-            weight = mask[:, :, rows, seen].to(wide)
-            probability = scores + weight.log()
-            normaliser = probability.logsumexp(-1, keepdim=True)
-            probability.sub_(normaliser).exp_()
+        grad_mask = torch.zeros_like(mask, dtype=wide)
+        alive = (grad_output != 0).any(-1).flatten(0, 1).any(0).nonzero()[:, 0]
+        for rows in alive.split(_BLOCK) if len(alive) else ():  # none where an example counts for nothing
+            end = int(rows[-1]) + 1  # later keys are in the future of every row of the block
+            q, k, v = query.index_select(2, rows), key[:, :, :end], value[:, :, :end]
+            g = grad_output.index_select(2, rows)
+            view = _Rows(mask, rows, end, ctx.window)
+            scores = (q @ k.mT).to(wide) * ctx.scaling  # [batch, heads, rows, end]
+            probability, normaliser = view.probability(scores)
             gain = (g @ v.mT).to(wide)  # d loss / d probability
-            mean_gain = (probability * gain).sum(-1, keepdim=True)
-            gain.sub_(mean_gain)
-            # What a key weighs once it is visible, r / (1 + (1 - m) r): unchanged for those that are. An r beyond any
-            # float has 1/r = 0, and a future key has r = 0 and 1/r infinite; both come out right.
-            visible = (normaliser - scores).exp_().add_(1 - weight).reciprocal_()
-            grad_mask[:, :, rows, seen] = visible.mul_(gain).sum(1, keepdim=True).to(mask.dtype)
-            grad_value[:, :, seen] += (probability.to(g.dtype).mT @ g).to(wide)
+            gain.sub_((probability * gain).sum(-1, keepdim=True))
+            grad_mask[..., :end] += view.mask_gradient(scores, normaliser, probability, gain)
+            grad_value[:, :, :end] += (probability.to(g.dtype).mT @ g).to(wide)
             grad_scores = probability.mul_(gain).mul_(ctx.scaling).to(q.dtype)
-            grad_query[:, :, rows] = grad_scores @ k
-            grad_key[:, :, seen] += (grad_scores.mT @ q).to(wide)
-        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), grad_mask, None
+            grad_query.index_copy_(2, rows, grad_scores @ k)
+            grad_key[:, :, :end] += (grad_scores.mT @ q).to(wide)
+        gradients = grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), grad_mask.to(mask.dtype)
+        return *gradients, None, None
 
 
-def _attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """The attention function transformers calls: a floating mask, 0 or 1, weighs keys, anything else is sdpa's."""
-    if attention_mask is None or not attention_mask.is_floating_point():
-        output: tuple[torch.Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-        return output
-    for name in ("softcap", "s_aux", "position_bias"):
-        if kwargs.get(name) is not None:
-            raise ValueError(f"attention with {name} cannot be trained through: {type(module).__name__} uses it")
-    groups = query.shape[1] // key.shape[1]
-    result = masked_key_attention(
-        query,
-        repeat_kv(key, groups),
-        repeat_kv(value, groups),
-        attention_mask,
-        query.shape[-1] ** -0.5 if scaling is None else scaling,
-    )
-    return result.transpose(1, 2).contiguous(), None
+class _MaskedSoftmax(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, scores: torch.Tensor, mask: torch.Tensor, window: int | None, sink: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.save_for_backward(scores, mask, sink)
+        ctx.window = window
+        _, _, probability, _ = _all_rows(scores, mask, window, sink)
+        return probability.to(scores.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+        scores, mask, sink = ctx.saved_tensors
+        view, wide, probability, normaliser = _all_rows(scores, mask, ctx.window, sink)
+        gain = grad_output.to(wide.dtype)
+        gain = gain - (probability * gain).sum(-1, keepdim=True)
+        grad_mask = view.mask_gradient(wide, normaliser, probability, gain)
+        return probability.mul_(gain).to(scores.dtype), grad_mask.to(mask.dtype), None, None
 
 
-AttentionInterface.register(NAME, _attention_forward)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+def _all_rows(
+    scores: torch.Tensor, mask: torch.Tensor, window: int | None, sink: torch.Tensor | None
+) -> tuple[_Rows, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What the rows see, the scores in float32 at least, the probabilities, and what they were divided by."""
+    tokens = scores.shape[-1]
+    view = _Rows(mask, torch.arange(tokens, device=scores.device), tokens, window)
+    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    return view, wide, *view.probability(wide, sink)

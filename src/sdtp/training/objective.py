@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 from transformers import PreTrainedModel
 
 from sdtp.errors import UserError
+from sdtp.pruning.adapter import decoder
 from sdtp.training.examples import Example
 from sdtp.training.losses import pairwise_ranking, standardise, standardised_mse
-from sdtp.training.policy import MaskingPolicy, PolicyTrace, gumbel_noise
-from sdtp.training.response import response_cross_entropy, response_logits
+from sdtp.training.policy import MaskingPolicy, PolicyTrace
+from sdtp.training.response import response_cross_entropy, response_kl, response_logits
+from sdtp.training.samplers import gumbel_noise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +26,7 @@ class Weights:
         ce: cross-entropy of the response under pruning.
         mse: squared error to standardised saliency, mean over stages.
         rank: pairwise ranking against saliency, mean over stages.
+        kl: divergence of the response's distributions under pruning from the unpruned model's; costs one forward more.
 
     Raises:
         UserError: a negative weight, or none above 0.
@@ -30,6 +35,7 @@ class Weights:
     ce: float
     mse: float
     rank: float
+    kl: float = 0.0
 
     def __post_init__(self) -> None:
         weights = dataclasses.asdict(self)
@@ -38,11 +44,7 @@ class Weights:
 
 
 def masked_logits(
-    model: PreTrainedModel,
-    policy: MaskingPolicy,
-    example: Example,
-    noise_key: tuple[int, int] | None,
-    gradient: bool = True,
+    model: PreTrainedModel, policy: MaskingPolicy, example: Example, noise_key: tuple[int, int] | None
 ) -> tuple[torch.Tensor, PolicyTrace]:
     """The model's prediction of the response under the policy's masks.
 
@@ -51,14 +53,36 @@ def masked_logits(
         policy: decides and masks.
         example: its labels are not used.
         noise_key: (seed, epoch) of the Gumbel noise; None takes the highest scores.
-        gradient: whether the logits are on the graph of the scores (see `MaskingPolicy`).
 
     Returns:
-        Logits [response_tokens, vocabulary] that predict the response, and what the stages decided.
+        Logits [response_tokens, vocabulary] that predict the response, on the graph of the scores, and what the stages
+        decided.
 
     Raises:
         UserError: what the policy raises, naming the example.
     """
+    with _masked(model, policy, example, noise_key, gradient=True) as trace:
+        return response_logits(model, example.prompt_ids, example.response_ids), trace
+
+
+def masked_scores(
+    model: PreTrainedModel, policy: MaskingPolicy, example: Example, noise_key: tuple[int, int] | None
+) -> PolicyTrace:
+    """What the stages decide, in a forward of the prompt without head and graph; as `masked_logits` in all else."""
+    with _masked(model, policy, example, noise_key, gradient=False) as trace:
+        decoder(model)(input_ids=example.prompt_ids[None].to(model.device), use_cache=False)
+        return trace
+
+
+@contextlib.contextmanager
+def _masked(
+    model: PreTrainedModel,
+    policy: MaskingPolicy,
+    example: Example,
+    noise_key: tuple[int, int] | None,
+    gradient: bool,
+) -> Iterator[PolicyTrace]:
+    """The policy on the model, under the example's noise; what it raises names the example."""
     noise = None
     if noise_key is not None:
         seed, epoch = noise_key
@@ -68,7 +92,7 @@ def masked_logits(
 
     try:
         with policy(model, len(example.prompt_ids), noise, gradient) as trace:
-            return response_logits(model, example.prompt_ids, example.response_ids), trace
+            yield trace
     except UserError as error:
         raise UserError(f"example {example.id!r}: {error}") from error
 
@@ -89,10 +113,17 @@ def example_losses(
     Raises:
         UserError: a score or loss that is not finite, naming example and stage.
     """
-    logits, trace = masked_logits(model, policy, example, noise_key, gradient=weights.ce > 0)
     parts: dict[str, list[torch.Tensor]] = {}
-    if weights.ce:
-        parts["ce"] = [response_cross_entropy(logits, example.response_ids)]
+    if weights.ce or weights.kl:
+        logits, trace = masked_logits(model, policy, example, noise_key)
+        if weights.ce:
+            parts["ce"] = [response_cross_entropy(logits, example.response_ids)]
+        if weights.kl:
+            with torch.no_grad():  # the same weights, without the masks
+                unpruned = response_logits(model, example.prompt_ids, example.response_ids)
+            parts["kl"] = [response_kl(logits, unpruned)]
+    else:
+        trace = masked_scores(model, policy, example, noise_key)
     for stage, (scores, entering) in enumerate(zip(trace.scores, trace.entering, strict=True)):
         label = example.saliency[stage].to(scores.device)
         if weights.mse:
@@ -104,9 +135,9 @@ def example_losses(
     for name, values in parts.items():
         for stage, value in enumerate(values):
             if not value.isfinite():
-                where = "" if name == "ce" else f" at stage {stage} (layer {policy.schedule.layers[stage]})"
+                where = "" if name in ("ce", "kl") else f" at stage {stage} (layer {policy.schedule.layers[stage]})"
                 raise UserError(f"loss {name} of example {example.id!r}{where} is {value.item()}: training stopped")
     losses = {name: torch.stack(values).mean() for name, values in parts.items()}
     total = sum((getattr(weights, name) * loss for name, loss in losses.items()), torch.zeros(()))
-    # Cross-entropy alone reaches no score where nothing was masked: a sum of zeros keeps the backward pass possible.
+    # The response's losses alone reach no score where nothing was masked: a sum of zeros keeps the backward possible.
     return {**losses, "loss": total + sum((0.0 * scores).sum() for scores in trace.scores)}

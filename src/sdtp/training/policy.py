@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,12 +12,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sdtp.errors import UserError
-from sdtp.pruning.adapter import decoder_layers
+from sdtp.pruning.adapter import architecture
 from sdtp.pruning.schedule import PruningSchedule
 from sdtp.pruning.scorers import Learned
-from sdtp.pruning.selection import protected_tokens, select
-from sdtp.training import attention
-from sdtp.training.seeding import keyed_generator
+from sdtp.pruning.selection import protected_tokens
+from sdtp.training.masked_model import masked_attention
+from sdtp.training.samplers import SAMPLERS, highest
 
 Noise = Callable[[int, int], torch.Tensor]
 
@@ -44,28 +44,34 @@ class MaskingPolicy:
 
     At every survivor and every response token the forward gives what physical removal gives. Dropped tokens keep being
     computed: no survivor sees them, but the loss is differentiable in their masks, which says what bringing one back
-    would do. The hard mask of a stage is straight-through: its gradient is that of
-    `sigmoid((score - cut) / temperature)`, `cut` the midpoint between the lowest kept and the highest dropped score.
-    Masks are cumulative over the stages. The scorer reads detached states, so that no stage learns to change what a
-    later one sees.
+    would do. The hard mask of a stage is straight-through: its gradient is that of `sigmoid(margin / temperature)`, the
+    margin a noisy score's distance from where its token would be dropped (see `samplers`). Masks are cumulative over
+    the stages. The scorer reads detached states, so that no stage learns to change what a later one sees.
 
     Args:
-        schedule: the stages and their budgets, applied exactly as in pruning.
+        schedule: the stages, their budgets, and what they protect, as in pruning.
         scorer: gives the keep scores.
-        temperature: width of the relaxation and scale of the noise, > 0.
+        temperature: width of the relaxation, > 0, and with `gumbel_topk` the scale of the noise.
+        sampler: how noise decides, a key of `samplers.SAMPLERS`; without noise the highest scores stay, as in pruning.
+            Under `gumbel_softmax` the number kept varies about the budget.
 
     Raises:
-        UserError: a temperature that is not positive.
+        UserError: a temperature that is not positive, or an unknown sampler.
     """
 
-    def __init__(self, schedule: PruningSchedule, scorer: Learned, temperature: float = 1.0) -> None:
+    def __init__(
+        self, schedule: PruningSchedule, scorer: Learned, temperature: float = 1.0, sampler: str = "gumbel_topk"
+    ) -> None:
         if not temperature > 0:
             raise UserError(f"training.temperature is {temperature}: a number above 0 is accepted")
+        if sampler not in SAMPLERS:
+            raise UserError(f"training.sampler is {sampler!r}: one of {', '.join(SAMPLERS)} is accepted")
         self.schedule = schedule
         self.scorer = scorer
         self.temperature = temperature
+        self.sampler = SAMPLERS[sampler]
 
-    @contextmanager
+    @contextlib.contextmanager
     def __call__(
         self, model: PreTrainedModel, prompt_tokens: int, noise: Noise | None = None, gradient: bool = True
     ) -> Iterator[PolicyTrace]:
@@ -75,40 +81,23 @@ class MaskingPolicy:
             model: frozen causal LM.
             prompt_tokens: the first so many tokens of the sequence are the prompt; the rest, the response, is never
                 scored, hidden or counted.
-            noise: `noise(stage, prompt_tokens)` gives [prompt_tokens] added to the scores times the temperature, as
-                `gumbel_noise` does; None takes the highest scores.
+            noise: `noise(stage, prompt_tokens)` gives [prompt_tokens] standard Gumbel noise, as `gumbel_noise` does;
+                None takes the highest scores.
             gradient: False leaves the masks off the graph, which spares the model's backward pass where only the scores
                 are trained.
 
         Raises:
-            UserError: the model cannot change its attention, or the schedule does not fit it.
+            UserError: the schedule does not fit the model, or inside the block one of its layers cannot be masked.
         """
-        layers = decoder_layers(model)
-        self.schedule.check_fits(len(layers))
+        parts = architecture(model)
+        self.schedule.check_fits(len(parts.layers))
         run = _MaskedForward(self, prompt_tokens, noise, gradient)
-        hooks = [
-            layers[index].register_forward_pre_hook(run.hook(index), with_kwargs=True)
-            for index in range(min(self.schedule.layers, default=len(layers)), len(layers))
-        ]
-        before = model.config._attn_implementation
-        try:
-            put_attention(model)
+        with contextlib.ExitStack() as undo:
+            for index in range(min(self.schedule.layers, default=len(parts.layers)), len(parts.layers)):
+                hook = run.hook(index, parts.windows[index])
+                undo.callback(parts.layers[index].register_forward_pre_hook(hook, with_kwargs=True).remove)
+            undo.enter_context(masked_attention(model))
             yield run.trace
-        finally:
-            for hook in hooks:
-                hook.remove()
-            model.set_attn_implementation(before)
-
-
-def put_attention(model: PreTrainedModel) -> None:
-    """Have a model attend through key masks with gradients.
-
-    Raises:
-        UserError: the model cannot change its attention.
-    """
-    model.set_attn_implementation(attention.NAME)
-    if model.config._attn_implementation != attention.NAME:
-        raise UserError(f"{type(model).__name__} cannot change its attention: no scorer can be trained through it")
 
 
 class _MaskedForward:
@@ -121,10 +110,10 @@ class _MaskedForward:
         self.gradient = gradient
         self.trace = PolicyTrace()
         self.mask: torch.Tensor | None = None  # [prompt_tokens], cumulative
-        self.keys: torch.Tensor | None = None  # [1, 1, tokens, tokens], the mask as the attention takes it
+        self.keys: torch.Tensor | None = None  # [1, 1, 1, tokens], the mask as the attention takes it
 
-    def hook(self, layer: int) -> Any:
-        """Forward pre-hook of a decoder layer."""
+    def hook(self, layer: int, window: int | None) -> Any:
+        """Forward pre-hook of a decoder layer that attends within a window, or to all before it."""
         stages = self.policy.schedule.layers
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -132,10 +121,9 @@ class _MaskedForward:
             if layer in stages:
                 self.decide(stages.index(layer), hidden)
                 self.keys = self.key_mask(hidden.shape[1])
-            if kwargs["attention_mask"] is not None:
+            if not _is_causal(kwargs["attention_mask"], hidden.shape[1], window):
                 raise UserError(
-                    "the masking policy takes one sequence without padding, no longer than the model's sliding window, "
-                    f"if it has one: layer {layer} was handed an attention mask"
+                    f"the masking policy takes one sequence without padding: layer {layer} was handed an attention mask"
                 )
             return args, {**kwargs, "attention_mask": self.keys}
 
@@ -151,47 +139,43 @@ class _MaskedForward:
         scores = self.policy.scorer(stage, hidden[:, :n].detach(), positions[None], lengths, present[None])[0]
         if not scores.isfinite().all():
             raise UserError(f"scores of stage {stage} (layer {schedule.layers[stage]}) are not finite")
-        noisy = scores
-        if self.noise is not None:
-            noisy = scores + self.policy.temperature * self.noise(stage, n).to(scores)
-        value = noisy.detach()
-        protected = protected_tokens(schedule, entering[None], None, [len(entering)], None)
-        columns, _ = select(value[entering][None], protected, None, [schedule.surviving(n)[stage]])
-        kept = entering[columns[0]]
+        protected = protected_tokens(schedule, entering[None], None, [len(entering)], None)[0]
         trace.scores.append(scores)
         trace.entering.append(entering)
-        trace.protected.append(protected[0])
-        trace.kept.append(kept)
-
-        chosen = torch.zeros_like(value, dtype=torch.bool).index_fill_(0, kept, True)
-        free = torch.ones_like(chosen).index_fill_(0, entering[protected[0]], False)
-        if len(kept) == len(entering):
+        trace.protected.append(protected)
+        free = present.index_fill(0, entering[protected], False)
+        budget = min(schedule.surviving(n)[stage], len(entering)) - int(protected.sum())
+        if budget >= int(free.sum()):
+            trace.kept.append(entering)
             return
-        highest_dropped = value[present & ~chosen].amax()
-        lowest_kept = value[chosen & free].amin() if (chosen & free).any() else highest_dropped
-        cut = (highest_dropped + lowest_kept) / 2
+        temperature = self.policy.temperature
+        if self.noise is None:
+            kept, margin = highest(scores, free, max(budget, 0))
+        else:
+            noise = self.noise(stage, n).to(scores)
+            kept, margin = self.policy.sampler(scores, free, max(budget, 0), temperature, noise)
+        stays = kept | (present & ~free)
+        trace.kept.append(positions[stays])
         # A token that an earlier stage dropped gets the mask it would have had here, so that the gradient of the
         # earlier mask says what keeping it would have done through all the layers where it would have stayed.
-        hard = torch.where(present, chosen, value > cut).to(scores.dtype)
-        soft = torch.sigmoid((noisy - cut) / self.policy.temperature)
-        mask = hard + torch.where(free, soft - soft.detach(), 0.0) if self.gradient else hard
+        mask = torch.where(present, stays, margin > 0).to(scores.dtype)
+        if self.gradient:
+            soft = torch.sigmoid(margin / temperature)
+            mask = mask + torch.where(present & ~free, 0.0, soft - soft.detach())
         self.mask = mask if self.mask is None else self.mask * mask
 
     def key_mask(self, tokens: int) -> torch.Tensor:
-        """[1, 1, tokens, tokens]: every query weighs a key by its mask, itself and the response by 1."""
+        """[1, 1, 1, tokens]: the mask of each key, 1 for the response."""
         if self.mask is None:
-            return torch.ones(1, 1, tokens, tokens, device=self.trace.entering[-1].device)
-        row = torch.cat([self.mask, self.mask.new_ones(tokens - self.prompt_tokens)])
-        itself = torch.eye(tokens, dtype=torch.bool, device=row.device)
-        return row.expand(tokens, tokens).masked_fill(itself, 1.0)[None, None]
+            return torch.ones(1, 1, 1, tokens, device=self.trace.entering[-1].device)
+        return torch.cat([self.mask, self.mask.new_ones(tokens - self.prompt_tokens)])[None, None, None]
 
 
-def gumbel_noise(seed: int, epoch: int, example: str, stage: int, tokens: int) -> torch.Tensor:
-    """Standard Gumbel noise [tokens] float32 on the CPU, a function of (seed, epoch, example, stage) alone.
-
-    Added to scores before a top-k it draws k tokens without replacement, with the scores as log-weights (Gumbel top-k,
-    Kool et al. 2019, arXiv 1903.06059): budgets stay exact.
-    """
-    generator = keyed_generator(seed, epoch, example, stage)
-    uniform = torch.rand(tokens, generator=generator, dtype=torch.float64).clamp_min(1e-12)
-    return (-(-uniform.log()).log()).float()
+def _is_causal(mask: torch.Tensor | None, tokens: int, window: int | None) -> bool:
+    """Whether a layer's attention mask, bool or to be added, hides the future and what is before the window alone."""
+    if mask is None:
+        return True
+    visible = mask if mask.dtype == torch.bool else mask == 0
+    columns = torch.arange(tokens, device=mask.device)
+    distance = columns[:, None] - columns
+    return torch.equal(visible[0, 0], (distance >= 0) & (distance < (window or tokens)))
