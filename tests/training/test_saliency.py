@@ -1,5 +1,6 @@
 """Saliency against an independent autograd reference, and what it must leave alone."""
 
+import functools
 import gc
 import hashlib
 
@@ -7,7 +8,9 @@ import pytest
 import torch
 
 from sdtp.errors import UserError
-from sdtp.training.saliency import reduce, saliency
+from sdtp.training.saliency import NotFiniteError, batch_saliency, reduce, saliency
+from tests.conftest import FAMILIES
+from tests.pruning.tiny import float64
 
 LAYERS = (1, 2, 3)
 
@@ -52,6 +55,95 @@ def test_saliency_is_that_of_an_independent_float64_reference(tiny_model, family
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-10)
 
 
+# Prompt and response tokens: above and below the windows' 12, responses longer and shorter than others'.
+SIZES = ((23, 5), (31, 1), (7, 3), (30, 2))
+
+
+def batch_of(sizes=SIZES):
+    return [ids(n, seed) for seed, (n, _) in enumerate(sizes)], [ids(m, 50 + seed) for seed, (_, m) in enumerate(sizes)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_example_has_the_same_saliency_in_a_batch_as_alone(tiny_model, family):
+    model = tiny_model(family, dtype=torch.float64)
+    layers = (2, 4) if family == "gemma3" else (1, 3)
+    prompts, responses = batch_of()
+    with float64():
+        together = batch_saliency(model, prompts, responses, layers)
+        for prompt, response, found in zip(prompts, responses, together, strict=True):
+            alone = saliency(model, prompt, response, layers)
+            assert found.shape == (2, len(prompt))
+            assert (
+                found.dtype == torch.float64
+            )  # the mode's: labels are not rounded to float32 before they are compared
+            assert (found - alone).abs().max() <= 1e-9 * alone.max()
+            assert alone.max() > 1e-4
+
+
+@pytest.mark.parametrize("target", ["loss", "logit"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["llama", "mistral_window", "opt", "bloom", "qwen3_moe"])
+def test_a_batch_in_float32_gives_what_its_examples_give_alone(tiny_model, family, attention, target):
+    model = tiny_model(family, attention=attention)
+    prompts, responses = batch_of()
+    together = batch_saliency(model, prompts, responses, (1, 3), "signed", target)
+    for prompt, response, found in zip(prompts, responses, together, strict=True):
+        alone = saliency(model, prompt, response, (1, 3), "signed", target)
+        assert (found - alone).abs().max() <= 1e-5 * alone.abs().max()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_checkpointing_changes_nothing_in_a_batch(tiny_model, family):
+    model = tiny_model(family)
+    layers = (2, 4) if family == "gemma3" else (1, 3)
+    plain = batch_saliency(model, *batch_of(), layers)
+    checkpointed = batch_saliency(model, *batch_of(), layers, gradient_checkpointing=True)
+    for expected, found in zip(plain, checkpointed, strict=True):
+        assert (found - expected).abs().max() <= 1e-6 * expected.max()
+
+
+def test_a_batch_is_one_forward_without_a_mask_and_logits_of_response_tokens_only(tiny_model):
+    model = tiny_model()
+    calls, masks, states = [], [], []
+    model.model.layers[0].register_forward_pre_hook(
+        lambda module, args, kwargs: masks.append(kwargs["attention_mask"]) or calls.append(args[0].shape),
+        with_kwargs=True,
+    )
+    model.lm_head.register_forward_hook(lambda module, args, output: states.append(output.shape))
+    batch_saliency(model, *batch_of(), LAYERS)
+    assert calls == [(4, 31, 32)]  # the longest has 31 + 1 - 1 tokens
+    assert masks == [None]
+    assert states == [(1, 5 + 1 + 3 + 2, 128)]
+
+
+def test_one_example_that_is_not_finite_is_named_by_its_row_and_stage(tiny_model):
+    model = tiny_model()
+    prompts, responses = batch_of()
+
+    def overflow(module, args, output):
+        # Row 2's states alone, on their way back through layer 1: what enters layer 1 is stage 0, layer 3 is sound.
+        output.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([2]), torch.inf))
+
+    model.model.layers[1].register_forward_hook(overflow)
+    with pytest.raises(NotFiniteError, match=r"saliency of layer 1 \(stage 0\) is not finite") as caught:
+        batch_saliency(model, prompts, responses, (1, 3))
+    assert caught.value.row == 2
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rotary_frequencies_that_follow_the_longest_row_take_rows_of_one_length_only(tiny_model, kind):
+    scaling = {"rope_type": kind, "rope_theta": 10000.0, "factor": 2.0}
+    if kind == "longrope":
+        scaling |= {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "original_max_position_embeddings": 24}
+    model = tiny_model("llama", max_position_embeddings=48, rope_parameters=scaling)
+    with pytest.raises(UserError, match=r"rows of 9 to 32 tokens: the rotary frequencies of LlamaForCausalLM follow"):
+        batch_saliency(model, *batch_of(((23, 5), (30, 3), (7, 3))), LAYERS)
+    prompts, responses = batch_of(((28, 5), (30, 3)))
+    together = batch_saliency(model, prompts, responses, LAYERS)
+    for prompt, response, found in zip(prompts, responses, together, strict=True):
+        torch.testing.assert_close(found, saliency(model, prompt, response, LAYERS), rtol=1e-4, atol=1e-6)
+
+
 def test_states_entering_a_layer_are_the_same_tensor_in_hooks_and_in_hidden_states(tiny_model):
     model = tiny_model()
     seen = {}
@@ -76,8 +168,24 @@ def test_checkpointing_changes_nothing(tiny_model, family):
     checkpointed = saliency(model, prompt, response, LAYERS, gradient_checkpointing=True)
     torch.testing.assert_close(checkpointed, plain, rtol=0, atol=1e-5)
     assert (plain.sum(1) > 0.01).all()
-    assert not model.is_activation_checkpointing
-    assert not any(module.training for module in model.modules())
+    assert not any("forward" in vars(layer) for layer in model.model.layers)
+
+
+def test_a_layer_that_has_a_forward_of_its_own_keeps_it(tiny_model):
+    model = tiny_model()
+    layer, calls = model.model.layers[2], []
+    plain = saliency(model, ids(23), ids(5), LAYERS)
+    original = layer.forward
+
+    @functools.wraps(original)  # as accelerate does for a model on several devices
+    def own(*args, **kwargs):
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    layer.forward = own
+    torch.testing.assert_close(saliency(model, ids(23), ids(5), LAYERS, gradient_checkpointing=True), plain)
+    assert layer.forward is own
+    assert len(calls) == 2  # once forward, once again for the backward pass
 
 
 def test_checkpointing_recomputes_the_layers(tiny_model):
@@ -140,19 +248,23 @@ def weights_hash(model):
     return digest.hexdigest()
 
 
-def test_fifty_examples_leave_no_gradient_graph_or_tensor_behind(tiny_model):
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_fifty_samples_leave_no_gradient_graph_or_tensor_behind(tiny_model, rows, checkpointing):
     model = tiny_model().requires_grad_(True)  # saliency freezes it for the while, and thaws it again
     before = weights_hash(model)
     live = []
     for example in range(50):
-        result = saliency(model, ids(64, example), ids(4, example), LAYERS)
-        assert result.grad_fn is None
-        assert not result.requires_grad
+        prompts = [ids(64 - row, example) for row in range(rows)]
+        responses = [ids(4, example)] * rows
+        result = batch_saliency(model, prompts, responses, LAYERS, gradient_checkpointing=checkpointing)
+        assert not any(label.requires_grad or label.grad_fn is not None for label in result)
         assert all(parameter.grad is None for parameter in model.parameters())
         del result
-        gc.collect()
-        live.append(sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects()))
-    assert live[49] == live[1]
+        if example in (1, 49):
+            gc.collect()
+            live.append(sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects()))
+    assert live[0] == live[1]
     assert weights_hash(model) == before
     assert all(parameter.requires_grad for parameter in model.parameters())
 
@@ -172,8 +284,7 @@ def test_model_is_left_as_it_was_after_an_error(tiny_model):
     model = tiny_model().requires_grad_(True)
     with pytest.raises(IndexError):
         saliency(model, torch.tensor([1, 2, 4000]), ids(2), LAYERS, gradient_checkpointing=True)
-    assert not model.is_activation_checkpointing
-    assert not model.model.layers[0].training
+    assert not any("forward" in vars(layer) for layer in model.model.layers)
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert not any(layer._forward_pre_hooks for layer in model.model.layers)
 
@@ -186,6 +297,7 @@ def test_model_is_left_as_it_was_after_an_error(tiny_model):
         ({"response_ids": torch.tensor([], dtype=torch.long)}, r"response_ids has shape \(0,\)"),
         ({"layers": (3, 1)}, r"layers is \[3, 1\]: ascending layers from 0 to 3"),
         ({"layers": (1, 4)}, r"layers is \[1, 4\]"),
+        ({"prompt_ids": ids(8)[None]}, r"prompt_ids has shape \(1, 8\)"),
     ],
 )
 def test_wrong_arguments_are_named(tiny_model, change, message):
@@ -197,3 +309,10 @@ def test_wrong_arguments_are_named(tiny_model, change, message):
 def test_training_mode_is_refused(tiny_model):
     with pytest.raises(UserError, match="training mode"):
         saliency(tiny_model().train(), ids(8), ids(2), LAYERS)
+
+
+def test_as_many_responses_as_prompts_are_needed(tiny_model):
+    with pytest.raises(UserError, match="2 prompts, 1 responses"):
+        batch_saliency(tiny_model(), [ids(8), ids(9)], [ids(2)], LAYERS)
+    with pytest.raises(UserError, match="0 prompts, 0 responses"):
+        batch_saliency(tiny_model(), [], [], LAYERS)

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from sdtp.errors import UserError
 from sdtp.pruning.adapter import decoder_layers
-from sdtp.training.response import response_cross_entropy, response_logits
+from sdtp.training.response import batch_logits, response_cross_entropy
 
 Reduction = Literal["abs", "signed", "l2"]
 Target = Literal["loss", "logit"]
+
+
+class NotFiniteError(RuntimeError):
+    """Saliency of an example is not a number everywhere.
+
+    Attributes:
+        row: the example's place in its batch, from 0.
+    """
+
+    def __init__(self, row: int, layer: int, stage: int) -> None:
+        super().__init__(f"saliency of layer {layer} (stage {stage}) is not finite: try a wider model.dtype")
+        self.row = row
 
 
 def saliency(
@@ -27,14 +41,43 @@ def saliency(
     target: Target = "loss",
     gradient_checkpointing: bool = False,
 ) -> torch.Tensor:
-    """Gradient times input of every prompt token at every stage, in one forward and one backward (paper §3.1, eq. 3).
-
-    The model is not pruned. Its weights get no gradient, and it is left as it was.
+    """Gradient times input of every prompt token at every stage, of one example: `batch_saliency` of a batch of one.
 
     Args:
         model: causal LM in eval mode.
         prompt_ids: LongTensor [prompt_tokens].
         response_ids: LongTensor [response_tokens], at least one: what the model should answer.
+        layers, reduction, target, gradient_checkpointing: see `batch_saliency`.
+
+    Returns:
+        [stages, prompt_tokens] float32 on the model's device, detached.
+
+    Raises:
+        UserError, RuntimeError: see `batch_saliency`.
+    """
+    return batch_saliency(
+        model, [prompt_ids], [response_ids], layers, reduction, target, gradient_checkpointing=gradient_checkpointing
+    )[0]
+
+
+def batch_saliency(
+    model: PreTrainedModel,
+    prompts: Sequence[torch.Tensor],
+    responses: Sequence[torch.Tensor],
+    layers: Sequence[int],
+    reduction: Reduction = "abs",
+    target: Target = "loss",
+    gradient_checkpointing: bool = False,
+) -> list[torch.Tensor]:
+    """Gradient times input of every prompt token at every stage, in one forward and one backward (paper §3.1, eq. 3).
+
+    The model is not pruned. Its weights get no gradient, and it is left as it was. What is differentiated is the sum of
+    the examples' own targets, and no example's states depend on another's: each gets the saliency it has alone.
+
+    Args:
+        model: causal LM in eval mode.
+        prompts: LongTensors [prompt_tokens].
+        responses: LongTensors [response_tokens], at least one token each: what the model should answer to each prompt.
         layers: the stages' decoder layers, 0-based, ascending; saliency is that of the states entering each.
         reduction: see `reduce`.
         target: what is differentiated: "loss", the mean cross-entropy of the response, or "logit", the mean logit of
@@ -43,17 +86,19 @@ def saliency(
             fraction of the memory.
 
     Returns:
-        [stages, prompt_tokens] float32 on the model's device, detached.
+        For each example [stages, prompt_tokens] float32 on the model's device, detached.
 
     Raises:
-        UserError: a setting outside what is accepted, an empty prompt or response, or a model in training mode.
-        RuntimeError: no gradient reached a stage, or a stage's saliency is not finite.
+        UserError: a setting outside what is accepted, no example, an empty prompt or response, a model in training
+            mode, or examples of several lengths for a model that cannot be padded.
+        NotFiniteError: an example's saliency is not finite; the message names the stage.
+        RuntimeError: no gradient reached a stage.
     """
-    _check(model, prompt_ids, response_ids, reduction, target)
+    _check(model, prompts, responses, reduction, target)
     modules = decoder_layers(model)
     if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= len(modules):
         raise UserError(f"layers is {list(layers)}: ascending layers from 0 to {len(modules) - 1} are accepted")
-    found: dict[int, torch.Tensor] = {}
+    found: dict[int, list[torch.Tensor]] = {}
     leaf: list[torch.Tensor] = []
 
     def enter(layer: int) -> Any:
@@ -73,19 +118,19 @@ def saliency(
         return hook
 
     def keep(layer: int, gradient: torch.Tensor, hidden: torch.Tensor) -> None:
-        found[layer] = reduce(gradient[0, : len(prompt_ids)], hidden[0, : len(prompt_ids)], reduction)
+        # Row by row: no padding is reduced, and the products of one row are in memory at a time.
+        found[layer] = [
+            reduce(gradient[row, : len(prompt)], hidden[row, : len(prompt)], reduction)
+            for row, prompt in enumerate(prompts)
+        ]
 
     hooks = [modules[layer].register_forward_pre_hook(enter(layer)) for layer in layers]
     try:
-        with _frozen(model), _checkpointing(model, modules, gradient_checkpointing):
-            logits = response_logits(model, prompt_ids, response_ids)
-            if not logits.requires_grad:
+        with _frozen(model), _checkpointing(list(modules)[layers[0] :], gradient_checkpointing):
+            logits = batch_logits(model, prompts, responses)
+            if not logits[0].requires_grad:
                 raise RuntimeError("no gradient reaches the hidden states: is this called under torch.no_grad()?")
-            if target == "loss":
-                objective = response_cross_entropy(logits, response_ids)
-            else:
-                own = logits.gather(1, response_ids[:, None].to(logits.device))
-                objective = own.to(torch.promote_types(own.dtype, torch.float32)).mean()
+            objective = torch.stack([_objective(*pair, target) for pair in zip(logits, responses, strict=True)]).sum()
             (gradient,) = torch.autograd.grad(objective, leaf, allow_unused=True)
             if gradient is not None:
                 keep(layers[0], gradient, leaf[0].detach())
@@ -95,9 +140,21 @@ def saliency(
     for stage, layer in enumerate(layers):
         if layer not in found:
             raise RuntimeError(f"no gradient reaches the states entering layer {layer} (stage {stage})")
-        if not found[layer].isfinite().all():
-            raise RuntimeError(f"saliency of layer {layer} (stage {stage}) is not finite: try a wider model.dtype")
-    return torch.stack([found[layer] for layer in layers])
+    labels = [torch.stack([found[layer][row] for layer in layers]) for row in range(len(prompts))]
+    for row, label in enumerate(labels):
+        finite = label.isfinite().all(dim=1).tolist()
+        if not all(finite):
+            stage = finite.index(False)
+            raise NotFiniteError(row, layers[stage], stage)
+    return labels
+
+
+def _objective(logits: torch.Tensor, response_ids: torch.Tensor, target: Target) -> torch.Tensor:
+    """What is differentiated of one example; `logits` is [response_tokens, vocabulary]."""
+    if target == "loss":
+        return response_cross_entropy(logits, response_ids)
+    own = logits.gather(1, response_ids[:, None].to(logits.device))
+    return own.to(torch.promote_types(own.dtype, torch.float32)).mean()
 
 
 def reduce(gradient: torch.Tensor, hidden: torch.Tensor, reduction: Reduction) -> torch.Tensor:
@@ -117,15 +174,24 @@ def reduce(gradient: torch.Tensor, hidden: torch.Tensor, reduction: Reduction) -
 
 
 def _check(
-    model: PreTrainedModel, prompt_ids: torch.Tensor, response_ids: torch.Tensor, reduction: str, target: str
+    model: PreTrainedModel,
+    prompts: Sequence[torch.Tensor],
+    responses: Sequence[torch.Tensor],
+    reduction: str,
+    target: str,
 ) -> None:
     if reduction not in get_args(Reduction):
         raise UserError(f"saliency.reduction is {reduction!r}: one of {', '.join(get_args(Reduction))} is accepted")
     if target not in get_args(Target):
         raise UserError(f"saliency.target is {target!r}: one of {', '.join(get_args(Target))} is accepted")
-    for name, ids in (("prompt_ids", prompt_ids), ("response_ids", response_ids)):
-        if ids.ndim != 1 or not len(ids):
-            raise UserError(f"{name} has shape {tuple(ids.shape)}: one dimension and at least one token are needed")
+    if not prompts or len(prompts) != len(responses):
+        raise UserError(
+            f"{len(prompts)} prompts, {len(responses)} responses: as many of each, at least one, are needed"
+        )
+    for name, batch in (("prompt_ids", prompts), ("response_ids", responses)):
+        for ids in batch:
+            if ids.ndim != 1 or not len(ids):
+                raise UserError(f"{name} has shape {tuple(ids.shape)}: one dimension and at least one token are needed")
     if model.training:
         raise UserError("the model is in training mode: call model.eval(), so that dropout does not blur the saliency")
 
@@ -144,22 +210,32 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _checkpointing(model: PreTrainedModel, modules: nn.ModuleList, enabled: bool) -> Iterator[None]:
-    """Decoder layers recompute their activations in the backward pass inside the block."""
+def _checkpointing(layers: Sequence[nn.Module], enabled: bool) -> Iterator[None]:
+    """Layers recompute their activations in the backward pass inside the block.
+
+    The switch that transformers has works in training mode alone, in which some layers (OPT's) drop states out.
+    """
     if not enabled:
         yield
         return
-    before = model.is_activation_checkpointing
-    # The reentrant variant ignores inputs that autograd.grad is asked for.
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    # Enabling it also makes the embeddings require grad: layers below the first stage would be on the graph.
-    model.disable_input_require_grads()
-    for module in modules:
-        module.training = True  # what the layer looks at; its sub-modules stay in eval mode, so dropout stays off
+    # What a layer has of its own, in place of its class's: a model on several devices does.
+    own = [vars(layer).get("forward") for layer in layers]
+    for layer in layers:
+        layer.forward = _recomputed(layer.forward)
     try:
         yield
     finally:
-        for module in modules:
-            module.training = False
-        if not before:
-            model.activation_checkpointing_disable()
+        for layer, forward in zip(layers, own, strict=True):
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
+
+
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        # Nothing is drawn in eval mode, so there is no state of random numbers to keep. The reentrant variant ignores
+        # inputs that autograd.grad is asked for.
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    return run

@@ -1,24 +1,38 @@
 """Computes one shard of the saliency of the training and held-out examples on the frozen model."""
 
 import argparse
-import json
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
+import safetensors
 import torch
-from safetensors.torch import save_file
+import transformers
+from datasets import Dataset, concatenate_datasets
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from sdtp.errors import UserError
-from sdtp.pipeline.config import Settings
+from sdtp.pipeline.chunks import Chunks, chunked
+from sdtp.pipeline.config import SaliencySettings, Settings
 from sdtp.pipeline.data import load_split, split_hash
 from sdtp.pipeline.devices import choose_device
-from sdtp.pipeline.files import write_atomically
+from sdtp.pipeline.files import canonical_json
 from sdtp.pipeline.models import load_model
 from sdtp.pipeline.schedules import stage_layers
-from sdtp.pipeline.shards import SPLITS, metadata
+from sdtp.pipeline.shards import SPLITS, metadata, write_shard
 from sdtp.pipeline.step import step
-from sdtp.training.saliency import Reduction, Target, saliency
+from sdtp.training.batching import MOST_PADDING, length_batches
+from sdtp.training.response import pads_exactly
+from sdtp.training.saliency import NotFiniteError, Reduction, Target, batch_saliency
+
+logger = logging.getLogger(__name__)
+
+# Another version may compute other numbers, or write the same ones in another order.
+_LIBRARIES = {module.__name__: module.__version__ for module in (safetensors, torch, transformers)}
 
 
 def main(argv: list[str]) -> None:
@@ -29,6 +43,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="data folder")
     parser.add_argument("--shard", required=True, type=int, metavar="I", help="number of this shard, from 0")
     parser.add_argument("--shards", required=True, type=int, metavar="K", help="shards in all; this one has each K-th")
+    parser.add_argument("--checkpoints", required=True, type=Path, metavar="DIR", help="where a killed run resumes")
+    parser.add_argument("--code", required=True, metavar="HASH", help="of the code; no other code's run is resumed")
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="safetensors file to write")
     parser.add_argument("--metrics", required=True, type=Path, metavar="FILE", help="metrics to write")
     args = parser.parse_args(argv)
@@ -36,29 +52,125 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--shard is {args.shard}: a number from 0 to {args.shards - 1} is accepted")
     settings = Settings.from_json(args.settings)
     with step("saliency", args, outputs=[args.output], wildcards={"shard": args.shard}) as log:
+        for split in SPLITS:
+            log.dataset(split, args.data / split, split_hash(args.data, split))
+        examples = _examples(args.data, args.shard, args.shards)
+        prompt_tokens, response_tokens = _token_counts(examples)
+        # The last response token predicts nothing and is not run.
+        lengths = [prompt + response - 1 for prompt, response in zip(prompt_tokens, response_tokens, strict=True)]
+
         model = load_model(args.model, settings.model.dtype, settings.model.attention, choose_device())
         # One set of labels serves every ratio.
         layers = stage_layers(settings.pruning, model.config.num_hidden_layers)
-        for split in SPLITS:
-            log.dataset(split, args.data / split, split_hash(args.data, split))
-        examples = [example for split in SPLITS for example in load_split(args.data, split)][args.shard :: args.shards]
-        labels = {}
-        for example in tqdm(examples, desc=f"saliency, shard {args.shard}", unit="example"):
-            try:
-                labels[example["id"]] = saliency(
-                    model,
-                    torch.tensor(example["prompt_ids"]),
-                    torch.tensor(example["response_ids"]),
-                    layers,
-                    # `saliency` itself refuses other words.
-                    cast(Reduction, settings.saliency.reduction),
-                    cast(Target, settings.saliency.target),
-                    settings.saliency.gradient_checkpointing,
-                ).cpu()
-            except RuntimeError as error:
-                raise RuntimeError(f"example {example['id']!r}: {error}") from error
         description = metadata(args.model, args.data, layers, settings.saliency.reduction, settings.saliency.target)
-        with write_atomically(args.output) as temporary:
-            save_file(labels, temporary, {**description, "layers": json.dumps(description["layers"])})
-        log.metric("examples", len(labels))
-        log.metric("tokens", sum(label.shape[1] for label in labels.values()))
+        most_padding = MOST_PADDING if pads_exactly(model) else 0.0
+        batches = length_batches(lengths, settings.saliency.batch_tokens, most_padding)
+        planned = list(chunked(batches))
+        names = list(examples["id"])
+        decides = {
+            "labels": description,
+            "shard": [args.shard, args.shards],
+            "batches": batches,
+            "dtype": str(model.dtype),
+            "attention": settings.model.attention,
+            "gradient_checkpointing": settings.saliency.gradient_checkpointing,
+            "code": args.code,
+            "libraries": _LIBRARIES,
+        }
+        chunks = Chunks(
+            args.checkpoints,
+            hashlib.sha256(canonical_json(decides).encode()).hexdigest(),
+            [{names[i]: (len(layers), prompt_tokens[i]) for batch in chunk for i in batch} for chunk in planned],
+        )
+        taken = [i for number in chunks.whole for batch in planned[number] for i in batch]
+        if taken:
+            logger.info("%d of %d examples are taken from chunks of an interrupted run", len(taken), len(lengths))
+        # In tokens: the longest examples come first, and would make the time that is left look longer than it is.
+        with tqdm(
+            total=sum(lengths),
+            initial=sum(lengths[i] for i in taken),
+            desc=f"saliency, shard {args.shard}",
+            unit="token",
+            unit_scale=True,
+        ) as progress:
+            done = len(taken)
+            for number, chunk in enumerate(planned):
+                if number in chunks.whole:
+                    continue
+                labels: dict[str, torch.Tensor] = {}
+                for batch in chunk:
+                    labels |= _labels(model, examples, batch, layers, settings.saliency)
+                    done += len(batch)
+                    progress.set_postfix_str(f"{done}/{len(lengths)} examples", refresh=False)
+                    progress.update(sum(lengths[i] for i in batch))
+                chunks.add(number, labels)
+        write_shard(args.output, chunks.labels(), description, args.shard, args.shards)
+        log.metric("examples", len(lengths))
+        log.metric("examples_resumed", len(taken))
+        log.metric("tokens", sum(prompt_tokens))
+        padded = sum(len(batch) * lengths[batch[0]] for batch in batches)
+        log.metric("padding_fraction", 1 - sum(lengths) / padded if padded else 0.0)
+    # The step's metrics are on disk: nothing would be computed again.
+    chunks.clear()
+
+
+def _examples(data: Path, shard: int, shards: int) -> Dataset:
+    """Every `shards`-th example of all splits, columns id, prompt_ids and response_ids; read when asked for.
+
+    Raises:
+        UserError: an id comes twice.
+    """
+    splits = [load_split(data, split).select_columns(["id", "prompt_ids", "response_ids"]) for split in SPLITS]
+    every = concatenate_datasets(splits)
+    name, count = max(Counter(every["id"]).items(), key=lambda item: item[1], default=("", 0))
+    if count > 1:
+        raise UserError(f"{data}: {count} examples have the id {name!r}, so that their labels could not be told apart")
+    return every.select(range(shard, len(every), shards))
+
+
+def _token_counts(examples: Dataset) -> tuple[list[int], list[int]]:
+    """Prompt and response tokens of each example.
+
+    Raises:
+        UserError: an example has none of either.
+    """
+    prompts: list[int] = []
+    responses: list[int] = []
+    for row in examples:
+        for key, counts in (("prompt_ids", prompts), ("response_ids", responses)):
+            if not row[key]:
+                raise UserError(f"example {row['id']!r}: {key} is empty, at least one token is needed")
+            counts.append(len(row[key]))
+    return prompts, responses
+
+
+def _labels(
+    model: PreTrainedModel,
+    examples: Dataset,
+    batch: Sequence[int],
+    layers: Sequence[int],
+    settings: SaliencySettings,
+) -> dict[str, torch.Tensor]:
+    """Saliency of a batch of examples, on the CPU, by id.
+
+    Raises:
+        UserError: it is not finite, naming example and stage.
+        RuntimeError: what else went wrong, naming the examples.
+    """
+    rows = [examples[i] for i in batch]
+    try:
+        found = batch_saliency(
+            model,
+            [torch.tensor(row["prompt_ids"]) for row in rows],
+            [torch.tensor(row["response_ids"]) for row in rows],
+            layers,
+            # `batch_saliency` itself refuses other words.
+            cast(Reduction, settings.reduction),
+            cast(Target, settings.target),
+            settings.gradient_checkpointing,
+        )
+    except NotFiniteError as error:
+        raise UserError(f"example {rows[error.row]['id']!r}: {error}") from error
+    except RuntimeError as error:
+        raise RuntimeError(f"examples {', '.join(repr(row['id']) for row in rows)}: {error}") from error
+    return {row["id"]: label.cpu() for row, label in zip(rows, found, strict=True)}

@@ -31,21 +31,23 @@ def main(argv: list[str]) -> None:
 
 
 def build_index(shards: list[Path], tokens: dict[str, int], data_sha256: str) -> dict:
-    """The index of shards that cover the examples exactly once.
+    """The index of shards that cover the examples exactly once; every label is read and checked.
 
     Args:
-        shards: files of one folder.
+        shards: files of one folder, all of them and in order.
         tokens: prompt tokens of every example that must have labels, by id.
         data_sha256: content hash of the data the ids come from.
 
     Raises:
-        UserError: shards made with different settings, models or data; an example twice, missing or unknown; labels of
-            another number of stages or tokens.
+        UserError: a shard that is missing, damaged or in another's place; shards made with different settings, models
+            or data; an example twice, missing or unknown; labels of another number of stages or tokens.
     """
     description: dict | None = None
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for path in shards:
-        own, shapes = read_shard(path)
+    for number, path in enumerate(shards):
+        own, (shard, count), shapes = read_shard(path)
+        if (shard, count) != (number, len(shards)):
+            raise UserError(f"{path}: this is shard {shard} of {count}, but shard {number} of {len(shards)} is needed")
         description = own if description is None else description
         if own != description:
             key = next(key for key in sorted(own.keys() | description.keys()) if own.get(key) != description.get(key))
@@ -58,7 +60,9 @@ def build_index(shards: list[Path], tokens: dict[str, int], data_sha256: str) ->
     if description["data_sha256"] != data_sha256:
         raise UserError(f"data_sha256 of the shards is {description['data_sha256']}, but the data's is {data_sha256}")
     if missing := sorted(tokens.keys() - found.keys()):
-        raise UserError(f"{len(missing)} examples have no saliency, {missing[0]!r} for one: a shard is missing")
+        raise UserError(
+            f"{len(missing)} examples have no saliency, {missing[0]!r} for one: run the saliency step again"
+        )
     if unknown := sorted(found.keys() - tokens.keys()):
         raise UserError(f"{len(unknown)} examples are not in the data, {unknown[0]!r} for one")
     for example, (name, shape) in found.items():

@@ -1,0 +1,37 @@
+"""Which examples run together: batches of similar length, so that little of them is padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+# Padding costs what tokens do. A tenth keeps batches apart that would save less by their size than they lose to it.
+MOST_PADDING = 0.1
+
+
+def length_batches(
+    lengths: Sequence[int], batch_tokens: int, most_padding: float = MOST_PADDING
+) -> list[tuple[int, ...]]:
+    """Every example in one batch, a function of the lengths alone.
+
+    Longest first, so that what does not fit into memory fails at the start and not after hours.
+
+    Args:
+        lengths: tokens of each example, at least one.
+        batch_tokens: most tokens of a batch, padding included (its examples times its longest); an example that has
+            more runs alone.
+        most_padding: largest fraction of a batch's tokens that may be padding; 0 for batches of one length.
+
+    Returns:
+        The examples' places in `lengths`, batch by batch.
+    """
+    found: list[tuple[int, ...]] = []
+    batch: list[int] = []
+    real = 0
+    for index in sorted(range(len(lengths)), key=lambda place: (-lengths[place], place)):
+        tokens = (len(batch) + 1) * lengths[batch[0]] if batch else 0
+        if batch and (tokens > batch_tokens or tokens - real - lengths[index] > most_padding * tokens):
+            found.append(tuple(batch))
+            batch, real = [], 0
+        batch.append(index)
+        real += lengths[index]
+    return [*found, tuple(batch)] if batch else found

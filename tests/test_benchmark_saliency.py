@@ -1,0 +1,59 @@
+"""benchmarks/saliency.py: its reference computes what saliency is made of, and its rows say what was measured."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> Iterator[ModuleType]:
+    """The script, imported under a name of its own: it is called as the module it measures."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        yield importlib.import_module("saliency")
+
+
+@pytest.mark.slow
+def test_rows_have_both_arms_of_each_shape(
+    benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = ["--lengths", "40", "48", "--batches", "1", "3", "--response-tokens", "5", "--repeats", "5"]
+    monkeypatch.setattr(
+        sys, "argv", ["saliency", "tiny", *shapes, "--device", "cpu", "--out", str(tmp_path / "r.json")]
+    )
+    assert benchmark.main() == 0
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert result["layers"] == [4, 7]
+    assert [(row["tokens"], row["batch"], row["checkpointing"]) for row in result["rows"]] == [
+        (tokens, batch, checkpointing) for tokens in (40, 48) for batch in (1, 3) for checkpointing in (False, True)
+    ]
+    for row in result["rows"]:
+        assert row["ratio"]["q25"] <= row["ratio"]["median"] <= row["ratio"]["q75"]
+        assert 0.2 < row["ratio"]["median"] < 5
+        assert row["tokens_per_second"] == pytest.approx(row["batch"] * row["tokens"] / row["seconds"])
+
+
+@pytest.mark.parametrize("fault", ["another stage", "mean over the batch"])
+def test_a_reference_that_computes_something_else_is_noticed(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    model = benchmark.load("tiny", "float32", "cpu")
+    prompts, responses = list(torch.randint(3, 512, (2, 20))), list(torch.randint(3, 512, (2, 4)))
+    benchmark.check(model, prompts, responses, (4, 7))
+    true = benchmark.reference
+    if fault == "another stage":
+        monkeypatch.setattr(benchmark, "reference", lambda *args: true(*args[:3], (5, 7), False))
+    else:
+        monkeypatch.setattr(benchmark, "reference", lambda *args: true(*args) / 2)
+    with pytest.raises(RuntimeError, match="the reference computes something else"):
+        benchmark.check(model, prompts, responses, (4, 7))
