@@ -14,6 +14,7 @@ from sdtp import cli
 from sdtp.errors import UserError
 
 STEPS = [
+    "ablation",
     "benchmark",
     "check",
     "data",
@@ -21,11 +22,13 @@ STEPS = [
     "figures",
     "generate",
     "model",
+    "recommend",
     "report",
     "saliency",
     "saliency-index",
     "tables",
     "train",
+    "tune-schedule",
     "verify",
 ]
 

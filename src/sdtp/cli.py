@@ -7,6 +7,7 @@ import argparse
 import ast
 import importlib
 import logging
+import os
 import shlex
 import sys
 import time
@@ -77,11 +78,18 @@ def main(argv: list[str] | None = None) -> int:
 
 def _configure_logging(log: Path | None, debug: bool) -> None:
     handlers: list[logging.Handler] = [logging.StreamHandler()]
-    if log is not None:
+    # Of processes that were launched together the first one speaks, and the others of their own failures only.
+    first = os.environ.get("RANK", "0") == "0"
+    if log is not None and first:
         log.parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(log, mode="w", encoding="utf-8"))
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=handlers, force=True)
-    logging.getLogger("sdtp").setLevel(logging.DEBUG if debug else logging.INFO)
+        log.write_text("", encoding="utf-8")
+        # Appended to: what launched the processes has it open as well.
+        handlers.append(logging.FileHandler(log, mode="a", encoding="utf-8"))
+    logging.basicConfig(
+        level=logging.WARNING if first else logging.ERROR, format="%(message)s", handlers=handlers, force=True
+    )
+    level = logging.INFO if first else logging.ERROR
+    logging.getLogger("sdtp").setLevel(logging.DEBUG if debug else level)
     logging.captureWarnings(True)
 
 

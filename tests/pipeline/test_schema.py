@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sdtp.errors import UserError
-from sdtp.pipeline.schema import accepted, check_sources, leaves, resolve
+from sdtp.pipeline.schema import accepted, check_sources, leaves, resolve, resolve_variants
 from tests.workflow.golden import SCHEMA
 
 HUB = {"kind": "hub", "ref": "a/b", "revision": None, "sha256": None}
@@ -79,10 +79,11 @@ HUB = {"kind": "hub", "ref": "a/b", "revision": None, "sha256": None}
             {"tracing": {}, "training": {"stepz": 3, "steps": 0}},
             [
                 "tracing = {}: no such key; the config has run, seed, model, data, pruning, saliency, training, "
-                "generation, benchmark, evaluation, tracking",
+                "generation, benchmark, evaluation, variants, tracking",
                 "training.steps = 0: must be a whole number ≥ 1",
-                "training.stepz = 3: no such key; training has keep_ratio, label_epochs, label_examples, steps, "
-                "batch_size, learning_rate, width, temperature, weights, evaluate_every, checkpoint_every",
+                "training.stepz = 3: no such key; training has gpus, keep_ratio, label_epochs, label_examples, steps, "
+                "batch_size, learning_rate, width, position, question_rank, temperature, sampler, weights, "
+                "evaluate_every, checkpoint_every, patience, autocast, gradient_checkpointing, shard_model",
             ],
         ),
     ],
@@ -101,7 +102,7 @@ def test_numbers_get_the_type_the_schema_gives_them() -> None:
 
 def test_defaults_are_filled_beside_what_is_stated() -> None:
     config = resolve({"training": {"weights": {"mse": 0}}}, SCHEMA)
-    assert config["training"]["weights"] == {"ce": 1.0, "mse": 0.0, "rank": 1.0}
+    assert config["training"]["weights"] == {"ce": 1.0, "kl": 0.0, "mse": 0.0, "rank": 1.0}
     assert config["training"]["steps"] == 60
 
 
@@ -110,6 +111,72 @@ def test_resolving_changes_neither_its_input_nor_the_schema() -> None:
     resolve(config, SCHEMA)["pruning"]["keep_ratios"].append(0.1)
     assert config == {"training": {}}
     assert resolve({}, SCHEMA)["pruning"]["keep_ratios"] == [0.9, 0.8, 0.7]
+
+
+def variants(**changes: Any) -> dict[str, dict[str, Any]]:
+    """The configurations of variants of the default run."""
+    return resolve_variants(resolve({"variants": changes}, SCHEMA), SCHEMA)
+
+
+def test_variant_is_the_run_with_its_changes_laid_over() -> None:
+    run = resolve({"run": "mine", "training": {"weights": {"mse": 0.5}}}, SCHEMA)
+    run["variants"] = {"b": {"training": {"weights": {"rank": 0}}, "pruning": {"start": 7.0}}, "a": {}}
+    resolved = resolve_variants(run, SCHEMA)
+    assert list(resolved) == ["b", "a"]  # the first is what others are compared with
+    del run["variants"]
+    assert resolved["a"] == run
+    assert resolved["b"]["training"]["weights"] == run["training"]["weights"] | {"rank": 0.0}
+    assert run["training"]["weights"]["mse"] == 0.5
+    assert repr(resolved["b"]["training"]["weights"]["rank"]) == "0.0"
+    assert repr(resolved["b"]["pruning"]["start"]) == "7"
+    assert resolved["b"]["saliency"] == run["saliency"]
+    assert run["training"]["weights"]["rank"] == 1.0
+
+
+def test_no_variants_are_no_configurations() -> None:
+    assert resolve({}, SCHEMA)["variants"] == {}
+    assert variants() == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "lines"),
+    [
+        ({"a": {"saliency": {"reduction": "max"}}}, ['a.saliency.reduction = "max": must be one of abs, signed, l2']),
+        ({"a": {"training": {"steps": "60"}}}, ['a.training.steps = "60": must be a whole number ≥ 1']),
+        ({"a": {"training": {"temperature": float("inf")}}}, ["a.training.temperature = Infinity: must be finite"]),
+        ({"a": {"saliency": {"rediction": "abs"}}}, ['a.saliency.rediction = "abs": no such key; saliency has shards']),
+        ({"a": {"training": 3}, "b": {}}, ["a.training = 3: must be a block of keys"]),
+        ({"a": {"model": {"dtype": "auto"}}}, ['a.model = {"dtype": "auto"}: the variants share this']),
+        ({"a": {"data": {}, "seed": 3}}, ["a.data = {}: the variants share this", "a.seed = 3: the variants share"]),
+        ({"a": {"evaluation": {"seeds": [1]}}}, ['a.evaluation = {"seeds": [1]}: the variants share this']),
+        ({"a": {"variants": {}}}, ["a.variants = {}: the variants share this"]),
+        ({"a": {"pruning": {"keep_ratios": [0.5]}}}, ["a.pruning.keep_ratios = [0.5]: the variants share this"]),
+        ({"a": {"saliency": {"shards": 3}}}, ["a.saliency.shards = 3: the variants share this"]),
+        (
+            {"a": {"steps": 3}},
+            ["a.steps = 3: the variants share this; a variant may change pruning, saliency,"],
+        ),
+        ({"a/b": {}}, ["a/b = {}: the name must match"]),
+        ({"..": {}}, [".. = {}: the name must match"]),
+    ],
+)
+def test_fault_of_a_variant_names_it_and_the_key(changes: dict[str, Any], lines: list[str]) -> None:
+    with pytest.raises(UserError) as raised:
+        variants(**changes)
+    found = str(raised.value).splitlines()[1:]
+    assert len(found) == len(lines)
+    for line, expected in zip(found, lines, strict=True):
+        assert line.startswith(f"  variants.{expected}")
+
+
+def test_variant_that_is_no_block_is_refused() -> None:
+    with pytest.raises(UserError, match=r"variants\.full = null: must be a block of keys"):
+        variants(full=None)
+
+
+def test_name_that_yaml_reads_as_a_number_is_a_name() -> None:
+    resolved = resolve_variants(resolve({"variants": {1: {}}}, SCHEMA), SCHEMA)
+    assert list(resolved) == ["1"]
 
 
 @pytest.mark.parametrize(

@@ -154,6 +154,25 @@ def test_a_run_holds_what_its_step_reported(runs: Runs, tmp_path: Path) -> None:
     assert json.loads(dataset.source) == {"uri": str(tmp_path / "data"), "digest": "ab" * 32, "revision": "main"}
 
 
+@pytest.mark.parametrize(
+    ("output", "variant"),
+    [
+        ("results/default/variants/l2-logit/pruner", "l2-logit"),
+        ("results/default/variants/l2-logit/evaluation/sdtp-0.8.jsonl", "l2-logit"),
+        ("results/default/ablation/ablation.csv", None),
+        ("results/default/pruner", None),
+        ("results/variants/l2-logit/pruner", None),  # of the run `variants`, not of this one
+    ],
+)
+def test_a_step_of_a_variant_is_tagged_with_it(runs: Runs, tmp_path: Path, output: str, variant: str | None) -> None:
+    with step("train", arguments(tmp_path), outputs=[tmp_path / output], wildcards={"keep_ratio": 0.8}):
+        pass
+    [run] = runs.of(tmp_path / output)
+    assert run.data.tags.get("sdtp.variant") == variant
+    assert run.info.run_name == "train keep_ratio=0.8" + (f" variant={variant}" if variant else "")
+    assert json.loads(run.data.tags["sdtp.wildcards"]) == {"keep_ratio": 0.8}
+
+
 def test_the_pipelines_run_holds_config_and_commit(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def git(*command: str) -> str:
         identity = ["-c", "user.name=a", "-c", "user.email=a@example.com"]
@@ -206,6 +225,23 @@ def test_a_rerun_is_a_new_run_that_names_the_old_one(runs: Runs, tmp_path: Path)
     assert "sdtp.supersedes" not in crashed.data.tags
     assert again.data.tags["sdtp.supersedes"] == crashed.info.run_id
     assert changed.data.tags["sdtp.supersedes"] == again.info.run_id
+
+
+def test_the_latest_artifacts_of_a_folder_are_kept(runs: Runs, tmp_path: Path) -> None:
+    with step("train", arguments(tmp_path), outputs=[tmp_path / "out"]) as log:
+        for number in range(5):
+            folder = tmp_path / f"step-{number}"
+            folder.mkdir()
+            (folder / "pruner.json").write_text(str(number))
+            log.artifact(folder, "checkpoints")
+            log.latest_artifacts("checkpoints", 3)
+        log.latest_artifacts("none there", 3)
+    [run] = runs.of(tmp_path / "out")
+    assert log.run_id == run.info.run_id
+    kept = [entry.path for entry in runs.client.list_artifacts(run.info.run_id, "checkpoints")]
+    assert kept == [f"checkpoints/step-{number}" for number in (2, 3, 4)]
+    assert runs.artifact(run.info.run_id, "checkpoints/step-4/pruner.json") == "4"
+    assert {entry.path for entry in runs.client.list_artifacts(run.info.run_id)} == {"checkpoints", "settings.json"}
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from sdtp.errors import UserError
 from sdtp.pruning.scorers import Learned
 from sdtp.training.examples import Example
 from sdtp.training.label_fit import fit_labels, stage_states
+from sdtp.training.processes import Processes
 from tests.scoring import keep_scores
 
 
@@ -16,8 +17,8 @@ def fit(scorer, states, saliency, epochs=30, seed=0, mse=1.0, rank=1.0):
     ids = torch.zeros(1, dtype=torch.long)  # the states say what the tokens were
     examples = [Example(f"e{index}", ids, ids, labels) for index, labels in enumerate(saliency)]
     fit_labels(
-        scorer, states, examples, epochs=epochs, learning_rate=1e-2, mse=mse, rank=rank, seed=seed,
-        log=lambda loss, epoch: losses.append((epoch, loss)),
+        scorer, dict(enumerate(states)), examples, epochs=epochs, learning_rate=1e-2, mse=mse, rank=rank, seed=seed,
+        log=lambda loss, epoch: losses.append((epoch, loss)), processes=Processes(cpu=True),
     )  # fmt: skip
     return losses
 

@@ -9,16 +9,21 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from sdtp.errors import UserError
 from sdtp.pruning.schedule import PruningSchedule
 from sdtp.pruning.scorers import Learned
 from sdtp.training import objective, trainer
 from sdtp.training.examples import Example
+from sdtp.training.gradients import epoch_order
+from sdtp.training.heldout import HeldOut
 from sdtp.training.objective import Weights, example_losses
 from sdtp.training.policy import MaskingPolicy
+from sdtp.training.processes import Processes
 from sdtp.training.saliency import saliency
-from sdtp.training.trainer import Options, epoch_order, evaluate, fit
+from sdtp.training.samplers import SAMPLERS
+from sdtp.training.trainer import Options, fit
 
 SCHEDULE = PruningSchedule((1, 3), (0.7, 0.4), sinks=1, local=0.1, min_local=2)
 OPTIONS = Options(
@@ -31,6 +36,9 @@ OPTIONS = Options(
     weights=Weights(ce=1.0, mse=1.0, rank=1.0),
     evaluate_every=5,
     checkpoint_every=1,
+    patience=0,
+    autocast=False,
+    gradient_checkpointing=False,
     seed=1,
 )
 
@@ -352,8 +360,8 @@ def test_held_out_agreement_is_the_mean_over_prompts_with_a_choice(tiny_model):
     policy = MaskingPolicy(SCHEDULE, make_scorer())
     first, second = make_examples(model, 2)
     short = short_example(model)
-    alone = [evaluate(model, policy, [example]) for example in (first, second)]
-    found = evaluate(model, policy, [first, short, second])
+    alone = [HeldOut(model, [example], Processes(cpu=True)).evaluate(policy) for example in (first, second)]
+    found = HeldOut(model, [first, short, second], Processes(cpu=True)).evaluate(policy)
     for name in ("tau", "overlap"):
         assert found[name] == pytest.approx((alone[0][name] + alone[1][name]) / 2)
     short_ce = 3 * found["ce"] - alone[0]["ce"] - alone[1]["ce"]
@@ -421,3 +429,128 @@ def test_label_epochs_come_first_and_once(tiny_model, tmp_path):
     assert second == seen[3:]
     assert again == log
     assert all(torch.equal(resumed[name], weights[name]) for name in weights)
+
+
+def test_patience_stops_and_keeps_the_best_evaluations_scorer(tiny_model, tmp_path):
+    """A rate far too high: the scorer it starts from is soon better than what training makes of it."""
+    model = tiny_model()
+    examples = make_examples(model, 4)
+    options = dataclasses.replace(
+        OPTIONS, steps=40, evaluate_every=2, patience=3, learning_rate=3.0, checkpoint_every=3
+    )
+    weights, log, seen = run(model, examples, options=options)
+    divergences = [(metrics["kl"], step) for step, split, metrics in log if split == "heldout"]
+    best = min(divergences)[1]
+    last = divergences[-1][1]
+    assert last == best + 3 * 2 < 40
+    assert log[-1][:2] == (last, "heldout")
+    assert len(seen) == last * 2
+    scorer = make_scorer()
+    evaluated = HeldOut(model, make_examples(model, 2, "held"), Processes(cpu=True))
+    scorer.load_state_dict(weights)
+    assert evaluated.evaluate(MaskingPolicy(SCHEDULE, scorer, options.temperature))["kl"] == min(divergences)[0]
+
+    # A kill at any step changes nothing, nor does asking once more.
+    for stop_at in (1, last - 1, last):
+        folder = tmp_path / str(stop_at)
+        run(model, examples, folder, stop_at=stop_at, options=options)
+        resumed, again, _ = run(model, examples, folder, options=options)
+        assert again == log
+        assert all(torch.equal(resumed[name], weights[name]) for name in weights)
+    finished, again, none = run(model, examples, folder, options=options)
+    assert none == []
+    assert again == log
+    assert all(torch.equal(finished[name], weights[name]) for name in weights)
+
+
+def test_what_fit_returns_are_the_metrics_of_the_scorer_it_leaves(tiny_model):
+    model = tiny_model()
+    examples, held = make_examples(model, 4), make_examples(model, 2, "held")
+    for patience in (0, 2):
+        options = dataclasses.replace(OPTIONS, steps=12, evaluate_every=1, patience=patience, learning_rate=1.0)
+        scorer = make_scorer()
+        final = fit(model, scorer, SCHEDULE, examples, held, options, Recorder())
+        policy = MaskingPolicy(SCHEDULE, scorer, options.temperature)
+        assert HeldOut(model, held, Processes(cpu=True)).evaluate(policy) == final
+
+
+def test_patience_needs_held_out_examples(tiny_model):
+    model = tiny_model()
+    options = dataclasses.replace(OPTIONS, patience=2)
+    with pytest.raises(UserError, match=r"training\.patience is 2, but there is no held-out example"):
+        fit(model, make_scorer(), SCHEDULE, make_examples(model, 2), [], options, Recorder())
+
+
+def test_a_run_says_whose_work_it_goes_on_with(tiny_model, tmp_path, caplog):
+    model = tiny_model()
+    examples = make_examples(model, 4)
+    run(model, examples, tmp_path, stop_at=4, tracking_run="first")
+    assert json.loads((tmp_path / "step-00000003" / "state.json").read_text())["tracking_run"] == "first"
+    with caplog.at_level("INFO", "sdtp"):
+        run(model, examples, tmp_path, tracking_run="second")
+    assert "going on from step 3, reached by tracking run first" in caplog.text
+    assert json.loads((tmp_path / "step-00000015" / "state.json").read_text())["tracking_run"] == "second"
+
+
+def test_no_state_of_a_random_generator_is_of_any_account(tiny_model, tmp_path):
+    model = tiny_model()
+    examples = make_examples(model, 4)
+    weights, _, _ = run(model, examples)
+    run(model, examples, tmp_path, stop_at=8)
+    scorer = make_scorer()
+    torch.manual_seed(99)
+    fit(model, scorer, SCHEDULE, examples, make_examples(model, 2, "held"), OPTIONS, Recorder(), tmp_path)
+    assert all(torch.equal(value, weights[name]) for name, value in scorer.state_dict().items())
+
+
+def test_the_pruner_of_a_checkpoint_is_the_one_its_callback_sees(tiny_model, tmp_path):
+    model = tiny_model()
+    scorer, seen = make_scorer(), {}
+
+    def keep(step):
+        seen[step] = {name: value.clone() for name, value in scorer.state_dict().items()}
+
+    options = dataclasses.replace(OPTIONS, steps=5, checkpoint_every=2)
+    fit(model, scorer, SCHEDULE, make_examples(model, 4), [], options, Recorder(), tmp_path, on_checkpoint=keep)
+    assert sorted(seen) == [0, 2, 4, 5]
+    stored = load_file(tmp_path / "step-00000004" / "state.safetensors")
+    assert all(torch.equal(stored[f"module/{name}"], value) for name, value in seen[4].items())
+
+
+@pytest.mark.parametrize(
+    ("weights", "labels", "losses"),
+    [
+        (Weights(ce=1.0, mse=1.0, rank=0.0), 2, {"ce", "mse"}),  # without rank
+        (Weights(ce=1.0, mse=0.0, rank=0.0), 0, {"ce"}),  # without rank and MSE: labels have nothing to say
+        (Weights(ce=0.0, mse=0.0, rank=0.0, kl=1.0), 0, {"kl"}),
+    ],
+)
+def test_losses_left_out_take_no_part_in_the_label_epochs_either(tiny_model, monkeypatch, weights, labels, losses):
+    model = tiny_model()
+    examples = make_examples(model, 3)
+    if not labels:
+        monkeypatch.setattr(trainer, "stage_states", None)  # is not called
+    options = dataclasses.replace(OPTIONS, steps=2, label_epochs=2, weights=weights)
+    scorer, log, _ = run(model, examples, options=options)
+    assert [split for _, split, _ in log].count("labels") == labels
+    trained = [metrics for _, split, metrics in log if split == "train"]
+    assert all(metrics.keys() - {"loss", "gradient_norm", "learning_rate"} == losses for metrics in trained)
+    assert not torch.equal(scorer["mlps.1.0.weight"], make_scorer().state_dict()["mlps.1.0.weight"])
+    if losses == {"ce", "mse"}:
+        # MSE alone in the label epochs: what rank would have added is missing.
+        ranked, _, _ = run(
+            model, examples, options=dataclasses.replace(options, weights=dataclasses.replace(weights, rank=1.0))
+        )
+        assert not torch.equal(ranked["mlps.1.0.weight"], scorer["mlps.1.0.weight"])
+
+
+def test_the_sampler_is_part_of_what_is_trained(tiny_model, tmp_path):
+    model = tiny_model()
+    examples = make_examples(model, 3)
+    options = {sampler: dataclasses.replace(OPTIONS, steps=3, sampler=sampler) for sampler in SAMPLERS}
+    ends = {sampler: run(model, examples, options=options[sampler])[0] for sampler in SAMPLERS}
+    assert not torch.equal(*(weights["mlps.1.0.weight"] for weights in ends.values()))
+    # A checkpoint of one is of no use to the other.
+    run(model, examples, tmp_path, stop_at=2, options=options["gumbel_topk"])
+    found, _, _ = run(model, examples, tmp_path, options=options["gumbel_softmax"])
+    assert all(torch.equal(found[name], value) for name, value in ends["gumbel_softmax"].items())

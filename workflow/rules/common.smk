@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+from hashlib import sha256
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
@@ -28,6 +29,7 @@ try:
     SCHEMA = schema.load_schema(ROOT / "workflow" / "schemas" / "config.schema.yaml")
     schema.check_sources(workflow.config_settings.overwrite_config, SCHEMA)
     config.update(schema.resolve(config, SCHEMA))
+    VARIANTS = schema.resolve_variants(config, SCHEMA)
     RESULTS = f"results/{config['run']}"
     LOGS = f"logs/{config['run']}"
     tracking_uri(Path(RESULTS), config["tracking"]["uri"])
@@ -45,6 +47,8 @@ except UserError as error:
 KEEP_RATIOS = [str(ratio) for ratio in config["pruning"]["keep_ratios"]]
 UNPRUNED_RATIO = "1.0"
 METHODS = config["evaluation"]["methods"]
+# What the variants of an ablation are compared with; each of them has a pruner of its own in place of the run's.
+REFERENCES = [method for method in METHODS if method != "sdtp"]
 SHARDS = [str(shard) for shard in range(config["saliency"]["shards"])]
 
 # For steps that use the whole machine. Without --cores (on a cluster) a profile sets their threads, and `workflow.cores`
@@ -67,16 +71,26 @@ os.environ.update(
 )
 
 
-def settings(*keys):
-    """The config values under dotted keys, as one canonical JSON text: a rule names exactly what its step uses."""
+def configuration(wildcards):
+    """The configuration a job is made from: the run's. The modules of ablation.smk have others, by their wildcards."""
+    return config
+
+
+def selected(source, keys):
+    """The values of a configuration under dotted keys, nested as there."""
     chosen = {}
     for key in keys:
         *blocks, leaf = key.split(".")
-        source, target = config, chosen
+        below, target = source, chosen
         for block in blocks:
-            source, target = source[block], target.setdefault(block, {})
-        target[leaf] = source[leaf]
-    return canonical_json(chosen)
+            below, target = below[block], target.setdefault(block, {})
+        target[leaf] = below[leaf]
+    return chosen
+
+
+def settings(*keys):
+    """The config values under dotted keys, as one canonical JSON text: a rule names exactly what its step uses."""
+    return lambda wildcards: canonical_json(selected(configuration(wildcards), keys))
 
 
 def one_of(values):
@@ -93,7 +107,7 @@ def evaluate_settings(wildcards):
         keys += ["evaluation.seeds"]
     if wildcards.method == "oracle":
         keys += ["saliency.reduction", "saliency.target"]
-    return settings(*keys)
+    return settings(*keys)(wildcards)
 
 
 # Where tokens are removed and which are protected; the ratios themselves are wildcards.
@@ -116,10 +130,71 @@ def pruner_option(wildcards, input):
     return f"--pruner {input.pruner}" if wildcards.method == "sdtp" else ""
 
 
-def evaluations():
-    """Every evaluation's file: the unpruned model, and each method at each keep ratio."""
-    cells = [("unpruned", UNPRUNED_RATIO)] + [(method, ratio) for method in METHODS for ratio in KEEP_RATIOS]
+def evaluations(methods):
+    """The files of evaluations: the unpruned model, and each of `methods` at each keep ratio."""
+    cells = [("unpruned", UNPRUNED_RATIO)] + [(method, ratio) for method in methods for ratio in KEEP_RATIOS]
     return [f"<results>/evaluation/{method}-{ratio}.jsonl" for method, ratio in cells]
+
+
+# All that decides what training gives; the number of GPUs only says how fast.
+TRAINING = [f"training.{key}" for key in config["training"] if key != "gpus"]
+
+
+def training_checkpoints(wildcards, output):
+    """Where an interrupted training resumes from: declared outputs are deleted before a rerun, so this is none."""
+    return str(Path(output.pruner).parent / "checkpoints" / "train")
+
+
+def saliency_checkpoints(wildcards, output):
+    """Where an interrupted shard resumes from; no output, for the same reason."""
+    return str(Path(output.shard).parents[1] / "checkpoints" / "saliency" / wildcards.shard)
+
+
+def training_gpus(wildcards):
+    """GPUs of the training job. Snakemake gives it no more than `--resources gpu=` allows, and so it always starts."""
+    return configuration(wildcards)["training"]["gpus"]
+
+
+def training_threads(wildcards):
+    """The share of the cores that belongs to these; Snakemake gives no more than there are."""
+    return GPU_SHARE * training_gpus(wildcards)
+
+
+def labels_part(variant):
+    """What the saliency of a variant is made from beyond what all of them share."""
+    return selected(VARIANTS[variant], ["pruning.start", "pruning.step", "saliency"])
+
+
+def labels_of(variant):
+    """A name for the saliency of a variant, by content: variants that need the same share it."""
+    return sha256(canonical_json(labels_part(variant)).encode()).hexdigest()[:12]
+
+
+def variant_index(wildcards):
+    """The index of a variant's saliency."""
+    return f"{RESULTS}/ablation/labels/{labels_of(wildcards.variant)}/saliency/index.json"
+
+
+def variant_shards(wildcards):
+    """Its shards."""
+    return [
+        f"{RESULTS}/ablation/labels/{labels_of(wildcards.variant)}/saliency/shard-{shard}.safetensors"
+        for shard in SHARDS
+    ]
+
+
+def ablation_files(wildcards):
+    """What `snakemake ablation` makes."""
+    if not VARIANTS:
+        raise WorkflowError(
+            "nothing to compare: the key `variants` of the configuration is empty; "
+            "try `--configfile config/ablations/saliency.yaml`"
+        )
+    return ["<results>/checked.json", *(f"<results>/ablation/{name}" for name in ABLATION_FILES)]
+
+
+# A table to read with a program, one to read, and a figure.
+ABLATION_FILES = ["ablation.csv", "ablation.md", "ablation.svg", "ablation.png"]
 
 
 def announce():

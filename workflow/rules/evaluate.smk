@@ -1,7 +1,7 @@
 rule evaluate:
     input:
-        model="<results>/model",
-        data="<results>/data",
+        model="<model>",
+        data="<data>",
         pruner=evaluated_pruner,
     output:
         rows=ensure("<results>/evaluation/{method}-{keep_ratio}.jsonl", non_empty=True),

@@ -2,7 +2,7 @@ rule tables:
     input:
         data="<results>/data",
         benchmarks=expand("<results>/benchmark/ratio-{keep_ratio}.json", keep_ratio=KEEP_RATIOS),
-        evaluations=evaluations(),
+        evaluations=evaluations(METHODS),
     output:
         latency=report(
             "<results>/tables/latency.csv",
@@ -105,7 +105,7 @@ rule report:
     resources:
         gpu=0,
     params:
-        settings=settings(*(key for key in config if key != "tracking")),
+        settings=settings(*(key for key in config if key not in ("variants", "tracking"))),
         results=subpath(input.latency, ancestor=2),
         code=code_hash("sdtp.pipeline.steps.report"),
     message:

@@ -1,7 +1,7 @@
 rule saliency:
     input:
-        model="<results>/model",
-        data="<results>/data",
+        model="<model>",
+        data="<data>",
     output:
         shard=ensure("<results>/saliency/shard-{shard}.safetensors", non_empty=True),
         metrics="<results>/metrics/saliency-{shard}.json",
@@ -22,21 +22,24 @@ rule saliency:
             "pruning.step",
             "saliency.reduction",
             "saliency.target",
+            "saliency.batch_tokens",
             "saliency.gradient_checkpointing",
         ),
         shards=len(SHARDS),
+        checkpoints=saliency_checkpoints,
         code=code_hash("sdtp.pipeline.steps.saliency"),
     message:
         "Stage 1: saliency of the examples, shard {wildcards.shard} of {params.shards}"
     shell:
         "sdtp lease --gpus {resources.gpu} --"
         " sdtp --log {log} saliency --settings {params.settings:q} --model {input.model} --data {input.data}"
-        " --shard {wildcards.shard} --shards {params.shards} --output {output.shard} --metrics {output.metrics}"
+        " --shard {wildcards.shard} --shards {params.shards} --checkpoints {params.checkpoints} --code {params.code}"
+        " --output {output.shard} --metrics {output.metrics}"
 
 
 rule saliency_index:
     input:
-        data="<results>/data",
+        data="<data>",
         shards=expand("<results>/saliency/shard-{shard}.safetensors", shard=SHARDS),
     output:
         index=ensure("<results>/saliency/index.json", non_empty=True),

@@ -1,7 +1,7 @@
 rule train:
     input:
-        model="<results>/model",
-        data="<results>/data",
+        model="<model>",
+        data="<data>",
         index="<results>/saliency/index.json",
         shards=expand("<results>/saliency/shard-{shard}.safetensors", shard=SHARDS),
     output:
@@ -14,18 +14,18 @@ rule train:
         "<benchmarks>/train.tsv"
     conda:
         "../../envs/sdtp.yaml"
-    threads: GPU_SHARE
+    threads: training_threads
     resources:
-        gpu=1,
+        gpu=training_gpus,
     params:
-        settings=settings("seed", "model.dtype", "model.attention", *SCHEDULE, "training"),
-        # Declared outputs are deleted before a rerun; what an interrupted training resumes from must not be.
-        checkpoints=f"{RESULTS}/checkpoints/train",
+        settings=settings("seed", "model.dtype", "model.attention", *SCHEDULE, *TRAINING),
+        checkpoints=training_checkpoints,
         code=code_hash("sdtp.pipeline.steps.train"),
     message:
         "Stage 2: training the pruner"
     shell:
         "sdtp lease --gpus {resources.gpu} --"
         " sdtp --log {log} train --settings {params.settings:q} --model {input.model} --data {input.data}"
-        " --saliency {input.index} --checkpoints {params.checkpoints} --code {params.code} --output {output.pruner}"
+        " --saliency {input.index} --checkpoints {params.checkpoints} --code {params.code}"
+        " --processes {resources.gpu} --output {output.pruner}"
         " --history {output.history} --metrics {output.metrics}"

@@ -28,10 +28,10 @@ class Forced:
 
 
 @torch.inference_mode()
-def force(
+def forced_logits(
     model: PreTrainedModel, prompt_ids: Sequence[int], response_ids: Sequence[int], pruner: TokenPruner | None = None
-) -> Forced:
-    """Prefill the prompt, pruned if `pruner` is given, and read off the response's probabilities.
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Prefill the prompt, pruned if `pruner` is given, and predict each response token from those before it.
 
     The response never takes part in prefill: no scorer sees it, and none of it is removed. Same path with and without
     pruner.
@@ -41,6 +41,10 @@ def force(
         prompt_ids: token ids, at least one.
         response_ids: token ids, at least one.
         pruner: None for the unpruned model.
+
+    Returns:
+        Logits [response, vocabulary] in the model's dtype and LongTensor [response] of the response, on the model's
+        device; prompt tokens that the last layer holds in its cache.
 
     Raises:
         ValueError: an empty prompt or response.
@@ -58,6 +62,14 @@ def force(
         if response.shape[1] > 1:
             rest = model(input_ids=response[:, :-1], cache=output.cache, use_cache=True).logits
             logits = torch.cat([logits, rest], dim=1)  # [1, response, vocabulary]
-    log_probs = logits.float().log_softmax(-1)[0]
-    own = log_probs.gather(-1, response[0].unsqueeze(-1)).squeeze(-1)
-    return Forced(own.cpu(), logits[0].argmax(-1).cpu(), kept)
+    return logits[0], response[0], kept
+
+
+@torch.inference_mode()
+def force(
+    model: PreTrainedModel, prompt_ids: Sequence[int], response_ids: Sequence[int], pruner: TokenPruner | None = None
+) -> Forced:
+    """The response's probabilities under `forced_logits`, whose arguments and errors these are."""
+    logits, response, kept = forced_logits(model, prompt_ids, response_ids, pruner)
+    own = logits.float().log_softmax(-1).gather(-1, response.unsqueeze(-1)).squeeze(-1)
+    return Forced(own.cpu(), logits.argmax(-1).cpu(), kept)

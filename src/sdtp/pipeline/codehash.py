@@ -25,6 +25,7 @@ NEUTRAL = frozenset(
         f"{PACKAGE}.pipeline.architecture",
         f"{PACKAGE}.pipeline.config",
         f"{PACKAGE}.pipeline.devices",
+        f"{PACKAGE}.pipeline.launch",
         f"{PACKAGE}.pipeline.limits",
         f"{PACKAGE}.pipeline.step",
         f"{PACKAGE}.pipeline.tracking",

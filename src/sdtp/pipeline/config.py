@@ -108,6 +108,7 @@ class DataSettings(Block):
     max_tokens: int
     train: TrainData
     test: TestData
+    malformed: str
     distractors: int
 
 
@@ -130,6 +131,7 @@ class SaliencySettings(Block):
     shards: int
     reduction: str
     target: str
+    batch_tokens: int
     gradient_checkpointing: bool
 
 
@@ -138,6 +140,7 @@ class LossWeights(Block):
     """Weights of the training losses; zero leaves a loss out."""
 
     ce: float
+    kl: float
     mse: float
     rank: float
 
@@ -146,6 +149,7 @@ class LossWeights(Block):
 class TrainingSettings(Block):
     """Stage 2: fitting the scorers on the frozen model."""
 
+    gpus: int
     keep_ratio: float
     label_epochs: int
     label_examples: int
@@ -153,10 +157,17 @@ class TrainingSettings(Block):
     batch_size: int
     learning_rate: float
     width: int
+    position: bool
+    question_rank: int
     temperature: float
+    sampler: str
     weights: LossWeights
     evaluate_every: int
     checkpoint_every: int
+    patience: int
+    autocast: bool
+    gradient_checkpointing: bool
+    shard_model: bool
 
 
 @dataclass(frozen=True, repr=False)

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +14,13 @@ import yaml
 from sdtp.errors import UserError
 
 Schema = dict[str, Any]
+
+# A variant's name is a folder's and a column's value.
+VARIANT_NAME = "[A-Za-z0-9][A-Za-z0-9._-]*"
+# What leads to a pruner, and so may differ between variants that share the run's model and data.
+VARIED = ("pruning", "saliency", "training")
+# Of these blocks, what belongs to the comparison: variants meet at the same ratios, and shards change no label.
+SHARED = ("pruning.keep_ratios", "saliency.shards")
 
 # JSON Schema's type names, as messages print them.
 TYPES = {
@@ -54,18 +62,82 @@ def resolve(config: Mapping[str, Any], schema: Schema) -> dict[str, Any]:
         UserError: one line per fault: the key, its value, and what is accepted.
     """
     filled = _with_defaults(config, schema)
+    _refuse(_faults(filled, schema))
+    resolved = _with_types(filled, schema)
+    assert isinstance(resolved, dict)
+    return resolved
+
+
+def resolve_variants(config: Mapping[str, Any], schema: Schema) -> dict[str, dict[str, Any]]:
+    """The whole configuration of each of `config["variants"]`, by name, in the order written.
+
+    Each is the run's own with the variant's changes laid over it key by key (lists are replaced), valid and typed as
+    `resolve` makes it, without the key `variants`.
+
+    Args:
+        config: a resolved configuration.
+
+    Raises:
+        UserError: one line per fault, which names the variant and the key: a name that cannot name a folder, a change
+            of what the variants share, or a value that `resolve` refuses.
+    """
+    run = {key: value for key, value in config.items() if key != "variants"}
+    faults, merged = [], {}
+    for name, changes in config["variants"].items():
+        where = f"variants.{name}"
+        if not re.fullmatch(VARIANT_NAME, str(name)):
+            faults.append(f"{where} = {_show(changes)}: the name must match `{VARIANT_NAME}`")
+        own = _shared_keys(changes)
+        faults += [
+            f"{where}.{key} = {_show(value)}: the variants share this; a variant may change {', '.join(VARIED)}, "
+            f"except {' and '.join(SHARED)}"
+            for key, value in own.items()
+        ]
+        merged[str(name)] = _with_defaults(_laid_over(run, changes), schema)
+        if not own:
+            faults += [f"{where}.{line}" for line in _faults(merged[str(name)], schema)]
+    _refuse(faults)
+    return {
+        name: {key: value for key, value in _with_types(filled, schema).items() if key != "variants"}
+        for name, filled in merged.items()
+    }
+
+
+def _shared_keys(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a variant's changes those it may not make, by dotted name."""
+    shared = {}
+    for block, inside in changes.items():
+        if block not in VARIED:
+            shared[str(block)] = inside
+        elif isinstance(inside, Mapping):
+            shared |= {f"{block}.{key}": value for key, value in inside.items() if f"{block}.{key}" in SHARED}
+    return shared
+
+
+def _laid_over(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in changes.items():
+        below = result.get(key)
+        if isinstance(value, Mapping) and isinstance(below, Mapping):
+            value = _laid_over(below, value)
+        result[key] = value
+    return result
+
+
+def _faults(filled: Mapping[str, Any], schema: Schema) -> list[str]:
+    """One line for each fault of a configuration whose defaults are filled in."""
     validator = jsonschema.Draft202012Validator(schema)
     faults = [line for error in validator.iter_errors(filled) for line in _explain(error)]
-    faults += [
+    return faults + [
         f"{key} = {_show(value)}: must be finite"
         for key, value in leaves(filled)
         if any(isinstance(one, float) and not math.isfinite(one) for one in (value if type(value) is list else [value]))
     ]
+
+
+def _refuse(faults: list[str]) -> None:
     if faults:
         raise UserError("the configuration is not valid:\n" + "\n".join(f"  {line}" for line in sorted(faults)))
-    resolved = _with_types(filled, schema)
-    assert isinstance(resolved, dict)
-    return resolved
 
 
 def check_sources(overlay: Mapping[str, Any], schema: Schema) -> None:
@@ -113,14 +185,16 @@ def manual(schema: Schema) -> str:
         "| `config.yaml` | the default run: small, real, offline; a quarter of an hour on two CPU cores |",
         "| `study.yaml` | quality with enough examples to tell methods apart (`make study`) |",
         "| `bench.yaml` | latency and memory up to 4096 tokens (`make bench`) |",
+        "| `ablations/*.yaml` | variants of one configuration, compared by `snakemake ablation` |",
         "| `paper/*.yaml` | the paper's scale, for 8 GPUs; every key stated |",
         "",
         "<!-- The rest is generated from workflow/schemas/config.schema.yaml by `make config/README.md`. -->",
     ]
-    top = [(name, node) for name, node in schema["properties"].items() if node["type"] != "object"]
+    blocks = {name: node for name, node in schema["properties"].items() if node.get("properties")}
+    top = [(name, node) for name, node in schema["properties"].items() if name not in blocks]
     lines += ["", *_table(top)]
     for name, node in schema["properties"].items():
-        if node["type"] == "object":
+        if name in blocks:
             lines += ["", f"## `{name}`", "", node["description"], "", *_table(_flat(node, f"{name}."))]
     return "\n".join(lines) + "\n"
 
@@ -137,6 +211,8 @@ def _with_defaults(value: Any, node: Schema) -> Any:
 
 def _with_types(value: Any, node: Schema) -> Any:
     kind = node.get("type")
+    if kind == "object" and isinstance(node["additionalProperties"], Mapping):
+        return {str(name): copy.deepcopy(child) for name, child in value.items()}  # names of the user's own
     if kind == "object":
         # In the schema's order, whatever the order in the file.
         return {key: _with_types(value[key], child) for key, child in node["properties"].items()}

@@ -67,6 +67,15 @@ class StepLog:
         """Copies a file or a folder to the tracker now, under `folder` there (for example "checkpoints/step-20")."""
         self._tracked.artifact(path, folder)
 
+    def latest_artifacts(self, folder: str, count: int) -> None:
+        """Removes from the tracker's `folder` all but its last `count` entries, in the order of their names."""
+        self._tracked.latest_artifacts(folder, count)
+
+    @property
+    def run_id(self) -> str:
+        """Id of the tracked run; empty where the step is not tracked."""
+        return self._tracked.run_id
+
 
 @contextmanager
 def step(

@@ -13,7 +13,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -81,7 +81,8 @@ def open_run(name: str, wildcards: Mapping[str, Any], settings: str, output: Pat
     first two nor MLFLOW_TRACKING_URI set, the step was called by hand and is not tracked.
 
     name: the step. settings: its settings, JSON text: short values become parameters, the whole text the artifact
-    settings.json. output: what the step writes; the latest run that wrote it is the one this run supersedes.
+    settings.json. output: what the step writes; the latest run that wrote it is the one this run supersedes. A step
+    that writes below variants/NAME of its run's results belongs to that variant of an ablation, and is tagged with it.
 
     Raises UserError for a tracking URI that cannot work.
     """
@@ -109,7 +110,10 @@ def open_run(name: str, wildcards: Mapping[str, Any], settings: str, output: Pat
         }
         if "run_id" in facts:
             tags["mlflow.parentRunId"] = facts["run_id"]
-        label = " ".join([name, *(f"{key}={value}" for key, value in sorted(wildcards.items()))])
+        variant = _variant(output, tags["sdtp.run"])
+        tags |= variant
+        identity = sorted([*wildcards.items(), *((key.removeprefix("sdtp."), value) for key, value in variant.items())])
+        label = " ".join([name, *(f"{key}={value}" for key, value in identity)])
         store = Store(chosen, os.environ.get("SDTP_EXPERIMENT") or facts.get("experiment") or "sdtp")
         run = TrackedRun(store, store.create_run(label, output, tags))
         run.settings(settings)
@@ -173,6 +177,23 @@ class TrackedRun:
 
         self._attempt(f"logging {path}", send)
 
+    def latest_artifacts(self, folder: str, count: int) -> None:
+        """Removes all but the last `count` entries of an artifact folder, in the order of their names.
+
+        A store that cannot delete keeps them all, without a word: that is no failure of the run's.
+        """
+
+        def send(store: Store) -> None:
+            from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+            found = sorted(entry.path for entry in store.client.list_artifacts(self.run_id, folder))
+            repository = get_artifact_repository(store.client.get_run(self.run_id).info.artifact_uri)
+            with suppress(NotImplementedError):
+                for path in found[:-count]:
+                    repository.delete_artifacts(path)
+
+        self._attempt(f"removing old artifacts of {folder}", send)
+
     def close(self, status: str, device: str) -> None:
         """Sends what waits and ends the run; status: FINISHED, FAILED or KILLED; device: what the step computed on."""
         self._flush()
@@ -219,6 +240,15 @@ def _origin(facts: Mapping[str, Any]) -> dict[str, str]:
         "sdtp.version.python": platform.python_version(),
     }
     return tags | {f"sdtp.version.{package}": version(package) for package in ("sdtp", "torch", "transformers")}
+
+
+def _variant(output: Path, run: str) -> dict[str, str]:
+    """The tag of an output in a folder <run>/variants/<variant>/, no tag for any other."""
+    parts = output.parts
+    for at in range(len(parts) - 3):
+        if parts[at : at + 2] == (run, "variants"):
+            return {"sdtp.variant": parts[at + 2]}
+    return {}
 
 
 def _git() -> tuple[str, str]:

@@ -78,9 +78,10 @@ class _Rows:
     """
 
     def __init__(self, mask: torch.Tensor, rows: torch.Tensor, keys: int, window: int | None) -> None:
-        distance = rows[:, None] - torch.arange(keys, device=rows.device)
-        self.near = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-        self.own = distance == 0
+        # Comparisons, not distances: at 32K tokens a matrix of integers would take 8 GB.
+        own, keys_seen = rows[:, None], torch.arange(keys, device=rows.device)
+        self.near = own >= keys_seen if window is None else (own >= keys_seen) & (keys_seen > own - window)
+        self.own = own == keys_seen
         self.hidden = (mask[..., :keys] == 0) & self.near & ~self.own
 
     def probability(self, scores: torch.Tensor, sink: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -91,11 +91,19 @@ class Checkpoints:
 
 
 def snapshot(
-    module: torch.nn.Module, optimizer: torch.optim.Optimizer, rates: torch.optim.lr_scheduler.LRScheduler
+    module: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    rates: torch.optim.lr_scheduler.LRScheduler,
+    best: dict[str, torch.Tensor],
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Everything training goes on from besides its seed and step, as tensors and JSON values."""
+    """Everything training goes on from besides its seed and step, as tensors and JSON values.
+
+    No random generator is among it: every random number of a training is keyed by seed, epoch, example and stage.
+    `best` holds the weights of the best evaluation, by name; none where they are not asked for.
+    """
     saved = optimizer.state_dict()
     tensors = {f"module/{name}": value for name, value in module.state_dict().items()}
+    tensors |= {f"best/{name}": value for name, value in best.items()}
     for index, values in saved["state"].items():
         tensors |= {f"optimizer/{index}/{name}": value for name, value in values.items()}
     return tensors, {"groups": saved["param_groups"], "rates": rates.state_dict()}
@@ -107,20 +115,24 @@ def restore(
     rates: torch.optim.lr_scheduler.LRScheduler,
     tensors: dict[str, torch.Tensor],
     state: dict[str, Any],
-) -> None:
-    """The inverse of `snapshot`."""
+) -> dict[str, torch.Tensor]:
+    """The inverse of `snapshot`; returns `best`."""
     weights: dict[str, torch.Tensor] = {}
+    best: dict[str, torch.Tensor] = {}
     moments: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in tensors.items():
         kind, _, name = key.partition("/")
         if kind == "module":
             weights[name] = value
+        elif kind == "best":
+            best[name] = value
         else:
             index, _, name = name.partition("/")
             moments.setdefault(int(index), {})[name] = value
     module.load_state_dict(weights)
     optimizer.load_state_dict({"state": moments, "param_groups": state["groups"]})
     rates.load_state_dict(state["rates"])
+    return best
 
 
 def _sha256(path: Path) -> str:

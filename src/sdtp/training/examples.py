@@ -28,19 +28,20 @@ class Example:
     saliency: torch.Tensor
 
 
-def check_examples(examples: Iterable[Example], layers: Sequence[int], vocabulary: int) -> None:
+def check_examples(examples: Iterable[Example], layers: Sequence[int], vocabulary: int, progress: bool = True) -> None:
     """Refuse what would train on something else than meant, or fail far from its cause.
 
     Args:
         examples: each is read once.
         layers: the stages' decoder layers.
         vocabulary: number of token ids the model knows.
+        progress: whether to show it.
 
     Raises:
         UserError: naming the example: no token or one unknown to the model, saliency of other stages or another number
             of tokens, or saliency that is not finite.
     """
-    for example in tqdm(examples, desc="checking", unit="example", leave=False):
+    for example in tqdm(examples, desc="checking", unit="example", leave=False, disable=not progress):
         name = f"example {example.id!r}"
         for field, ids in (("prompt_ids", example.prompt_ids), ("response_ids", example.response_ids)):
             if ids.ndim != 1 or not len(ids):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn, optim
 from transformers import get_cosine_schedule_with_warmup
 
@@ -21,3 +22,19 @@ def adamw(module: nn.Module, learning_rate: float, updates: int) -> tuple[optim.
     """
     optimizer = optim.AdamW(module.parameters(), lr=learning_rate, weight_decay=_WEIGHT_DECAY)
     return optimizer, get_cosine_schedule_with_warmup(optimizer, max(1, updates // 10), updates)
+
+
+def flat_gradients(module: nn.Module) -> torch.Tensor:
+    """One vector of zeros that the gradients of all weights are views of: summed, sent and cleared as one.
+
+    Args:
+        module: all weights on one device, in one dtype; what gradients they had is dropped.
+
+    Returns:
+        [weights], in the order of `module.parameters()`. A backward pass adds to it.
+    """
+    parameters = list(module.parameters())
+    flat = parameters[0].new_zeros(sum(parameter.numel() for parameter in parameters))
+    for parameter, part in zip(parameters, flat.split([parameter.numel() for parameter in parameters]), strict=True):
+        parameter.grad = part.view_as(parameter)
+    return flat

@@ -5,29 +5,30 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import fmean
 
 import torch
 import transformers
-from accelerate import Accelerator
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from sdtp.errors import UserError
 from sdtp.pruning.schedule import PruningSchedule
 from sdtp.pruning.scorers import Learned
-from sdtp.training.agreement import stage_agreement
+from sdtp.training.backbone import is_sharded, running
 from sdtp.training.checkpoints import Checkpoints, restore, snapshot
 from sdtp.training.examples import Example, check_examples
+from sdtp.training.gradients import batch_gradient
+from sdtp.training.heldout import HeldOut, best_evaluation
 from sdtp.training.label_fit import fit_labels, stage_states
-from sdtp.training.objective import Weights, example_losses, masked_logits
-from sdtp.training.optimizer import GRADIENT_CLIP, adamw
+from sdtp.training.objective import Weights
+from sdtp.training.optimizer import GRADIENT_CLIP, adamw, flat_gradients
 from sdtp.training.policy import MaskingPolicy
-from sdtp.training.response import response_cross_entropy
-from sdtp.training.seeding import keyed_generator
+from sdtp.training.processes import Processes
+
+logger = logging.getLogger(__name__)
 
 Log = Callable[[dict[str, float], int, str], None]
 
@@ -42,13 +43,18 @@ class Options:
     Attributes:
         label_epochs: passes over stored states before the first step, on saliency alone (see `label_fit`); 0 for none.
         label_examples: the first so many examples take part in these; their states are held in memory.
-        steps: optimizer steps through the masked model.
-        batch_size: examples an optimizer step averages over; they run one by one.
+        steps: optimizer steps through the masked model, at most.
+        batch_size: examples an optimizer step averages over, on all processes together; each runs its share one by one.
         learning_rate: peak of the cosine schedule with linear warm-up.
         temperature: of the relaxed masks and their noise, see `MaskingPolicy`.
         weights: of the losses.
         evaluate_every, checkpoint_every: in optimizer steps.
+        patience: evaluations in a row without a lower held-out `kl` after which training stops; the scorer is then
+            that of the best evaluation. 0 never stops and keeps the last.
+        autocast: whether the model's matrix products run in bfloat16 whatever its dtype.
+        gradient_checkpointing: whether decoder layers recompute their activations in the backward pass.
         seed: keys the order of the examples and the noise.
+        sampler: how noise decides what stays, see `MaskingPolicy`.
     """
 
     label_epochs: int
@@ -60,7 +66,11 @@ class Options:
     weights: Weights
     evaluate_every: int
     checkpoint_every: int
+    patience: int
+    autocast: bool
+    gradient_checkpointing: bool
     seed: int
+    sampler: str = "gumbel_topk"
 
 
 def fit(
@@ -73,174 +83,211 @@ def fit(
     log: Log,
     checkpoints: Path | None = None,
     inputs: str = "",
-    on_checkpoint: Callable[[Path], None] | None = None,
+    on_checkpoint: Callable[[int], None] | None = None,
+    tracking_run: str = "",
 ) -> dict[str, float]:
     """Train the scorer in place; the model stays as it is.
 
     Every sample comes once an epoch, in an order that depends on (seed, epoch) alone. A run that was interrupted goes
     on from its newest checkpoint and, on the CPU, ends with the same bits as one that was not.
 
+    Called by each of several processes with the same arguments, each takes its share of every batch, and all end with
+    the same scorer; the main one alone logs and writes. See `Processes` and `backbone.shard`.
+
     Args:
         model: frozen causal LM in eval mode.
         scorer: initialised by the caller from a fixed seed.
         schedule: what pruning is trained for.
-        train, heldout: examples; held-out ones may be none.
+        train, heldout: examples; held-out ones may be none, without `patience`.
         options: see `Options`.
         log: `log(metrics, step, split)` with split "train" or "heldout", or "labels" where the step is an epoch; what a
             resumed run did before it was interrupted is logged again, so that the curve is whole.
-        checkpoints: folder of the resume state; None keeps none.
+        checkpoints: folder of the resume state, which all processes see; None keeps none.
         inputs: identifies the model, the examples with their labels, and the code; a checkpoint made with other inputs,
             settings, shapes or library versions is ignored.
-        on_checkpoint: called with the folder of every checkpoint once it is whole.
+        on_checkpoint: called with the step of every checkpoint once it is whole, while `scorer` is as it was saved.
+        tracking_run: id of the run that `log` reports to; checkpoints hold it, and a run that goes on from one says
+            whose work that was.
 
     Returns:
-        The last held-out metrics: `tau`, `overlap` and `ce` (see `evaluate`).
+        The held-out metrics of the scorer as it was left: `tau`, `overlap`, `ce` and `kl` (see `HeldOut.evaluate`).
 
     Raises:
-        UserError: nothing to train on; an example that `check_examples` refuses; a loss that is not finite, naming the
-            example and the stage; a gradient that is not finite, naming the example and the step; or what `evaluate`
-            raises.
+        UserError: nothing to train on, or no held-out examples to be patient with; an example that `check_examples`
+            refuses; a loss that is not finite, naming the example and the stage; a gradient that is not finite, naming
+            the example and the step; or what `HeldOut.evaluate` raises.
+        FailedElsewhereError: one of several processes failed, and this is not the main one, which raises the failure.
     """
     if not train:
         raise UserError("there is no training example: data.train.examples must be at least 1")
-    for examples in (train, heldout):
-        check_examples(examples, schedule.layers, model.config.get_text_config().vocab_size)
-    accelerator = Accelerator(
-        cpu=model.device.type == "cpu", mixed_precision="no", gradient_accumulation_steps=options.batch_size
-    )
-    # The states a scorer reads and its loss stay in float32 whatever the model's dtype, so weights do too.
-    module, optimizer, rates = accelerator.prepare(scorer, *adamw(scorer, options.learning_rate, options.steps))
-    policy = MaskingPolicy(schedule, module, options.temperature)
-
-    history: list[tuple[dict[str, float], int, str]] = []
-
-    def report(metrics: dict[str, float], step: int, split: str) -> None:
-        history.append((metrics, step, split))
-        log(metrics, step, split)
-
-    def save() -> None:
-        if store is not None:
-            tensors, state = snapshot(scorer, optimizer, rates)
-            saved = store.save(step, tensors, {**state, "history": history})
-            if on_checkpoint is not None:
-                on_checkpoint(saved)
-
-    store = None if checkpoints is None else Checkpoints(checkpoints, _fingerprint(options, schedule, scorer, inputs))
-    step = 0
-    if store is not None and (found := store.load()) is not None:
-        tensors, state = found
-        step = state["step"]
-        restore(scorer, optimizer, rates, tensors, state)
-        for metrics, at, split in state["history"]:
-            report(metrics, at, split)
-    else:
-        if store is not None:
-            store.clear()
-        _fit_labels(model, scorer, schedule, train, options, report)
-        if heldout:
-            report(evaluate(model, policy, heldout), 0, "heldout")
-        save()
-    progress = tqdm(initial=step, total=options.steps, desc="training", unit="step")
-    while step < options.steps:
-        sums: dict[str, float] = {}
-        for sample in range(step * options.batch_size, (step + 1) * options.batch_size):
-            epoch, index = divmod(sample, len(train))
-            example = train[epoch_order(options.seed, epoch, len(train))[index]]
-            with accelerator.accumulate(module):
-                losses = example_losses(model, policy, example, options.weights, (options.seed, epoch))
-                accelerator.backward(losses["loss"])
-                _check_gradient(module, example, step + 1)
-                if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(module.parameters(), GRADIENT_CLIP)
-                optimizer.step()
-                rates.step()
-                optimizer.zero_grad()
-            for name, loss in losses.items():
-                sums[name] = sums.get(name, 0.0) + loss.item() / options.batch_size
-        step += 1
-        report({**sums, "gradient_norm": float(norm), "learning_rate": rates.get_last_lr()[0]}, step, "train")
-        progress.update()
-        progress.set_postfix(loss=f"{sums['loss']:.3f}")
-        if heldout and (step % options.evaluate_every == 0 or step == options.steps):
-            report(evaluate(model, policy, heldout), step, "heldout")
-        if step % options.checkpoint_every == 0 or step == options.steps:
-            save()
-    progress.close()
-    return next((metrics for metrics, _, split in reversed(history) if split == "heldout"), {})
-
-
-def _fit_labels(
-    model: PreTrainedModel,
-    scorer: Learned,
-    schedule: PruningSchedule,
-    train: Sequence[Example],
-    options: Options,
-    report: Log,
-) -> None:
-    """The label epochs, if there are any and a loss that uses labels has a weight."""
-    weights = options.weights
-    if not options.label_epochs or not (weights.mse or weights.rank):
-        return
-    chosen = [train[index] for index in range(min(len(train), options.label_examples))]
-    progress = tqdm(chosen, desc="states for saliency", unit="example")
-    fit_labels(
-        scorer,
-        [stage_states(model, example.prompt_ids, schedule.layers) for example in progress],
-        chosen,
-        epochs=options.label_epochs,
-        learning_rate=options.learning_rate,
-        mse=weights.mse,
-        rank=weights.rank,
-        seed=options.seed,
-        log=lambda loss, epoch: report({"loss": loss}, epoch, "labels"),
-    )
-
-
-def epoch_order(seed: int, epoch: int, examples: int) -> list[int]:
-    """The order of the examples in one epoch: a permutation that depends on (seed, epoch) alone."""
-    return torch.randperm(examples, generator=keyed_generator(seed, epoch)).tolist()
-
-
-def _check_gradient(module: torch.nn.Module, example: Example, step: int) -> None:
-    # After each example: those before it in the batch were found finite, so the fault is this one's.
-    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    if not norm.isfinite():
-        raise UserError(f"the gradient of example {example.id!r} in step {step} has norm {norm}: training stopped")
-
-
-@torch.no_grad()
-def evaluate(model: PreTrainedModel, policy: MaskingPolicy, examples: Sequence[Example]) -> dict[str, float]:
-    """How a scorer does without noise.
-
-    Returns:
-        `tau`: Kendall rank correlation of scores and saliency over the tokens a stage decides on, mean over stages;
-        `overlap`: the share of a stage's free choices that saliency would have made too; both the mean over the
-        examples whose prompt leaves a stage a choice. `ce`: cross-entropy of the response under pruning, nats a token,
-        the mean over all examples.
-
-    Raises:
-        UserError: no prompt leaves a stage a choice, so that there is nothing to agree on.
-    """
-    ces, taus, overlaps = [], [], []
-    for example in tqdm(examples, desc="held-out", unit="example", leave=False):
-        logits, trace = masked_logits(model, policy, example, None)
-        ces.append(response_cross_entropy(logits, example.response_ids).item())
-        tau, overlap = stage_agreement(trace, example.saliency)
-        if not math.isnan(tau):
-            taus.append(tau)
-            overlaps.append(overlap)
-    if not taus:
-        longest = max(len(example.prompt_ids) for example in examples)
+    if options.patience and not heldout:
         raise UserError(
-            f"no stage has a choice in any of the {len(examples)} held-out prompts, the longest of {longest} tokens: "
-            "longer ones are accepted, or fewer protected tokens (pruning.sinks, pruning.local, pruning.min_local)"
+            f"training.patience is {options.patience}, but there is no held-out example: data.train.heldout of at "
+            "least 1, or a patience of 0, is accepted"
         )
-    return {"tau": fmean(taus), "overlap": fmean(overlaps), "ce": fmean(ces)}
+    processes = Processes(cpu=model.device.type == "cpu")
+    with processes.together():
+        vocabulary = model.config.get_text_config().vocab_size
+        for examples in (train, heldout):
+            check_examples(examples, schedule.layers, vocabulary, progress=processes.main)
+    store = None if checkpoints is None else Checkpoints(checkpoints, _fingerprint(options, schedule, scorer, inputs))
+    with running(model, schedule.layers[0], autocast=options.autocast, recompute=options.gradient_checkpointing):
+        training = _Training(model, scorer, schedule, train, heldout, options, log, processes)
+        return training.run(store, on_checkpoint, tracking_run)
+
+
+class _Training:
+    """One training under way: what `fit` was given, and how far it has come."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        scorer: Learned,
+        schedule: PruningSchedule,
+        train: Sequence[Example],
+        heldout: Sequence[Example],
+        options: Options,
+        log: Log,
+        processes: Processes,
+    ) -> None:
+        self.model, self.scorer, self.train, self.options = model, scorer, train, options
+        self.processes, self.lockstep = processes, is_sharded(model)
+        # The states a scorer reads and its loss stay in float32 whatever the model's dtype, so weights do too.
+        self.optimizer, self.rates = adamw(scorer, options.learning_rate, options.steps)
+        self.policy = MaskingPolicy(schedule, scorer, options.temperature, options.sampler)
+        self.heldout = HeldOut(model, heldout, processes, self.lockstep) if heldout else None
+        self._log = log
+        self.step = 0
+        self.history: list[tuple[dict[str, float], int, str]] = []
+        self.best: dict[str, torch.Tensor] = {}
+
+    def run(
+        self, store: Checkpoints | None, on_checkpoint: Callable[[int], None] | None, tracking_run: str
+    ) -> dict[str, float]:
+        """See `fit`."""
+        options = self.options
+
+        def save() -> None:
+            if store is None:
+                return
+            with self.processes.together():
+                if self.processes.main:
+                    tensors, state = snapshot(self.scorer, self.optimizer, self.rates, self.best)
+                    store.save(self.step, tensors, {**state, "history": self.history, "tracking_run": tracking_run})
+                    if on_checkpoint is not None:
+                        on_checkpoint(self.step)
+
+        if not self._resume(store):
+            self._fit_labels()
+            self._evaluate()
+            save()
+        gradients = flat_gradients(self.scorer)
+        progress = tqdm(
+            initial=self.step, total=options.steps, desc="training", unit="step", disable=not self.processes.main
+        )
+        while self.step < options.steps and not self._out_of_patience():
+            losses = batch_gradient(
+                gradients, self.model, self.policy, self.train, options.weights,
+                step=self.step, batch_size=options.batch_size, seed=options.seed, processes=self.processes,
+            )  # fmt: skip
+            norm = torch.nn.utils.clip_grad_norm_(self.scorer.parameters(), GRADIENT_CLIP)
+            self.optimizer.step()
+            self.rates.step()
+            self.step += 1
+            rate = float(self.rates.get_last_lr()[0])
+            self._report({**losses, "gradient_norm": float(norm), "learning_rate": rate}, "train")
+            progress.update()
+            progress.set_postfix(loss=f"{losses['loss']:.3f}")
+            if self.step % options.evaluate_every == 0 or self.step == options.steps:
+                self._evaluate()
+            if self.step % options.checkpoint_every == 0 or self.step == options.steps or self._out_of_patience():
+                save()
+        progress.close()
+        evaluations = {step: metrics for metrics, step, split in self.history if split == "heldout"}
+        kept, _ = best_evaluation(self.history)
+        if kept is None:
+            return {}
+        if not options.patience:
+            return evaluations[max(evaluations)]
+        logger.info("keeping the scorer of step %d, the best of %d evaluations", kept, len(evaluations))
+        self.scorer.load_state_dict(self.best)
+        return evaluations[kept]
+
+    def _resume(self, store: Checkpoints | None) -> bool:
+        """Go on from the newest checkpoint, if there is one; else make sure that none is left."""
+        if store is None:
+            return False
+        with self.processes.together():
+            found = store.load() if self.processes.main else None
+        found = self.processes.from_main(found)
+        if found is None:
+            with self.processes.together():
+                if self.processes.main:
+                    store.clear()
+            return False
+        tensors, state = found
+        self.best = restore(self.scorer, self.optimizer, self.rates, tensors, state)
+        for metrics, step, split in state["history"]:
+            self.step = step
+            self._report(metrics, split)
+        self.step = state["step"]
+        logger.info("going on from step %d, reached by tracking run %s", self.step, state["tracking_run"] or "(none)")
+        return True
+
+    def _report(self, metrics: dict[str, float], split: str) -> None:
+        self.history.append((metrics, self.step, split))
+        if self.processes.main:
+            self._log(metrics, self.step, split)
+
+    def _evaluate(self) -> None:
+        if self.heldout is None:
+            return
+        self._report(self.heldout.evaluate(self.policy), "heldout")
+        if self.options.patience and best_evaluation(self.history)[0] == self.step:
+            self.best = {name: value.detach().clone() for name, value in self.scorer.state_dict().items()}
+
+    def _out_of_patience(self) -> bool:
+        return 0 < self.options.patience <= best_evaluation(self.history)[1]
+
+    def _fit_labels(self) -> None:
+        """The label epochs, if there are any and a loss that uses labels has a weight."""
+        options, weights = self.options, self.options.weights
+        if not options.label_epochs or not (weights.mse or weights.rank):
+            return
+        chosen = [self.train[index] for index in range(min(len(self.train), options.label_examples))]
+        layers = self.policy.schedule.layers
+        states = {}
+        with self.processes.together(self.lockstep):
+            turns = self.processes.share(len(chosen), self.lockstep)
+            for index, counts in tqdm(
+                turns, desc="states for saliency", unit="example", disable=not self.processes.main
+            ):
+                found = stage_states(self.model, chosen[index].prompt_ids, layers)
+                if counts:
+                    states[index] = found
+
+        def report(loss: float, epoch: int) -> None:
+            self.step = epoch
+            self._report({"loss": loss}, "labels")
+
+        fit_labels(
+            self.scorer,
+            states,
+            chosen,
+            epochs=options.label_epochs,
+            learning_rate=options.learning_rate,
+            mse=weights.mse,
+            rank=weights.rank,
+            seed=options.seed,
+            log=report,
+            processes=self.processes,
+        )
+        self.step = 0
 
 
 def _fingerprint(options: Options, schedule: PruningSchedule, scorer: Learned, inputs: str) -> str:
-    # How often to evaluate and checkpoint changes the history's rows, hence counts as well.
+    # How often to evaluate and checkpoint changes the history's rows, hence counts as well. How many processes take
+    # part does not: they share the work, and a resumed run may have others.
     described = {
         "options": dataclasses.asdict(options),
         "schedule": schedule.to_dict(),

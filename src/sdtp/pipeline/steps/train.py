@@ -1,9 +1,12 @@
 """Fits the token scorers on the frozen model and saves the pruner."""
 
 import argparse
+import contextlib
 import csv
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from datasets import Dataset
@@ -13,16 +16,23 @@ from sdtp.pipeline.config import Settings
 from sdtp.pipeline.data import load_split, split_hash
 from sdtp.pipeline.devices import choose_device
 from sdtp.pipeline.files import atomic_folder, canonical_json, sha256_file, write_atomically
-from sdtp.pipeline.models import load_model
+from sdtp.pipeline.launch import end_with_launcher, launch, launched
+from sdtp.pipeline.learned import build_scorer
+from sdtp.pipeline.models import choose_dtype, load_model
 from sdtp.pipeline.schedules import build_schedule
 from sdtp.pipeline.shards import SPLITS, Labels, metadata
-from sdtp.pipeline.step import step
+from sdtp.pipeline.step import StepLog, step
+from sdtp.pipeline.tracking import TrackedRun
 from sdtp.pruning import store
 from sdtp.pruning.fingerprint import fingerprint
-from sdtp.pruning.scorers import Learned
+from sdtp.training.backbone import shard
 from sdtp.training.examples import Example
 from sdtp.training.objective import Weights
+from sdtp.training.processes import FailedElsewhereError, Processes
 from sdtp.training.trainer import Options, fit
+
+# Where the tracker has the pruners of the last few checkpoints, each a folder that TokenPruner.from_pretrained takes.
+_TRACKED, _TRACKED_COUNT = "checkpoints", 3
 
 
 class Examples(Sequence[Example]):
@@ -50,15 +60,43 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--saliency", required=True, type=Path, metavar="FILE", help="index of the saliency shards")
     parser.add_argument("--checkpoints", required=True, type=Path, metavar="DIR", help="where a killed run resumes")
     parser.add_argument("--code", required=True, metavar="HASH", help="of the code; no other code's run is resumed")
+    parser.add_argument(
+        "--processes", type=int, default=1, metavar="N", help="most processes to train as, one a GPU that can be seen"
+    )
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="pruner folder to write")
     parser.add_argument("--history", required=True, type=Path, metavar="CSV", help="learning curves to write")
     parser.add_argument("--metrics", required=True, type=Path, metavar="FILE", help="metrics to write")
     args = parser.parse_args(argv)
+    processes = min(args.processes, torch.cuda.device_count())
+    if processes > 1 and not launched():
+        launch(processes, sys.argv[1:])
+        return
+    if launched():
+        end_with_launcher()
+    # Before anything is put on a GPU: it makes this process's the current one.
+    group = Processes(cpu=choose_device().type == "cpu")
+    with contextlib.suppress(FailedElsewhereError):  # the main process says what failed, and fails
+        if group.main:
+            outputs = [args.output, args.history]
+            wildcards = {"keep_ratio": Settings.from_json(args.settings).training.keep_ratio}
+            with step("train", args, outputs=outputs, wildcards=wildcards) as log:
+                _train(args, group, log)
+        else:
+            _train(args, group, StepLog(TrackedRun(None, "")))
+
+
+def _train(args: argparse.Namespace, group: Processes, log: StepLog) -> None:
+    """What every process does; the main one alone writes."""
     settings = Settings.from_json(args.settings)
     training = settings.training
-    weights = Weights(ce=training.weights.ce, mse=training.weights.mse, rank=training.weights.rank)
-    with step("train", args, outputs=[args.output, args.history], wildcards={"keep_ratio": training.keep_ratio}) as log:
-        model = load_model(args.model, settings.model.dtype, settings.model.attention, choose_device())
+    with group.together():
+        weights = Weights(
+            ce=training.weights.ce, mse=training.weights.mse, rank=training.weights.rank, kl=training.weights.kl
+        )
+        dtype = str(choose_dtype(settings.model.dtype, group.device)).removeprefix("torch.")
+        # A model to be sharded goes to the GPU layer by layer, since there it need not fit.
+        device = torch.device("cpu") if training.shard_model else group.device
+        model = load_model(args.model, dtype, settings.model.attention, device)
         schedule = build_schedule(settings.pruning, model.config.num_hidden_layers, training.keep_ratio)
         labels = Labels(args.saliency)
         made_of = labels.description
@@ -68,46 +106,62 @@ def main(argv: list[str]) -> None:
                 raise UserError(f"{args.saliency}: {key} is {made_of[key]}, but {value} is needed here")
         for split in SPLITS:
             log.dataset(split, args.data / split, split_hash(args.data, split))
+        examples = {split: Examples(load_split(args.data, split), labels) for split in SPLITS}
+        trained_for = fingerprint(model)
+    if training.shard_model:
+        shard(model, group)
+    scorer = build_scorer(training, model, schedule, settings.seed).to(group.device)
+    history: list[tuple[int, str, str, float]] = []
 
-        torch.manual_seed(settings.seed)
-        scorer = Learned(model.config.hidden_size, schedule.stages, training.width).to(model.device)
-        history: list[tuple[int, str, str, float]] = []
+    def record(metrics: dict[str, float], at: int, split: str) -> None:
+        if split != "labels":  # whose steps are epochs: another axis
+            history.extend((at, split, name, value) for name, value in metrics.items())
+        log.metrics({f"{split}/{name}": value for name, value in metrics.items()}, step=at)
 
-        def record(metrics: dict[str, float], at: int, split: str) -> None:
-            if split != "labels":  # whose steps are epochs: another axis
-                history.extend((at, split, name, value) for name, value in metrics.items())
-            log.metrics({f"{split}/{name}": value for name, value in metrics.items()}, step=at)
+    def keep(at: int) -> None:
+        with TemporaryDirectory() as folder:
+            pruner = Path(folder, f"step-{at:08d}")
+            store.save(pruner, schedule, scorer, trained_for)
+            log.artifact(pruner, _TRACKED)
+        log.latest_artifacts(_TRACKED, _TRACKED_COUNT)
 
-        final = fit(
-            model,
-            scorer,
-            schedule,
-            Examples(load_split(args.data, "train"), labels),
-            Examples(load_split(args.data, "heldout"), labels),
-            Options(
-                label_epochs=training.label_epochs,
-                label_examples=training.label_examples,
-                steps=training.steps,
-                batch_size=training.batch_size,
-                learning_rate=training.learning_rate,
-                temperature=training.temperature,
-                weights=weights,
-                evaluate_every=training.evaluate_every,
-                checkpoint_every=training.checkpoint_every,
-                seed=settings.seed,
-            ),
-            record,
-            checkpoints=args.checkpoints,
-            # The index holds the hashes of the labels, and of the model and data they were made from.
-            inputs=canonical_json([args.code, sha256_file(args.saliency), str(model.dtype), settings.model.attention]),
-            on_checkpoint=lambda folder: log.artifact(folder, "checkpoints"),
-        )
-        with atomic_folder(args.output) as temporary:
-            store.save(temporary, schedule, scorer.cpu(), fingerprint(model))
-        with write_atomically(args.history) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(("step", "split", "metric", "value"))
-            writer.writerows(history)
-        log.metrics({f"heldout_{name}": value for name, value in final.items()})
-        log.artifact(args.output)
-        log.artifact(args.history)
+    final = fit(
+        model,
+        scorer,
+        schedule,
+        examples["train"],
+        examples["heldout"],
+        Options(
+            label_epochs=training.label_epochs,
+            label_examples=training.label_examples,
+            steps=training.steps,
+            batch_size=training.batch_size,
+            learning_rate=training.learning_rate,
+            temperature=training.temperature,
+            sampler=training.sampler,
+            weights=weights,
+            evaluate_every=training.evaluate_every,
+            checkpoint_every=training.checkpoint_every,
+            patience=training.patience,
+            autocast=training.autocast,
+            gradient_checkpointing=training.gradient_checkpointing,
+            seed=settings.seed,
+        ),
+        record,
+        checkpoints=args.checkpoints,
+        # The index holds the hashes of the labels, and of the model and data they were made from.
+        inputs=canonical_json([args.code, sha256_file(args.saliency), str(model.dtype), settings.model.attention]),
+        on_checkpoint=keep,
+        tracking_run=log.run_id,
+    )
+    if not group.main:
+        return
+    with atomic_folder(args.output) as temporary:
+        store.save(temporary, schedule, scorer.cpu(), trained_for)
+    with write_atomically(args.history) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("step", "split", "metric", "value"))
+        writer.writerows(history)
+    log.metrics({f"heldout_{name}": value for name, value in final.items()})
+    log.artifact(args.output)
+    log.artifact(args.history)

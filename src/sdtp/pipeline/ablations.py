@@ -1,0 +1,154 @@
+"""The table of an ablation: the pruners that variants of one configuration lead to, compared on the same examples."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from sdtp.evaluation.stats import paired_difference
+from sdtp.pipeline.formats import NOTHING, number, signed
+from sdtp.pipeline.results import LOWER_IS_BETTER, smoke, verdict
+from sdtp.pipeline.tables import Cells, quality_cells, quality_table
+
+ABLATION_COLUMNS = [
+    "task", "metric", "method", "variant", "keep_ratio", "value", "ci_low", "ci_high", "n", "retained",
+    "minus_first", "first_low", "first_high", "baseline", "minus_baseline", "baseline_low", "baseline_high",
+    "kept_share",
+]  # fmt: skip
+# The oracle reads the response: it is a limit of what the labels can give, and no method to choose.
+NOT_BASELINES = frozenset({"unpruned", "oracle"})
+
+# (task, method or `arm` of a variant, keep ratio)
+Arm = tuple[str, str, float]
+
+
+def arm(variant: str) -> str:
+    """What stands for a variant's pruner among the methods; no method has a colon in its name."""
+    return f"sdtp:{variant}"
+
+
+def ablation_table(
+    references: Sequence[Mapping[str, Any]], variants: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> pd.DataFrame:
+    """One row per task, metric, variant and keep ratio, after those of the methods they are compared with.
+
+    A row of a variant has method `sdtp` and the variant's name; a row of another method has an empty one. `minus_first`
+    is the row's mean minus that of the first variant, `minus_baseline` minus that of `baseline`: at each keep ratio the
+    best of the methods that prune without a pruner of their own and without the response. Both are means of differences
+    on the same examples, with 95% intervals; a row is not compared with itself, nor the unpruned model with either.
+    `kept_share` is the mean share of the prompt's tokens that the last stage leaves.
+
+    Args:
+        references: evaluation rows of the unpruned model and of the methods.
+        variants: evaluation rows of each variant's pruner, the first variant first.
+
+    Raises:
+        UserError: a method or a variant was evaluated on other examples than the unpruned model.
+    """
+    own = [{**row, "method": arm(name)} for name, rows in variants.items() for row in rows]
+    rows = [*references, *own]
+    cells = quality_cells(rows)
+    kept = _kept_shares(rows)
+    first = arm(next(iter(variants)))
+    table = []
+    for row in quality_table(cells).to_dict("records"):
+        method, ratio = row["method"], row["keep_ratio"]
+        panel = row["task"], row["metric"]
+        best = None if method == "unpruned" else _best_baseline(cells, *panel, ratio)
+        name, _, variant = method.partition(":")
+        table.append(
+            row
+            | {
+                "method": name,
+                "variant": variant,
+                "baseline": best or "",
+                "kept_share": kept[row["task"], method, ratio],
+            }
+            | _minus(cells, panel, method, None if method == "unpruned" else first, ratio, "minus_first", "first")
+            | _minus(cells, panel, method, best, ratio, "minus_baseline", "baseline")
+        )
+    return pd.DataFrame(table, columns=ABLATION_COLUMNS)
+
+
+def _kept_shares(rows: Iterable[Mapping[str, Any]]) -> dict[Arm, float]:
+    shares: dict[Arm, list[float]] = {}
+    for row in rows:
+        shares.setdefault((row["task"], row["method"], row["keep_ratio"]), []).append(
+            row["kept_tokens"] / row["prompt_tokens"]
+        )
+    return {cell: math.fsum(values) / len(values) for cell, values in shares.items()}
+
+
+def _best_baseline(cells: Cells, task: str, metric: str, ratio: float) -> str | None:
+    """The baseline with the best mean in a cell's panel at its ratio, the first of equals; None where there is none."""
+    means = {
+        cell[2]: math.fsum(examples.values()) / len(examples)
+        for cell, examples in cells.items()
+        if cell[:2] == (task, metric) and cell[3] == ratio and cell[2] not in NOT_BASELINES and ":" not in cell[2]
+    }
+    if not means:
+        return None
+    choose = min if metric in LOWER_IS_BETTER else max
+    return choose(means, key=lambda method: means[method])
+
+
+def _minus(
+    cells: Cells, panel: tuple[str, str], method: str, other: str | None, ratio: float, mean: str, bounds: str
+) -> dict[str, float]:
+    """The columns of one paired difference; empty where there is nothing to compare."""
+    if other is None or other == method:
+        return dict.fromkeys((mean, f"{bounds}_low", f"{bounds}_high"), math.nan)
+    task, metric = panel
+    mine, others = cells[task, metric, method, ratio], cells[task, metric, other, ratio]
+    pair = paired_difference([mine[id_] for id_ in others], list(others.values()))
+    return {mean: pair.mean, f"{bounds}_low": pair.low, f"{bounds}_high": pair.high}
+
+
+def markdown(table: pd.DataFrame, run: str) -> str:
+    """The table as a page to read: a section per task, metric and keep ratio, with what the differences show.
+
+    Args:
+        table: as `ablation_table` gives it.
+        run: name of the run, for the title.
+    """
+    first = table.loc[table["variant"] != "", "variant"].iloc[0]
+    lines = [
+        f"# Variants of run {run}",
+        "",
+        "Means over the test examples, differences on the same examples, each with a 95% interval; better or worse is",
+        "said where the interval of the difference leaves out 0. `kept` is the share of the prompt that the last stage",
+        "leaves.",
+    ]
+    ratios = table.loc[table["method"] != "unpruned", "keep_ratio"].unique()
+    for (task, metric), panel in table.groupby(["task", "metric"], sort=False):
+        for ratio in ratios:
+            rows = panel[(panel["method"] == "unpruned") | (panel["keep_ratio"] == ratio)].to_dict("records")
+            best = next((row["baseline"] for row in rows if row["baseline"]), "")
+            better = "lower" if metric in LOWER_IS_BETTER else "higher"
+            lines += [
+                "",
+                f"## {task}: {metric} ({better} is better), keep ratio {ratio:g}, {smoke(int(panel['n'].min()))}",
+                "",
+                f"| | {metric} | minus {first} | minus {best or 'the best baseline'} | kept |",
+                "|---|---|---|---|---|",
+                *(_line(row) for row in rows),
+            ]
+    return "\n".join(lines) + "\n"
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    name = f"**{row['variant']}**" if row["variant"] else row["method"]
+    value = f"{number(row['value'])} [{number(row['ci_low'])}, {number(row['ci_high'])}]"
+    fields = [name, value, _shown(row, "minus_first", "first"), _shown(row, "minus_baseline", "baseline")]
+    return f"| {' | '.join(fields)} | {row['kept_share']:.0%} |"
+
+
+def _shown(row: Mapping[str, Any], mean: str, bounds: str) -> str:
+    """A difference with its interval, and what it shows; a dash where nothing was compared."""
+    if math.isnan(row[mean]):
+        return NOTHING
+    low, high = row[f"{bounds}_low"], row[f"{bounds}_high"]
+    shown = verdict({"metric": row["metric"], "ci_low": low, "ci_high": high})
+    text = f"{signed(row[mean])} [{signed(low)}, {signed(high)}]"
+    return text if shown == "no difference shown" else f"{text} {shown}"

@@ -1,0 +1,129 @@
+"""The train step as two processes, as the rule starts it where there are GPUs; here on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sdtp.pipeline.steps import train
+from tests.pipeline.saliency_run import index_of, make_run, shard
+from tests.pipeline.test_training_steps import TRAIN
+from tests.training.several import make_model
+
+# What `sdtp train` does with two GPUs: it becomes the launcher of its own command line.
+LAUNCHER = """
+import sys
+from sdtp import cli
+from sdtp.pipeline import launch
+from sdtp.pipeline.steps import train
+def main(argv):
+    train.torch.cuda.device_count = lambda: 2
+    step(argv)
+step, train.main = train.main, main
+sys.exit(cli.main())
+"""
+TWO = {**TRAIN, "training": {**TRAIN["training"], "steps": 3, "batch_size": 3, "label_epochs": 2}}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Model, data and labels."""
+    folder = tmp_path_factory.mktemp("inputs")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("MLFLOW_TRACKING_URI", "SDTP_TRACKING_URI", "SDTP_PARENT_RUN_FILE"):
+            patch.delenv(name, raising=False)
+        make_run(folder, make_model(), [20 + number for number in range(5)])
+        index_of(folder, [shard(folder, 0), shard(folder, 1)])
+    return folder
+
+
+def arguments(inputs: Path, run: Path, settings: dict = TWO) -> list[str]:
+    read = ["--model", inputs / "model", "--data", inputs / "data", "--saliency", inputs / "saliency" / "index.json"]
+    write = ["--output", run / "pruner", "--history", run / "history.csv", "--metrics", run / "metrics.json"]
+    options = ["--settings", json.dumps(settings), "--code", "c" * 64, "--checkpoints", run / "checkpoints"]
+    return [str(part) for part in [*options, *read, *write]]
+
+
+def start(
+    inputs: Path, run: Path, processes: int = 2, settings: dict = TWO, path: str = ""
+) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW", "SDTP"))}
+    environment |= {"OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": ""}
+    environment["PYTHONPATH"] = os.pathsep.join([path, os.environ.get("PYTHONPATH", "")])
+    command = ["--log", str(run / "train.log"), "train", "--processes", str(processes)]
+    return subprocess.run(
+        [sys.executable, "-c", LAUNCHER, *command, *arguments(inputs, run, settings)],
+        env=environment, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_processes_write_one_pruner_that_is_one_processs(inputs: Path, tmp_path: Path) -> None:
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    for folder in (alone, both):
+        folder.mkdir()
+    train.main(arguments(inputs, alone))
+    done = start(inputs, both)
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected, found = (load_file(folder / "pruner" / "pruner.safetensors") for folder in (alone, both))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+    rows = [
+        [line.split(",") for line in (folder / "history.csv").read_text().splitlines()[1:]] for folder in (alone, both)
+    ]
+    assert [row[:3] for row in rows[0]] == [row[:3] for row in rows[1]]
+    for (*_, name, value), (*_, other) in zip(*rows, strict=True):
+        assert float(other) == pytest.approx(float(value), rel=1e-4 if name == "gradient_norm" else 1e-5)
+    log = (both / "train.log").read_text().splitlines()
+    assert sum(line.startswith("sdtp ") for line in log) == 1  # the main process's; the others say nothing
+    assert sum("train: done in" in line for line in log) == 2  # the main process, and what launched it
+    assert json.loads((both / "metrics.json").read_text())["heldout_kl"] > 0
+
+
+@pytest.mark.slow
+def test_a_failure_is_told_once(inputs: Path, tmp_path: Path) -> None:
+    settings = {**TWO, "pruning": {**TWO["pruning"], "start": 2}}
+    done = start(inputs, tmp_path, settings=settings)
+    assert done.returncode == 1
+    assert done.stderr.count("error: ") == 1
+    assert "layers is [1, 3], but [2] is needed here" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "train.log").read_text().count("error: ") == 1
+    assert not (tmp_path / "pruner").exists()
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_ends_all_with_one_message(inputs: Path, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal\n"
+        "if os.environ.get('LOCAL_RANK') == '1':\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )  # fmt: skip
+    done = start(inputs, tmp_path, path=str(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr.count("error: ") == 1
+    assert "error: process 1 of 2 was ended by SIGKILL, and the others with it" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the Linux kernel")
+def test_a_launched_process_ends_with_what_launched_it() -> None:
+    child = (
+        "import signal; from sdtp.pipeline.launch import end_with_launcher; end_with_launcher();"
+        "print('ready', flush=True); signal.pause()"
+    )
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout is not None
+        assert launcher.stdout.readline() == "ready\n"
+        launcher.send_signal(signal.SIGKILL)
+        # The child holds the other end of the pipe: nothing more comes once it has ended.
+        assert launcher.stdout.read() == ""
