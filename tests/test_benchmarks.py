@@ -145,12 +145,13 @@ class TestCommand:
 
     def test_bounds_and_bytes_are_those_of_the_schedule(self, run: Run, gpu: ModuleType) -> None:
         config = gpu.CONFIGS["tiny"]()
+        scorer = Learned(config.hidden_size, 2, width=128)
         for (tokens, ratio), row in run.rows.items():
             whole, schedule = flops.prefill(config, tokens), None
             if ratio is not None:
                 schedule = PruningSchedule.geometric(8, start=4, step=3, ratio=ratio)
                 assert json.loads(json.dumps(schedule.to_dict())) in run.result["schedules"]
-                pruned = flops.prefill(config, tokens, schedule, 128)
+                pruned = flops.prefill(config, tokens, schedule, scorer)
                 assert row["flop_bound"] == pytest.approx(whole / pruned)
                 assert row["prefill_tflop"] == pytest.approx(pruned / 1e12)
                 scored = tokens + schedule.surviving(tokens)[0]
@@ -364,11 +365,11 @@ class TestBudget:
         one = measure.Measured(64, [], dict.fromkeys(measure.arms_of([0.9]), seen), {}, [])
         known = dict.fromkeys(one.samples, one)
         assert measure.predicted_seconds(bench, 64, [0.9], known) == pytest.approx(3 * 4 * 7.0)
-        config, schedule = bench.model.config, bench.pruners[0.9].schedule
+        config, pruner = bench.model.config, bench.pruners[0.9]
         weights = 4 * (bench.model.num_parameters() - 128 * 32)
         expected = 0.0
-        for plan, width in ((None, 0), *[(schedule, 128)] * 3):
-            operations = [flops.prefill(config, n, plan, width) for n in (128, 64)]
+        for plan, scorer in ((None, None), *[(pruner.schedule, pruner.scorer)] * 3):
+            operations = [flops.prefill(config, n, plan, scorer) for n in (128, 64)]
             read = [weights + flops.cache_bytes(config, n, plan, 4) for n in (128, 64)]
             expected += 2.0 * operations[0] / operations[1] + 5.0 * read[0] / read[1]
         assert measure.predicted_seconds(bench, 128, [0.9], known) == pytest.approx(3 * expected)

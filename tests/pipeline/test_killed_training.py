@@ -36,7 +36,7 @@ def arguments(inputs: Path, run: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def killed(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
     """A folder with the inputs, `whole`, what a training makes of them that nobody kills, and those that were killed.
 
     All report to one database.

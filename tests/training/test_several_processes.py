@@ -27,7 +27,7 @@ def launch(*command, processes=2):
 
 
 @pytest.fixture(scope="module")
-def several(tmp_path_factory):
+def several(tmp_path_factory, one_thread):
     """By rank and scenario what two processes found."""
     folder = tmp_path_factory.mktemp("ranks")
     done = launch(os.path.join(REPOSITORY, "tests", "training", "several.py"), folder, *SCENARIOS)
