@@ -19,6 +19,17 @@ TURNS = (
 )
 
 
+# What tells a step where it reports to.
+TRACKING = ("MLFLOW_TRACKING_URI", "SDTP_TRACKING_URI", "SDTP_PARENT_RUN_FILE")
+
+
+@pytest.fixture
+def no_tracking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps report to nobody, whatever the environment says."""
+    for name in TRACKING:
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.fixture(scope="session")
 def make_tokenizer() -> Callable[..., PreTrainedTokenizerBase]:
     """Factory: `make_tokenizer(adds_bos=False, template=None)`; a template `TURNS` prints no BOS, "[bos]" + it does."""

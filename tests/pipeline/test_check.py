@@ -12,18 +12,14 @@ from sdtp.errors import UserError
 from sdtp.pipeline.config import Settings
 from sdtp.pipeline.steps import check
 
+pytestmark = pytest.mark.usefixtures("no_tracking")
+
 SETTINGS = {
     "data": {"max_tokens": 384},
     "pruning": {"start": 4, "step": 3},
     "generation": {"max_new_tokens": 32},
     "benchmark": {"prompt_tokens": [512, 1024], "new_tokens": 16},
 }
-
-
-@pytest.fixture(autouse=True)
-def no_tracking(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MLFLOW_TRACKING_URI", "SDTP_TRACKING_URI", "SDTP_PARENT_RUN_FILE"):
-        monkeypatch.delenv(name, raising=False)
 
 
 def changed(block: str, **values: Any) -> Settings:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from sdtp.pipeline.steps import train
 from sdtp.pruning.pruner import TokenPruner
+from tests.pipeline.conftest import TRACKING
 from tests.pipeline.killed_training import PHASES
 from tests.pipeline.saliency_run import index_of, make_run, shard
 from tests.pipeline.test_training_steps import TRAIN
@@ -43,7 +44,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
     """
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("MLFLOW_TRACKING_URI", "SDTP_TRACKING_URI", "SDTP_PARENT_RUN_FILE"):
+        for name in TRACKING:
             patch.delenv(name, raising=False)
         make_run(folder, make_model(), [20 + number for number in range(5)])
         index_of(folder, [shard(folder, 0), shard(folder, 1)])

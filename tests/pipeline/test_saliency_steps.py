@@ -33,6 +33,8 @@ from tests.pipeline.saliency_run import (
     shard_arguments,
 )
 
+pytestmark = pytest.mark.usefixtures("no_tracking")
+
 ROOT = Path(__file__).parents[2]
 MADE_OF = {
     "reduction": "signed",
@@ -41,12 +43,6 @@ MADE_OF = {
     "model_sha256": "m" * 64,
     "data_sha256": "d" * 64,
 }
-
-
-@pytest.fixture(autouse=True)
-def no_tracking(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MLFLOW_TRACKING_URI", "SDTP_TRACKING_URI", "SDTP_PARENT_RUN_FILE"):
-        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture

@@ -14,6 +14,8 @@ import pytest
 from sdtp.errors import UserError
 from sdtp.pipeline.step import step
 
+pytestmark = pytest.mark.usefixtures("no_tracking")
+
 PATIENCE = 60.0
 
 # A step that says "ready", waits for a line, and is then done.
@@ -31,12 +33,6 @@ with step("wait", args, outputs=[folder / "out.txt"]), write_atomically(folder /
     print("ready", flush=True)
     sys.stdin.readline()
 """
-
-
-@pytest.fixture(autouse=True)
-def no_tracking(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MLFLOW_TRACKING_URI", "SDTP_TRACKING_URI", "SDTP_PARENT_RUN_FILE"):
-        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture

@@ -23,6 +23,8 @@ from sdtp.pruning.scorers import Learned
 from sdtp.training import objective
 from tests.pipeline.saliency_run import MODEL, index_of, inputs, make_run, shard
 
+pytestmark = pytest.mark.usefixtures("no_tracking")
+
 TRAIN = {
     "seed": 0,
     "model": MODEL,
@@ -48,12 +50,6 @@ TRAIN = {
         "shard_model": False,
     },
 }
-
-
-@pytest.fixture(autouse=True)
-def no_tracking(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MLFLOW_TRACKING_URI", "SDTP_TRACKING_URI", "SDTP_PARENT_RUN_FILE"):
-        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture

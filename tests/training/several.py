@@ -41,6 +41,7 @@ OPTIONS = {
     "autocast": False,
     "gradient_checkpointing": False,
     "seed": 1,
+    "sampler": "gumbel_topk",
 }
 CE = Weights(ce=1.0, mse=0.0, rank=0.0)
 # What differs from OPTIONS; "sharded" and "short" are about the model and the examples. Five examples, three held out.

@@ -40,6 +40,7 @@ OPTIONS = Options(
     autocast=False,
     gradient_checkpointing=False,
     seed=1,
+    sampler="gumbel_topk",
 )
 
 

@@ -90,16 +90,12 @@ def canonical_json(value: Any) -> str:
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; see `numbered_jsonl`."""
-    return [row for _, row in numbered_jsonl(path)]
+    """The objects of a JSON-lines file in UTF-8; blank lines and a byte order mark are skipped.
 
-
-def numbered_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line, object) pairs of a JSON-lines file in UTF-8; blank lines and a byte order mark are skipped.
-
-    Lines are counted from 1, blank ones included. Raises UserError, naming the file and the line, for a line that is
-    not a JSON object or not UTF-8.
+    Raises UserError, naming the file and the line, counted from 1 with blank ones, for a line that is not a JSON object
+    or not UTF-8.
     """
+    rows = []
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             try:
@@ -112,7 +108,8 @@ def numbered_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 continue
             if not isinstance(row, dict):
                 raise UserError(f"{path}, line {number}: {text[:80]} is not a JSON object; a JSON object is needed")
-            yield number, row
+            rows.append(row)
+    return rows
 
 
 def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:

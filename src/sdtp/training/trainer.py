@@ -70,7 +70,7 @@ class Options:
     autocast: bool
     gradient_checkpointing: bool
     seed: int
-    sampler: str = "gumbel_topk"
+    sampler: str
 
 
 def fit(
