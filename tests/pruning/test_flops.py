@@ -76,6 +76,9 @@ def test_a_pruned_layer_counts_its_survivors():
     scorer = scorers.Learned(8, 1, width=5)
     assert flops.scoring(4, schedule, scorer) == 4 * 2 * (8 * 5 + 5 * 2)
     assert flops.prefill(SMALL, 4, schedule, scorer) == expected + 400
+    # A stage that has nothing to remove does not score.
+    idle = PruningSchedule((1, 2, 3), (0.5, 0.5, 0.25), sinks=0, local=0.0, min_local=1)
+    assert flops.scoring(4, idle, scorers.Learned(8, 3, width=5)) == (4 + 2) * 2 * (8 * 5 + 5 * 2)
     # Three numbers for the place and two heads; keys and queries 8 -> 16, of at most the last 16 tokens.
     asking = scorers.Learned(8, 1, width=5, position=True, question_rank=16)
     assert flops.scoring(4, schedule, asking) == 2 * (4 * ((8 + 3 + 2) * 5 + 5 * 2) + 16 * (8 * 8 + 4 * 4))

@@ -49,7 +49,7 @@ class Costs:
 
 
 def flop_costs(config: Any, prompt_tokens: int, schedule: PruningSchedule, scorer: Scorer | None) -> Costs:
-    """Operations of a prefill as `flops.prefill` counts them, but scoring at stages that remove something only.
+    """Operations of a prefill as `flops.prefill` counts them.
 
     Args:
         config: of the model; see `flops.Dimensions.of` for what is refused.

@@ -188,7 +188,7 @@ class TrackedRun:
 
             found = sorted(entry.path for entry in store.client.list_artifacts(self.run_id, folder))
             repository = get_artifact_repository(store.client.get_run(self.run_id).info.artifact_uri)
-            with suppress(NotImplementedError):
+            with suppress(NotImplementedError):  # how MLflow's repositories say that they cannot delete
                 for path in found[:-count]:
                     repository.delete_artifacts(path)
 

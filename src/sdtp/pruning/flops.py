@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from typing import Any
 
 import torch
@@ -177,9 +178,9 @@ def prefill(
 
 
 def scoring(prompt_tokens: int, schedule: PruningSchedule, scorer: Learned) -> float:
-    """Operations of the learned scorer over the tokens entering each stage."""
-    entering = [prompt_tokens, *schedule.surviving(prompt_tokens)[:-1]] if schedule.stages else []
-    return float(sum(2 * scorer.multiply_adds(tokens) for tokens in entering))
+    """Operations of the learned scorer over the tokens entering each stage that removes some; others do not score."""
+    counts = [prompt_tokens, *schedule.surviving(prompt_tokens)]
+    return float(sum(2 * scorer.multiply_adds(n) for n, left in itertools.pairwise(counts) if left < n))
 
 
 def decode(config: Any, prompt_tokens: int, new_tokens: int, schedule: PruningSchedule | None = None) -> float:
