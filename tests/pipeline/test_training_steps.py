@@ -39,6 +39,8 @@ TRAIN = {
         "width": 8,
         "position": True,
         "question_rank": 8,
+        "neighbours": 1,
+        "recency": True,
         "temperature": 0.5,
         "sampler": "gumbel_topk",
         "weights": {"ce": 1.0, "kl": 0.0, "mse": 1.0, "rank": 1.0},

@@ -25,7 +25,7 @@ def learned() -> scorers.Learned:
 
 
 def asking() -> scorers.Learned:
-    return scorers.Learned(16, 2, width=8, position=True, question_rank=16)
+    return scorers.Learned(16, 2, width=8, position=True, question_rank=16, neighbours=2, recency=True)
 
 
 @pytest.mark.parametrize("make", [learned, asking], ids=lambda make: make.__name__)
@@ -291,9 +291,9 @@ def test_damaged_weights_are_named_with_their_fault(tmp_path, fault):
 
 
 SETTING_FAULTS = {
-    "other format": (damage_settings(lambda s: s.update(format=99)), "format is 99: 3 is accepted"),
-    "old format": (damage_settings(lambda s: s.update(format=2)), "format is 2: 3 is accepted"),
-    "format as float": (damage_settings(lambda s: s.update(format=3.0)), "format is 3.0: 3 is accepted"),
+    "other format": (damage_settings(lambda s: s.update(format=99)), "format is 99: 4 is accepted"),
+    "old format": (damage_settings(lambda s: s.update(format=3)), "format is 3: 4 is accepted"),
+    "format as float": (damage_settings(lambda s: s.update(format=4.0)), "format is 4.0: 4 is accepted"),
     "no format": (damage_settings(lambda s: s.pop("format")), "format is None"),
     "no schedule": (damage_settings(lambda s: s.pop("schedule")), r"keys \[.*'schedule'.* are needed"),
     "no scorer": (damage_settings(lambda s: s.pop("scorer")), r"keys .* are needed"),
@@ -311,9 +311,9 @@ SETTING_FAULTS = {
     "truncated": (shorten(SETTINGS, 150), "line .* column"),
     "not JSON": (text("format: 2"), "Expecting value"),
     "no UTF-8": (text(b'{"format": "\xff"}'), "utf-8"),
-    "pickle": (text(pickle.dumps({"format": 3})), "utf-8"),
+    "pickle": (text(pickle.dumps({"format": 4})), "utf-8"),
     "deep": (text("[" * 100_000), "nested too deeply"),
-    "key twice": (replaced('"format": 3', '"format": 3, "format": 3'), "a key stands twice among"),
+    "key twice": (replaced('"format": 4', '"format": 4, "format": 4'), "a key stands twice among"),
     "NaN": (replaced("0.6", "NaN"), "it holds NaN: numbers must be finite"),
     "Infinity": (replaced("0.6", "-Infinity"), "it holds -Infinity: numbers must be finite"),
     "overflow": (replaced('"local": 0.1', '"local": 1e999'), r"schedule\.local is inf: a finite number"),
@@ -327,6 +327,9 @@ SETTING_FAULTS = {
     "negative size": (replaced('"hidden_size": 16', '"hidden_size": -16'), "scorer.hidden_size is -16: a size up to"),
     "odd rank": (replaced('"question_rank": 0', '"question_rank": 12'), "question_rank is 12: a multiple of 8"),
     "negative rank": (replaced('"question_rank": 0', '"question_rank": -8'), "scorer.question_rank is -8: a size up"),
+    "many neighbours": (replaced('"neighbours": 0', '"neighbours": 65'), "neighbours is 65: 0 to 64 is accepted"),
+    "true neighbours": (replaced('"neighbours": 0', '"neighbours": true'), "scorer.neighbours is True"),
+    "recency as number": (replaced('"recency": false', '"recency": 1'), "scorer.recency is 1"),
     "int as bool": (replaced('"position": false', '"position": 0'), "scorer.position is 0: bool is needed"),
     "other inputs": (replaced('"position": false', '"position": true'), r"mlps\.0\.0\.weight has shape \(8, 16\)"),
     "bool as int": (replaced('"width": 8', '"width": true'), "scorer.width is True: int is needed"),

@@ -33,11 +33,39 @@ def asking() -> tuple[scorers.Scorer, Callable[[int], Score]]:
     return _learned(position=True, question_rank=16)
 
 
-def _learned(position: bool, question_rank: int) -> tuple[scorers.Scorer, Callable[[int], Score]]:
-    scorer = scorers.Learned(32, SCHEDULE.stages, 8, position, question_rank)
+def sharing() -> tuple[scorers.Scorer, Callable[[int], Score]]:
+    """The first, each averaged with its two neighbours present on either side, and a share of recency."""
+    return _learned(position=False, question_rank=0, neighbours=2, recency=True)
+
+
+def weighing() -> tuple[scorers.Scorer, Callable[[int], Score]]:
+    """The second, averaged with a neighbour, and recency by a weight that depends on the last 16 tokens."""
+    return _learned(position=True, question_rank=16, neighbours=1, recency=True)
+
+
+def _learned(
+    position: bool, question_rank: int, neighbours: int = 0, recency: bool = False
+) -> tuple[scorers.Scorer, Callable[[int], Score]]:
+    scorer = scorers.Learned(32, SCHEDULE.stages, 8, position, question_rank, neighbours, recency)
+    for weights in scorer.recencies.parameters():  # the same at all stages and for all prompts, as they come
+        torch.nn.init.normal_(weights)
 
     def score_of(row: int) -> Score:
         end = LENGTHS[row] - 1
+
+        def decide(stage: int, estimates: torch.Tensor, normed: torch.Tensor, positions: list[int]) -> torch.Tensor:
+            scores = [
+                estimates[max(0, place - neighbours) : place + neighbours + 1].mean() for place in range(len(estimates))
+            ]
+            if recency:
+                weight = scorer.recencies[stage].bias.detach().double()
+                if question_rank:
+                    weight = weight + scorer.recencies[stage].gate.weight.detach().double() @ normed[-16:].mean(0)
+                scores = [
+                    score + weight[0] * math.log((end + 1) / (end + 1 - place))
+                    for score, place in zip(scores, positions, strict=True)
+                ]
+            return torch.stack(scores)
 
         def score(stage: int, hidden: torch.Tensor, positions: list[int]) -> torch.Tensor:
             first, first_bias, second, second_bias = (p.detach().double() for p in scorer.mlps[stage].parameters())
@@ -53,7 +81,7 @@ def _learned(position: bool, question_rank: int) -> tuple[scorers.Scorer, Callab
                 inputs.append(torch.cat([token, torch.tensor(more, dtype=torch.float64)]))
             inner = torch.stack(inputs) @ first.T + first_bias
             keep, drop = (inner * (1 + torch.erf(inner / math.sqrt(2))) / 2 @ second.T + second_bias).T
-            return keep - drop
+            return decide(stage, keep - drop, normed, positions)
 
         return score
 
@@ -104,7 +132,7 @@ def assert_kept(found: list[torch.Tensor], row: int, expected: list[list[int]]) 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize(
-    "make", [learned, asking, hidden_norm, recent, random, saliency], ids=lambda make: make.__name__
+    "make", [learned, asking, sharing, weighing, hidden_norm, recent, random, saliency], ids=lambda make: make.__name__
 )
 def test_each_scorer_keeps_its_best_tokens(
     tiny_model: Callable[..., PreTrainedModel], family: str, make: Callable[[], tuple], seed: int
@@ -121,7 +149,7 @@ def test_each_scorer_keeps_its_best_tokens(
         assert_kept(trace.kept, row, expected)
 
 
-@pytest.mark.parametrize("make", [learned, asking], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [learned, asking, sharing, weighing], ids=lambda make: make.__name__)
 def test_learned_scores_are_those_of_their_formula(make: Callable[[], tuple]) -> None:
     scorer, score_of = make()
     hidden = 100 * torch.randn(40, 32, dtype=torch.float64)
@@ -132,9 +160,11 @@ def test_learned_scores_are_those_of_their_formula(make: Callable[[], tuple]) ->
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-def test_removed_tokens_are_scored_by_what_is_left() -> None:
-    """Training scores tokens that an earlier stage removed: they ask nothing, and are compared with what is left."""
-    scorer, _ = asking()
+@pytest.mark.parametrize("make", [asking, sharing, weighing], ids=lambda make: make.__name__)
+def test_removed_tokens_are_scored_by_what_is_left(make: Callable[[], tuple]) -> None:
+    """Training scores tokens that an earlier stage removed: they ask nothing, share with none, and are scored as if
+    they alone came back."""
+    scorer, _ = make()
     assert isinstance(scorer, scorers.Learned)
     hidden, positions, lengths = torch.randn(1, 40, 32), torch.arange(40)[None], torch.tensor([40])
     present = torch.rand(1, 40) < 0.6

@@ -19,7 +19,7 @@ KEY = (5, 2)
 
 
 def make_policy():
-    return MaskingPolicy(SCHEDULE, Learned(32, SCHEDULE.stages, width=8), temperature=0.5)
+    return MaskingPolicy(SCHEDULE, Learned(32, SCHEDULE.stages, width=8, neighbours=1, recency=True), temperature=0.5)
 
 
 def make_example(tokens):
@@ -35,9 +35,9 @@ def test_losses_run_over_the_tokens_entering_each_stage_under_keyed_noise(tiny_m
     assert [len(entering) for entering in trace.entering] == [30, 21]
     own = logits[29:32].log_softmax(-1)[torch.arange(3), example.response_ids]
     mse, rank = torch.zeros(()), torch.zeros(())
-    for scores, entering, label in zip(trace.scores, trace.entering, example.saliency, strict=True):
-        mse += (scores[entering] - standardise(label)[entering]).square().mean() / 2
-        rank += pairwise_ranking(scores[entering], label[entering]) / 2
+    for estimates, entering, label in zip(trace.estimates, trace.entering, example.saliency, strict=True):
+        mse += (estimates[entering] - standardise(label)[entering]).square().mean() / 2
+        rank += pairwise_ranking(estimates[entering], label[entering]) / 2
     expected = {"ce": -own.mean(), "mse": mse, "rank": rank, "loss": -2 * own.mean() + 3 * mse + 5 * rank}
     assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(
         {name: loss.item() for name, loss in expected.items()}, rel=1e-5

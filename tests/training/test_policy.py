@@ -266,7 +266,7 @@ def test_gumbel_softmax_goes_on_where_an_earlier_stage_kept_too_few(tiny_model):
     """Fewer tokens enter than the budget of the next stage: all of them stay, and the masks stay differentiable."""
 
     class Low(Learned):
-        def forward(self, stage, hidden, positions, prompt_lengths, present=None):
+        def estimates(self, stage, hidden, positions, prompt_lengths, present=None):
             return self.level.expand(1, hidden.shape[1])
 
     schedule = PruningSchedule((1, 3), (0.6, 0.59), sinks=2, local=0.1, min_local=3)
@@ -319,7 +319,7 @@ def test_sampling_keeps_the_budget_and_follows_the_scores(tiny_model):
     """Gumbel top-1 of three free tokens: each is drawn with its softmax probability."""
 
     class Fixed(Learned):
-        def forward(self, stage, hidden, positions, prompt_lengths, present=None):
+        def estimates(self, stage, hidden, positions, prompt_lengths, present=None):
             return torch.tensor([[0.0, 1.0, 2.0, 0.0]])
 
     schedule = PruningSchedule((3,), (0.5,), sinks=0, local=0.0, min_local=1)

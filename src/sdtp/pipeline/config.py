@@ -159,6 +159,8 @@ class TrainingSettings(Block):
     width: int
     position: bool
     question_rank: int
+    neighbours: int
+    recency: bool
     temperature: float
     sampler: str
     weights: LossWeights

@@ -24,5 +24,12 @@ def build_scorer(training: TrainingSettings, model: PreTrainedModel, schedule: P
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        hidden_size = model.config.hidden_size
-        return Learned(hidden_size, schedule.stages, training.width, training.position, training.question_rank)
+        return Learned(
+            model.config.hidden_size,
+            schedule.stages,
+            width=training.width,
+            position=training.position,
+            question_rank=training.question_rank,
+            neighbours=training.neighbours,
+            recency=training.recency,
+        )

@@ -61,6 +61,8 @@ def rms_normalised(hidden: torch.Tensor) -> torch.Tensor:
 _QUESTION_TOKENS = 16
 # Channels of one head of that comparison.
 _HEAD = 8
+# On each side; far beyond what is of use.
+_MOST_NEIGHBOURS = 64
 
 
 class Learned(nn.Module):
@@ -75,30 +77,52 @@ class Learned(nn.Module):
     The state is divided by its root mean square first: residual streams grow by orders of magnitude over the layers,
     and a few channels of the first tokens hold values in the thousands.
 
+    What the MLP says of a token is an estimate of its saliency, which knows each token by itself. Removal does not work
+    token by token: what is left of a passage is worth more whole than in fragments, and the latest tokens are worth
+    more than their saliency. So two steps lead from the estimates to the scores that decide:
+
+    - `neighbours`: an estimate is averaged with those of so many tokens present on each side.
+    - `recency`: the logarithm of the prompt's length over a token's distance from its end is added, weighted. Each
+      stage has a weight, 0.25 at first; with `question_rank` it also depends on the last 16 tokens present (a linear
+      map of their mean state, 0 at first). Labels do not train it: the response does.
+
     Args:
         hidden_size: width of the model's hidden states.
         stages: number of stages, each with its own weights.
         width: hidden units of each MLP.
         position: whether it sees positions.
         question_rank: channels of the keys and queries, in heads of 8; 0 leaves the comparison out.
+        neighbours: tokens on each side that share an estimate; 0 takes each by itself.
+        recency: whether recency counts.
 
     Attributes:
         question_conditioned: see `Scorer`.
 
     Raises:
-        ValueError: a `question_rank` that is not a multiple of 8.
+        ValueError: a `question_rank` that is not a multiple of 8, or `neighbours` outside 0...64.
     """
 
     def __init__(
-        self, hidden_size: int, stages: int, width: int = 128, position: bool = False, question_rank: int = 0
+        self,
+        hidden_size: int,
+        stages: int,
+        width: int = 128,
+        position: bool = False,
+        question_rank: int = 0,
+        neighbours: int = 0,
+        recency: bool = False,
     ) -> None:
         super().__init__()
         if question_rank < 0 or question_rank % _HEAD:
             raise ValueError(f"question_rank is {question_rank}: a multiple of {_HEAD} is accepted, or 0")
+        if not 0 <= neighbours <= _MOST_NEIGHBOURS:
+            raise ValueError(f"neighbours is {neighbours}: 0 to {_MOST_NEIGHBOURS} is accepted")
         self.hidden_size = hidden_size
         self.width = width
         self.position = position
         self.question_rank = question_rank
+        self.neighbours = neighbours
+        self.recency = recency
         self.question_conditioned = question_rank > 0
         inputs = hidden_size + 3 * position + question_rank // _HEAD
         self.mlps = nn.ModuleList(
@@ -107,6 +131,9 @@ class Learned(nn.Module):
         compared = range(stages if question_rank else 0)
         self.keys = nn.ModuleList(nn.Linear(hidden_size, question_rank, bias=False) for _ in compared)
         self.queries = nn.ModuleList(nn.Linear(hidden_size, question_rank, bias=False) for _ in compared)
+        self.recencies = nn.ModuleList(
+            _Recency(hidden_size if question_rank else None) for _ in range(stages if recency else 0)
+        )
 
     @property
     def stages(self) -> int:
@@ -118,7 +145,8 @@ class Learned(nn.Module):
         inputs = self.hidden_size + 3 * self.position + self.question_rank // _HEAD
         asking = min(_QUESTION_TOKENS, tokens)
         compared = self.question_rank * ((tokens + asking) * self.hidden_size + tokens * asking)
-        return tokens * (inputs + 2) * self.width + compared
+        weighted = tokens * (2 * self.neighbours + self.recency)
+        return tokens * (inputs + 2) * self.width + compared + weighted
 
     def forward(
         self,
@@ -128,7 +156,19 @@ class Learned(nn.Module):
         prompt_lengths: torch.Tensor,
         present: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Keep-logit minus drop-logit of every token.
+        """The scores that decide: `scores` of `estimates`, whose arguments these are; [batch, tokens] float32."""
+        estimates = self.estimates(stage, hidden, positions, prompt_lengths, present)
+        return self.scores(stage, estimates, hidden, positions, prompt_lengths, present)
+
+    def estimates(
+        self,
+        stage: int,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        prompt_lengths: torch.Tensor,
+        present: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Keep-logit minus drop-logit of every token by itself, what labels are compared with.
 
         Args:
             stage: whose weights score.
@@ -148,34 +188,126 @@ class Learned(nn.Module):
             if self.position:
                 inputs.append(_places(positions, prompt_lengths).to(normed))
             if self.question_rank:
-                there = positions if present is None else positions.masked_fill(~present, -1)
-                inputs.append(self._matches(stage, normed, there))
+                inputs.append(self._matches(stage, normed, *_latest(positions, present)))
             keep, drop = mlp(torch.cat(inputs, dim=-1) if len(inputs) > 1 else normed).float().unbind(-1)
         return keep - drop
 
-    def _matches(self, stage: int, normed: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def scores(
+        self,
+        stage: int,
+        estimates: torch.Tensor,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        prompt_lengths: torch.Tensor,
+        present: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """What estimates come to where tokens are removed: shared between neighbours, and with recency.
+
+        Args:
+            stage, hidden, positions, prompt_lengths, present: as `estimates` took them.
+            estimates: [batch, tokens] float32, what it gave.
+
+        Returns:
+            [batch, tokens] float32; of a token that is not present, what it would get if it alone were brought back.
+        """
+        scores = estimates
+        if self.neighbours:
+            scores = _shared(scores, positions >= 0 if present is None else present & (positions >= 0), self.neighbours)
+        if self.recency:
+            with torch.autocast(hidden.device.type, enabled=False):
+                weights = self.recencies[stage](hidden, *_latest(positions, present))
+            until = (prompt_lengths.to(positions.device)[:, None] - 1 - positions).clamp_min(0)
+            recency = prompt_lengths.to(positions.device)[:, None].log() - (1 + until).log()
+            scores = scores + weights * recency
+        return scores
+
+    def _matches(self, stage: int, normed: torch.Tensor, latest: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         """[batch, tokens, heads]: how well each token's keys match the queries of the last tokens present.
 
         Args:
             stage: whose weights compare.
             normed: [batch, tokens, hidden].
-            positions: LongTensor [batch, tokens], -1 where nothing is present.
+            latest, valid: see `_latest`.
         """
-        latest = positions.topk(min(_QUESTION_TOKENS, positions.shape[1]), dim=1)
-        asking = normed.gather(1, latest.indices[..., None].expand(-1, -1, normed.shape[-1]))
-        queries = self.queries[stage](asking).unflatten(-1, (-1, _HEAD))  # [batch, asking, heads, 8]
+        queries = self.queries[stage](_states_at(normed, latest)).unflatten(
+            -1, (-1, _HEAD)
+        )  # [batch, asking, heads, 8]
         keys = self.keys[stage](normed).unflatten(-1, (-1, _HEAD))  # [batch, tokens, heads, 8]
         products = torch.einsum("bahc,bthc->bath", queries, keys) * _HEAD**-0.5
-        return products.masked_fill((latest.values < 0)[..., None, None], -torch.inf).amax(1)
+        return products.masked_fill(~valid[..., None, None], -torch.inf).amax(1)
 
     def score(self, view: StageView) -> torch.Tensor:
         """See `Scorer.score`. The stage's weights move to the device of the states it scores, and stay there."""
         with torch.inference_mode(False):  # weights moved inside it could never be trained again
-            for modules in (self.mlps, self.keys, self.queries):
+            for modules in (self.mlps, self.keys, self.queries, self.recencies):
                 if len(modules):
                     modules[view.stage].to(view.hidden.device)
         scores: torch.Tensor = self(view.stage, view.hidden, view.positions, view.prompt_lengths)
         return scores
+
+
+class _Recency(nn.Module):
+    """How much a stage's recency weighs against its estimates.
+
+    Args:
+        hidden_size: width of the states of the prompt's end that the weight depends on; None for the same in every one.
+    """
+
+    def __init__(self, hidden_size: int | None) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.full((1,), 0.25))
+        self.gate = None
+        if hidden_size is not None:
+            self.gate = nn.Linear(hidden_size, 1, bias=False)
+            nn.init.zeros_(self.gate.weight)
+
+    def forward(self, hidden: torch.Tensor, latest: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        """[batch or 1, 1] float32.
+
+        Args:
+            hidden: [batch, tokens, hidden].
+            latest, valid: see `_latest`.
+        """
+        if self.gate is None:
+            return self.bias[None].float()
+        normed = rms_normalised(_states_at(hidden, latest)).to(self.bias.dtype)
+        share = valid / valid.sum(1, keepdim=True)
+        weight: torch.Tensor = self.gate((share[..., None].to(normed) * normed).sum(1)) + self.bias
+        return weight.float()
+
+
+def _latest(positions: torch.Tensor, present: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The columns [batch, asking] of each row's last tokens present, and bool [batch, asking] where there are any."""
+    there = positions if present is None else positions.masked_fill(~present, -1)
+    values, columns = there.topk(min(_QUESTION_TOKENS, positions.shape[1]), dim=1)
+    return columns, values >= 0
+
+
+def _states_at(states: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """[batch, columns, hidden] of states [batch, tokens, hidden]."""
+    return states.gather(1, columns[..., None].expand(-1, -1, states.shape[-1]))
+
+
+def _shared(values: torch.Tensor, present: torch.Tensor, neighbours: int) -> torch.Tensor:
+    """The mean of each token's value and of those of the tokens present next to it, fewer at the ends.
+
+    Args:
+        values: [batch, tokens] float32.
+        present: bool [batch, tokens]. The neighbours of a token that is not are those it would have.
+        neighbours: on each side.
+    """
+    tokens = values.shape[1]
+    before = present.cumsum(1) - present.long()  # present tokens before each
+    number = present.sum(1, keepdim=True)
+    # The values of those present moved together; the others' go to a column that nothing reads.
+    together = values.new_zeros(len(values), tokens + 1).scatter(1, before.where(present, tokens), values)
+    total, count = values, torch.ones_like(values)
+    for offset in (*range(-neighbours, 0), *range(neighbours)):
+        column = before + offset + (present.long() if offset >= 0 else 0)
+        there = (column >= 0) & (column < number)
+        total = total + together.gather(1, column.clamp(0, tokens)).where(there, 0)
+        count = count + there
+    return total / count
 
 
 def _places(positions: torch.Tensor, prompt_lengths: torch.Tensor) -> torch.Tensor:

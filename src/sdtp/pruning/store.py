@@ -22,7 +22,7 @@ from sdtp.pruning.plain import from_plain
 from sdtp.pruning.schedule import PruningSchedule
 
 SETTINGS, WEIGHTS = "pruner.json", "pruner.safetensors"
-_FORMAT = 3
+_FORMAT = 4
 _PLAIN: dict[str, type[scorers.Scorer]] = {
     cls.__name__: cls for cls in (scorers.Random, scorers.Recent, scorers.HiddenNorm, scorers.LastQuery)
 }
@@ -39,10 +39,12 @@ class _Sizes:
     width: int
     position: bool
     question_rank: int
+    neighbours: int
+    recency: bool
 
     @classmethod
     def of(cls, scorer: scorers.Learned) -> _Sizes:
-        return cls(scorer.hidden_size, scorer.stages, scorer.width, scorer.position, scorer.question_rank)
+        return cls(**{field.name: getattr(scorer, field.name) for field in dataclasses.fields(cls)})
 
     def build(self) -> scorers.Learned:
         return scorers.Learned(**dataclasses.asdict(self))
@@ -177,7 +179,7 @@ def _scorer(described: Any, schedule: PruningSchedule) -> tuple[scorers.Scorer |
     if kind == "Learned":
         sizes = from_plain(_Sizes, fields, "scorer")
         for name, size in dataclasses.asdict(sizes).items():
-            if name != "position" and not (name not in ("stages", "question_rank")) <= size <= _LARGEST:
+            if type(size) is int and not (name in ("hidden_size", "width")) <= size <= _LARGEST:
                 raise ValueError(f"scorer.{name} is {size}: a size up to {_LARGEST} is accepted")
         if sizes.stages != schedule.stages:
             raise ValueError(f"scorer.stages is {sizes.stages}, but the schedule has {schedule.stages}")

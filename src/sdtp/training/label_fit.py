@@ -134,11 +134,11 @@ def _loss(
     positions = torch.arange(states.shape[1], device=states.device)
     lengths = torch.full((1,), len(positions), device=states.device)
     for stage, hidden in enumerate(states):
-        scores = scorer(stage, hidden[None], positions[None], lengths)[0]
+        estimates = scorer.estimates(stage, hidden[None], positions[None], lengths)[0]
         if mse:
-            losses.append(mse * standardised_mse(scores, targets[stage].to(scores.device)))
+            losses.append(mse * standardised_mse(estimates, targets[stage].to(estimates.device)))
         if rank:
-            losses.append(rank * pairwise_ranking(scores, example.saliency[stage].to(scores.device)))
+            losses.append(rank * pairwise_ranking(estimates, example.saliency[stage].to(estimates.device)))
     values = torch.stack(losses)
     if not values.isfinite().all():
         first = int((~values.isfinite()).nonzero()[0])

@@ -124,14 +124,14 @@ def example_losses(
             parts["kl"] = [response_kl(logits, unpruned)]
     else:
         trace = masked_scores(model, policy, example, noise_key)
-    for stage, (scores, entering) in enumerate(zip(trace.scores, trace.entering, strict=True)):
-        label = example.saliency[stage].to(scores.device)
+    for stage, (estimates, entering) in enumerate(zip(trace.estimates, trace.entering, strict=True)):
+        label = example.saliency[stage].to(estimates.device)
         if weights.mse:
             # Standardised over the whole prompt: a token's label does not depend on which others are left.
-            loss = standardised_mse(scores[entering], standardise(label)[entering])
+            loss = standardised_mse(estimates[entering], standardise(label)[entering])
             parts.setdefault("mse", []).append(loss)
         if weights.rank:
-            parts.setdefault("rank", []).append(pairwise_ranking(scores[entering], label[entering]))
+            parts.setdefault("rank", []).append(pairwise_ranking(estimates[entering], label[entering]))
     for name, values in parts.items():
         for stage, value in enumerate(values):
             if not value.isfinite():

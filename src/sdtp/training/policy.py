@@ -27,12 +27,15 @@ class PolicyTrace:
     """What the stages decided in one forward.
 
     Attributes:
-        scores: per stage [prompt_tokens] float32, the scorer's output for every prompt token, on the graph.
+        estimates: per stage [prompt_tokens] float32, the scorer's estimate of every prompt token's saliency, on the
+            graph.
+        scores: per stage [prompt_tokens] float32, the scores that decide, on the graph.
         entering: per stage LongTensor [present], ascending positions of the tokens the stage chose from.
         protected: per stage bool [present], which of those the schedule protects.
         kept: per stage LongTensor [kept], ascending positions of the survivors.
     """
 
+    estimates: list[torch.Tensor] = dataclasses.field(default_factory=list)
     scores: list[torch.Tensor] = dataclasses.field(default_factory=list)
     entering: list[torch.Tensor] = dataclasses.field(default_factory=list)
     protected: list[torch.Tensor] = dataclasses.field(default_factory=list)
@@ -136,10 +139,13 @@ class _MaskedForward:
         entering = trace.kept[-1] if trace.kept else positions
         present = torch.zeros(n, dtype=torch.bool, device=hidden.device).index_fill_(0, entering, True)
         lengths = torch.full((1,), n, device=hidden.device)
-        scores = self.policy.scorer(stage, hidden[:, :n].detach(), positions[None], lengths, present[None])[0]
+        tokens = (hidden[:, :n].detach(), positions[None], lengths, present[None])
+        estimates = self.policy.scorer.estimates(stage, *tokens)
+        scores = self.policy.scorer.scores(stage, estimates, *tokens)[0]
         if not scores.isfinite().all():
             raise UserError(f"scores of stage {stage} (layer {schedule.layers[stage]}) are not finite")
         protected = protected_tokens(schedule, entering[None], None, [len(entering)], None)[0]
+        trace.estimates.append(estimates[0])
         trace.scores.append(scores)
         trace.entering.append(entering)
         trace.protected.append(protected)
