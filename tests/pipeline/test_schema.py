@@ -82,8 +82,8 @@ HUB = {"kind": "hub", "ref": "a/b", "revision": None, "sha256": None}
                 "generation, benchmark, evaluation, variants, tracking",
                 "training.steps = 0: must be a whole number ≥ 1",
                 "training.stepz = 3: no such key; training has gpus, keep_ratio, label_epochs, label_examples, steps, "
-                "batch_size, learning_rate, width, position, question_rank, neighbours, recency, temperature, sampler, weights, "
-                "evaluate_every, checkpoint_every, patience, autocast, gradient_checkpointing, shard_model",
+                "batch_size, learning_rate, width, position, question_rank, neighbours, recency, temperature, sampler, "
+                "weights, evaluate_every, checkpoint_every, patience, autocast, gradient_checkpointing, shard_model",
             ],
         ),
     ],
