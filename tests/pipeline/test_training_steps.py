@@ -40,7 +40,7 @@ TRAIN = {
         "position": True,
         "question_rank": 8,
         "neighbours": 1,
-        "recency": True,
+        "recency": 0.25,
         "temperature": 0.5,
         "sampler": "gumbel_topk",
         "weights": {"ce": 1.0, "kl": 0.0, "mse": 1.0, "rank": 1.0},

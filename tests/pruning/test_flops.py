@@ -84,7 +84,7 @@ def test_a_pruned_layer_counts_its_survivors():
     assert flops.scoring(4, schedule, asking) == 2 * (4 * ((8 + 3 + 2) * 5 + 5 * 2) + 16 * (8 * 8 + 4 * 4))
     assert flops.scoring(20, schedule, asking) == 2 * (20 * ((8 + 3 + 2) * 5 + 5 * 2) + 16 * (36 * 8 + 20 * 16))
     # Two neighbours on each side and recency: five more a token.
-    deciding = scorers.Learned(8, 1, width=5, neighbours=2, recency=True)
+    deciding = scorers.Learned(8, 1, width=5, neighbours=2, recency=0.25)
     assert flops.scoring(4, schedule, deciding) == 4 * 2 * (8 * 5 + 5 * 2 + 5)
 
 

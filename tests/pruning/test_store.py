@@ -25,7 +25,7 @@ def learned() -> scorers.Learned:
 
 
 def asking() -> scorers.Learned:
-    return scorers.Learned(16, 2, width=8, position=True, question_rank=16, neighbours=2, recency=True)
+    return scorers.Learned(16, 2, width=8, position=True, question_rank=16, neighbours=2, recency=0.25)
 
 
 @pytest.mark.parametrize("make", [learned, asking], ids=lambda make: make.__name__)
@@ -329,7 +329,8 @@ SETTING_FAULTS = {
     "negative rank": (replaced('"question_rank": 0', '"question_rank": -8'), "scorer.question_rank is -8: a size up"),
     "many neighbours": (replaced('"neighbours": 0', '"neighbours": 65'), "neighbours is 65: 0 to 64 is accepted"),
     "true neighbours": (replaced('"neighbours": 0', '"neighbours": true'), "scorer.neighbours is True"),
-    "recency as number": (replaced('"recency": false', '"recency": 1'), "scorer.recency is 1"),
+    "negative recency": (replaced('"recency": 0.0', '"recency": -0.5'), "recency is -0.5: a number of 0 or more"),
+    "recency as text": (replaced('"recency": 0.0', '"recency": "0.5"'), "scorer.recency is '0.5'"),
     "int as bool": (replaced('"position": false', '"position": 0'), "scorer.position is 0: bool is needed"),
     "other inputs": (replaced('"position": false', '"position": true'), r"mlps\.0\.0\.weight has shape \(8, 16\)"),
     "bool as int": (replaced('"width": 8', '"width": true'), "scorer.width is True: int is needed"),

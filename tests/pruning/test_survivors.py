@@ -35,37 +35,30 @@ def asking() -> tuple[scorers.Scorer, Callable[[int], Score]]:
 
 def sharing() -> tuple[scorers.Scorer, Callable[[int], Score]]:
     """The first, each averaged with its two neighbours present on either side, and a share of recency."""
-    return _learned(position=False, question_rank=0, neighbours=2, recency=True)
+    return _learned(position=False, question_rank=0, neighbours=2, recency=0.25)
 
 
 def weighing() -> tuple[scorers.Scorer, Callable[[int], Score]]:
-    """The second, averaged with a neighbour, and recency by a weight that depends on the last 16 tokens."""
-    return _learned(position=True, question_rank=16, neighbours=1, recency=True)
+    """The second, averaged with a neighbour, and more of recency."""
+    return _learned(position=True, question_rank=16, neighbours=1, recency=2.0)
 
 
 def _learned(
-    position: bool, question_rank: int, neighbours: int = 0, recency: bool = False
+    position: bool, question_rank: int, neighbours: int = 0, recency: float = 0.0
 ) -> tuple[scorers.Scorer, Callable[[int], Score]]:
     scorer = scorers.Learned(32, SCHEDULE.stages, 8, position, question_rank, neighbours, recency)
-    for weights in scorer.recencies.parameters():  # the same at all stages and for all prompts, as they come
-        torch.nn.init.normal_(weights)
 
     def score_of(row: int) -> Score:
         end = LENGTHS[row] - 1
 
-        def decide(stage: int, estimates: torch.Tensor, normed: torch.Tensor, positions: list[int]) -> torch.Tensor:
-            scores = [
-                estimates[max(0, place - neighbours) : place + neighbours + 1].mean() for place in range(len(estimates))
-            ]
-            if recency:
-                weight = scorer.recencies[stage].bias.detach().double()
-                if question_rank:
-                    weight = weight + scorer.recencies[stage].gate.weight.detach().double() @ normed[-16:].mean(0)
-                scores = [
-                    score + weight[0] * math.log((end + 1) / (end + 1 - place))
-                    for score, place in zip(scores, positions, strict=True)
+        def decide(estimates: torch.Tensor, positions: list[int]) -> torch.Tensor:
+            return torch.stack(
+                [
+                    estimates[max(0, place - neighbours) : place + neighbours + 1].mean()
+                    + recency * math.log((end + 1) / (end + 1 - position))
+                    for place, position in enumerate(positions)
                 ]
-            return torch.stack(scores)
+            )
 
         def score(stage: int, hidden: torch.Tensor, positions: list[int]) -> torch.Tensor:
             first, first_bias, second, second_bias = (p.detach().double() for p in scorer.mlps[stage].parameters())
@@ -81,7 +74,7 @@ def _learned(
                 inputs.append(torch.cat([token, torch.tensor(more, dtype=torch.float64)]))
             inner = torch.stack(inputs) @ first.T + first_bias
             keep, drop = (inner * (1 + torch.erf(inner / math.sqrt(2))) / 2 @ second.T + second_bias).T
-            return decide(stage, keep - drop, normed, positions)
+            return decide(keep - drop, positions)
 
         return score
 

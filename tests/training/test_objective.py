@@ -19,7 +19,7 @@ KEY = (5, 2)
 
 
 def make_policy():
-    return MaskingPolicy(SCHEDULE, Learned(32, SCHEDULE.stages, width=8, neighbours=1, recency=True), temperature=0.5)
+    return MaskingPolicy(SCHEDULE, Learned(32, SCHEDULE.stages, width=8, neighbours=1, recency=0.5), temperature=0.5)
 
 
 def make_example(tokens):

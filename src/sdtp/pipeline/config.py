@@ -160,7 +160,7 @@ class TrainingSettings(Block):
     position: bool
     question_rank: int
     neighbours: int
-    recency: bool
+    recency: float
     temperature: float
     sampler: str
     weights: LossWeights

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import ClassVar, Protocol, TypeVar
 
@@ -82,9 +83,7 @@ class Learned(nn.Module):
     more than their saliency. So two steps lead from the estimates to the scores that decide:
 
     - `neighbours`: an estimate is averaged with those of so many tokens present on each side.
-    - `recency`: the logarithm of the prompt's length over a token's distance from its end is added, weighted. Each
-      stage has a weight, 0.25 at first; with `question_rank` it also depends on the last 16 tokens present (a linear
-      map of their mean state, 0 at first). Labels do not train it: the response does.
+    - `recency`: so many times `log(N / d)` is added, `d` the token's distance from the prompt's end, 1 for the last.
 
     Args:
         hidden_size: width of the model's hidden states.
@@ -93,13 +92,14 @@ class Learned(nn.Module):
         position: whether it sees positions.
         question_rank: channels of the keys and queries, in heads of 8; 0 leaves the comparison out.
         neighbours: tokens on each side that share an estimate; 0 takes each by itself.
-        recency: whether recency counts.
+        recency: weight of recency, in the units of an estimate, whose standard deviation is about 1; 0 leaves it out.
 
     Attributes:
         question_conditioned: see `Scorer`.
 
     Raises:
-        ValueError: a `question_rank` that is not a multiple of 8, or `neighbours` outside 0...64.
+        ValueError: a `question_rank` that is not a multiple of 8, `neighbours` outside 0...64, or a `recency`
+            that is negative or not finite.
     """
 
     def __init__(
@@ -110,13 +110,15 @@ class Learned(nn.Module):
         position: bool = False,
         question_rank: int = 0,
         neighbours: int = 0,
-        recency: bool = False,
+        recency: float = 0.0,
     ) -> None:
         super().__init__()
         if question_rank < 0 or question_rank % _HEAD:
             raise ValueError(f"question_rank is {question_rank}: a multiple of {_HEAD} is accepted, or 0")
         if not 0 <= neighbours <= _MOST_NEIGHBOURS:
             raise ValueError(f"neighbours is {neighbours}: 0 to {_MOST_NEIGHBOURS} is accepted")
+        if not 0 <= recency < math.inf:
+            raise ValueError(f"recency is {recency}: a number of 0 or more is accepted")
         self.hidden_size = hidden_size
         self.width = width
         self.position = position
@@ -131,9 +133,6 @@ class Learned(nn.Module):
         compared = range(stages if question_rank else 0)
         self.keys = nn.ModuleList(nn.Linear(hidden_size, question_rank, bias=False) for _ in compared)
         self.queries = nn.ModuleList(nn.Linear(hidden_size, question_rank, bias=False) for _ in compared)
-        self.recencies = nn.ModuleList(
-            _Recency(hidden_size if question_rank else None) for _ in range(stages if recency else 0)
-        )
 
     @property
     def stages(self) -> int:
@@ -145,7 +144,7 @@ class Learned(nn.Module):
         inputs = self.hidden_size + 3 * self.position + self.question_rank // _HEAD
         asking = min(_QUESTION_TOKENS, tokens)
         compared = self.question_rank * ((tokens + asking) * self.hidden_size + tokens * asking)
-        weighted = tokens * (2 * self.neighbours + self.recency)
+        weighted = tokens * (2 * self.neighbours + (self.recency > 0))
         return tokens * (inputs + 2) * self.width + compared + weighted
 
     def forward(
@@ -157,8 +156,9 @@ class Learned(nn.Module):
         present: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The scores that decide: `scores` of `estimates`, whose arguments these are; [batch, tokens] float32."""
-        estimates = self.estimates(stage, hidden, positions, prompt_lengths, present)
-        return self.scores(stage, estimates, hidden, positions, prompt_lengths, present)
+        return self.scores(
+            self.estimates(stage, hidden, positions, prompt_lengths, present), positions, prompt_lengths, present
+        )
 
     def estimates(
         self,
@@ -194,9 +194,7 @@ class Learned(nn.Module):
 
     def scores(
         self,
-        stage: int,
         estimates: torch.Tensor,
-        hidden: torch.Tensor,
         positions: torch.Tensor,
         prompt_lengths: torch.Tensor,
         present: torch.Tensor | None = None,
@@ -204,8 +202,8 @@ class Learned(nn.Module):
         """What estimates come to where tokens are removed: shared between neighbours, and with recency.
 
         Args:
-            stage, hidden, positions, prompt_lengths, present: as `estimates` took them.
-            estimates: [batch, tokens] float32, what it gave.
+            estimates: [batch, tokens] float32, what `estimates` gave.
+            positions, prompt_lengths, present: as it took them.
 
         Returns:
             [batch, tokens] float32; of a token that is not present, what it would get if it alone were brought back.
@@ -214,11 +212,8 @@ class Learned(nn.Module):
         if self.neighbours:
             scores = _shared(scores, positions >= 0 if present is None else present & (positions >= 0), self.neighbours)
         if self.recency:
-            with torch.autocast(hidden.device.type, enabled=False):
-                weights = self.recencies[stage](hidden, *_latest(positions, present))
-            until = (prompt_lengths.to(positions.device)[:, None] - 1 - positions).clamp_min(0)
-            recency = prompt_lengths.to(positions.device)[:, None].log() - (1 + until).log()
-            scores = scores + weights * recency
+            lengths = prompt_lengths.to(positions.device)[:, None]
+            scores = scores + self.recency * (lengths.log() - (lengths - positions).log())
         return scores
 
     def _matches(self, stage: int, normed: torch.Tensor, latest: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
@@ -239,41 +234,11 @@ class Learned(nn.Module):
     def score(self, view: StageView) -> torch.Tensor:
         """See `Scorer.score`. The stage's weights move to the device of the states it scores, and stay there."""
         with torch.inference_mode(False):  # weights moved inside it could never be trained again
-            for modules in (self.mlps, self.keys, self.queries, self.recencies):
+            for modules in (self.mlps, self.keys, self.queries):
                 if len(modules):
                     modules[view.stage].to(view.hidden.device)
         scores: torch.Tensor = self(view.stage, view.hidden, view.positions, view.prompt_lengths)
         return scores
-
-
-class _Recency(nn.Module):
-    """How much a stage's recency weighs against its estimates.
-
-    Args:
-        hidden_size: width of the states of the prompt's end that the weight depends on; None for the same in every one.
-    """
-
-    def __init__(self, hidden_size: int | None) -> None:
-        super().__init__()
-        self.bias = nn.Parameter(torch.full((1,), 0.25))
-        self.gate = None
-        if hidden_size is not None:
-            self.gate = nn.Linear(hidden_size, 1, bias=False)
-            nn.init.zeros_(self.gate.weight)
-
-    def forward(self, hidden: torch.Tensor, latest: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        """[batch or 1, 1] float32.
-
-        Args:
-            hidden: [batch, tokens, hidden].
-            latest, valid: see `_latest`.
-        """
-        if self.gate is None:
-            return self.bias[None].float()
-        normed = rms_normalised(_states_at(hidden, latest)).to(self.bias.dtype)
-        share = valid / valid.sum(1, keepdim=True)
-        weight: torch.Tensor = self.gate((share[..., None].to(normed) * normed).sum(1)) + self.bias
-        return weight.float()
 
 
 def _latest(positions: torch.Tensor, present: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

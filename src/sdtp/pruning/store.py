@@ -40,7 +40,7 @@ class _Sizes:
     position: bool
     question_rank: int
     neighbours: int
-    recency: bool
+    recency: float
 
     @classmethod
     def of(cls, scorer: scorers.Learned) -> _Sizes:

@@ -139,9 +139,9 @@ class _MaskedForward:
         entering = trace.kept[-1] if trace.kept else positions
         present = torch.zeros(n, dtype=torch.bool, device=hidden.device).index_fill_(0, entering, True)
         lengths = torch.full((1,), n, device=hidden.device)
-        tokens = (hidden[:, :n].detach(), positions[None], lengths, present[None])
-        estimates = self.policy.scorer.estimates(stage, *tokens)
-        scores = self.policy.scorer.scores(stage, estimates, *tokens)[0]
+        places = (positions[None], lengths, present[None])
+        estimates = self.policy.scorer.estimates(stage, hidden[:, :n].detach(), *places)
+        scores = self.policy.scorer.scores(estimates, *places)[0]
         if not scores.isfinite().all():
             raise UserError(f"scores of stage {stage} (layer {schedule.layers[stage]}) are not finite")
         protected = protected_tokens(schedule, entering[None], None, [len(entering)], None)[0]
