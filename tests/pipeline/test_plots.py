@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from itertools import pairwise
@@ -26,6 +27,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
         synthetic_run.saliency()[0], synthetic_run.LAYERS, [f"{n}$" for n in range(400)], "abs"
     ),
     "sparsity": lambda: plots.sparsity(synthetic_run.saliency(), synthetic_run.LAYERS, KEPT),
+    "foresight": lambda: plots.foresight(synthetic_run.saliency(), synthetic_run.LAYERS),
     "latency": lambda: plots.latency(synthetic_run.latency()),
     "speedup": lambda: plots.speedup(synthetic_run.latency()),
     "quality": lambda: plots.quality(synthetic_run.quality(), synthetic_run.latency(), 490),
@@ -82,6 +84,29 @@ def test_sparsity_draws_the_mean_of_examples_and_their_quartiles() -> None:
     assert heights(axes.lines[0]) == pytest.approx([0.625])
     band = np.asarray(axes.collections[0].get_paths()[0].vertices)[:, 1]
     assert (band.min(), band.max()) == pytest.approx((0.4375, 0.8125))
+
+
+def test_rank_correlations_are_spearmans_of_magnitudes() -> None:
+    # Ranks 1 2 3 4, the same of magnitudes, and 2 1 4 3: 1 - 6 * (1 + 1 + 1 + 1) / (4 * 15) = 0.6.
+    scores = np.array([[0.1, 0.2, 0.3, 9.0], [-1.0, 2.0, -30.0, 40.0], [2.0, 1.0, 4.0, 3.0]])
+    expected = [[1, 1, 0.6], [1, 1, 0.6], [0.6, 0.6, 1]]
+    np.testing.assert_allclose(plots.rank_correlations(scores), expected)
+    # Two tokens that tie share their rank: 1.5 1.5 3 against 1 2 3 correlates by sqrt(3) / 2.
+    tied = plots.rank_correlations(np.array([[5.0, 5.0, 7.0], [1.0, 2.0, 3.0]]))
+    assert tied[0, 1] == pytest.approx(math.sqrt(3) / 2)
+
+
+@pytest.mark.parametrize("stage", [[1.0, -1.0], [np.nan, 1.0]])
+def test_rank_correlations_refuse_what_has_no_order(stage: Any) -> None:
+    with pytest.raises(UserError, match="two that differ"):
+        plots.rank_correlations(np.array([[1.0, 2.0], stage]))
+
+
+def test_foresight_draws_the_mean_of_examples() -> None:
+    rising, falling = np.array([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]]), np.array([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]])
+    figure = plots.foresight([rising, rising, rising, falling], [4, 7])
+    np.testing.assert_allclose(heat_map(figure), [[1, 0.5], [0.5, 1]])
+    assert texts(figure).count("0.50") == 2
 
 
 def test_saliency_draws_magnitudes_and_labels_the_most_salient_tokens_that_lie_apart() -> None:

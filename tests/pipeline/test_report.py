@@ -250,7 +250,10 @@ def test_token_view_shades_each_token_by_the_stage_that_removed_it() -> None:
         ({"tokens": ["a"] * 119}, "generation r-0, keep_ratio 0.9: 120 tokens and 3 stages; accepted: the data's 119"),
         ({"layers": (4, 7)}, "the pruner's 2"),
         ({"shown": "x"}, "generations: no row for id x"),
-        ({"figures": {"saliency": b""}}, "no sparsity.svg, latency.svg, speedup.svg, quality.svg, training.svg"),
+        (
+            {"figures": {"saliency": b""}},
+            "no sparsity.svg, foresight.svg, latency.svg, speedup.svg, quality.svg, training.svg",
+        ),
         ({"latency": synthetic_run.latency().query("keep_ratio != 0.8")}, "no sdtp row for keep_ratio=0.8"),
     ],
 )
@@ -260,7 +263,7 @@ def test_contradictions_and_gaps_are_named(changes: Any, match: Any) -> None:
 
 
 def test_a_page_that_would_be_too_large_is_refused() -> None:
-    figures = dict.fromkeys(FIGURES, b"x" * 1300000)
+    figures = dict.fromkeys(FIGURES, b"x" * 1110000)
     with pytest.raises(UserError, match=r"report is 10\.\d MB; accepted: below 10 MB"):
         report.render(synthetic_run.run(figures=figures))
 

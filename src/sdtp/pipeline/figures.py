@@ -4,6 +4,7 @@
 FIGURES = {
     "saliency": "Saliency over layers and tokens",
     "sparsity": "How few tokens carry the saliency",
+    "foresight": "How well early layers foretell what late ones need",
     "latency": "Prefill time by prompt length",
     "speedup": "Measured prefill speedup and its two bounds",
     "quality": "Quality against measured prefill speedup",

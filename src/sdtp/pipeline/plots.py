@@ -8,6 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from scipy import stats
 
 from sdtp.errors import UserError
 from sdtp.pipeline.plotstyle import METHODS, OTHER, SPLITS, STYLE, label_ends, name_of, saliency_name, shades
@@ -95,6 +96,48 @@ def salient_share(scores: np.ndarray, mass: float) -> np.ndarray:
     # The tolerance keeps a share that is met exactly from needing one token more by rounding.
     needed = (np.cumsum(magnitude, axis=1) < (mass - 1e-9) * total).sum(axis=1) + 1
     return np.asarray(needed / scores.shape[1])
+
+
+def rank_correlations(scores: np.ndarray) -> np.ndarray:
+    """Spearman's rank correlation of a prompt's saliency between every two stages; of magnitudes, ties counted.
+
+    Args:
+        scores: [stages, tokens], finite, with two tokens that differ at every stage.
+
+    Returns:
+        [stages, stages] in [-1, 1], symmetric, 1 on the diagonal.
+    """
+    ranks = stats.rankdata(np.abs(scores), axis=1)
+    if not np.isfinite(scores).all() or (np.ptp(ranks, axis=1) == 0).any():
+        raise UserError("saliency of a stage is not finite, or the same for every token; accepted: two that differ")
+    return np.atleast_2d(np.corrcoef(ranks))
+
+
+@mpl.rc_context(STYLE)
+def foresight(examples: Sequence[np.ndarray], layers: Sequence[int]) -> Figure:
+    """How well an early stage's order of the tokens foretells a late one's, as the paper observes: a heat map.
+
+    Of `rank_correlations` the mean over the examples.
+
+    Args:
+        examples: each [stages, tokens] of saliency.
+        layers: [stages], decoder layers.
+    """
+    mean = np.mean([rank_correlations(scores) for scores in examples], axis=0)
+    figure = Figure(figsize=(5.6, 4.6), layout="constrained")
+    axes = figure.subplots()
+    drawn = axes.imshow(mean, cmap="viridis", vmin=0, vmax=1)
+    for row, column in np.ndindex(*mean.shape):
+        value = mean[row, column]
+        axes.text(column, row, f"{value:.2f}", ha="center", va="center", color="black" if value > 0.6 else "white")
+    ticks, names = range(len(layers)), [str(layer) for layer in layers]
+    axes.set_xticks(ticks, names)
+    axes.set_yticks(ticks, names)
+    axes.grid(visible=False)
+    axes.set(xlabel="entering decoder layer", ylabel="entering decoder layer")
+    axes.set_title(f"mean of {len(examples)} prompts")
+    figure.colorbar(drawn, ax=axes, label="rank correlation of saliency (Spearman)")
+    return figure
 
 
 @mpl.rc_context(STYLE)

@@ -42,6 +42,7 @@ def main(argv: list[str]) -> None:
         figures = {
             "saliency": plots.saliency(scores[shown], index["layers"], tokens, index["reduction"]),
             "sparsity": plots.sparsity(list(scores.values()), index["layers"], kept_shares(args.generations)),
+            "foresight": plots.foresight(list(scores.values()), index["layers"]),
             "latency": plots.latency(latency),
             "speedup": plots.speedup(latency),
             "quality": plots.quality(quality, latency, float(np.median(lengths))),
