@@ -69,21 +69,24 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "variants", "labels"),
-    # Six labels for six variants; one for the three losses.
-    [("saliency", 6, 6), ("losses", 3, 1)],
+    ("name", "variants", "labels", "references", "evaluations"),
+    # Six labels for six variants; one for all losses; for the scorers, one and the paper's. References: unpruned, recent;
+    # with lastquery and the oracle, each at two ratios.
+    [("saliency", 6, 6, 2, 6), ("losses", 6, 1, 2, 6), ("scorer", 8, 2, 7, 16)],
 )
-def test_shipped_comparison_plans_each_variant_once(clone: Path, name: str, variants: int, labels: int) -> None:
+def test_shipped_comparison_plans_each_variant_once(
+    clone: Path, name: str, variants: int, labels: int, references: int, evaluations: int
+) -> None:
     output = snakemake(clone, "ablation", "--dry-run", "--configfile", f"config/ablations/{name}.yaml").stdout
     assert job_counts(output) == {
         "model": 1,
         "check": 1,
         "data": 1,
-        "evaluate": 4,  # unpruned, recent, lastquery, oracle
+        "evaluate": references,
         "variant_saliency": 2 * labels,
         "variant_saliency_index": labels,
         "variant_train": variants,
-        "variant_evaluate": variants,
+        "variant_evaluate": evaluations,
         "ablation_table": 1,
     }
     assert f"results/{name}-ablation/ablation/ablation.csv" in output

@@ -27,19 +27,19 @@ class PolicyTrace:
     """What the stages decided in one forward.
 
     Attributes:
-        estimates: per stage [prompt_tokens] float32, the scorer's estimate of every prompt token's saliency, on the
-            graph.
         scores: per stage [prompt_tokens] float32, the scores that decide, on the graph.
         entering: per stage LongTensor [present], ascending positions of the tokens the stage chose from.
         protected: per stage bool [present], which of those the schedule protects.
         kept: per stage LongTensor [kept], ascending positions of the survivors.
+        estimates: per stage [prompt_tokens] float32, what the scores were made of: the scorer's estimate of every prompt
+            token's saliency, on the graph.
     """
 
-    estimates: list[torch.Tensor] = dataclasses.field(default_factory=list)
     scores: list[torch.Tensor] = dataclasses.field(default_factory=list)
     entering: list[torch.Tensor] = dataclasses.field(default_factory=list)
     protected: list[torch.Tensor] = dataclasses.field(default_factory=list)
     kept: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    estimates: list[torch.Tensor] = dataclasses.field(default_factory=list)
 
 
 class MaskingPolicy:
