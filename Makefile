@@ -12,7 +12,7 @@ STAMP := .venv/.installed
 # The one place that pins torch is pyproject.toml; which build it is, CPU or CUDA, the package index decides.
 TORCH := $(shell sed -n 's/^constraint-dependencies = \["\(torch==[^"]*\)"\]$$/\1/p' pyproject.toml)
 LOCK := $(BIN)/uv pip compile pyproject.toml --universal --generate-hashes --python-version 3.11 \
-	--extra pipeline --extra demo --extra dev --no-emit-package torch --no-annotate --no-header -q
+	--extra pipeline --extra harness --extra demo --extra dev --no-emit-package torch --no-annotate --no-header -q
 
 $(STAMP): envs/requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

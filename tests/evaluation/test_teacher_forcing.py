@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sdtp.evaluation import continuation, methods, retrieval
-from sdtp.evaluation.teacher_forcing import Forced, force
+from sdtp.evaluation.teacher_forcing import Forced, force, force_batch
 from sdtp.pruning import scorers
 from sdtp.pruning.pruner import TokenPruner
 from sdtp.pruning.schedule import PruningSchedule
@@ -60,11 +60,24 @@ def test_response_of_one_token(tiny_model: Callable[..., PreTrainedModel]) -> No
     assert forced.log_probs.shape == forced.argmax.shape == (1,)
 
 
-@pytest.mark.parametrize(("prompt", "response"), [([], [1]), ([1], [])])
-def test_refuses_empty_texts(
-    tiny_model: Callable[..., PreTrainedModel], prompt: list[int], response: list[int]
+@pytest.mark.parametrize("scorer", [None, scorers.HiddenNorm(), scorers.LastQuery()])
+def test_examples_together_have_what_each_has_alone(
+    tiny_model: Callable[..., PreTrainedModel], scorer: scorers.Scorer | None
 ) -> None:
-    with pytest.raises(ValueError, match=f"{len(prompt)} prompt and {len(response)} response tokens"):
+    model, pruner = tiny_model(), None if scorer is None else TokenPruner(SCHEDULE, scorer)
+    prompts, responses = [PROMPT, PROMPT[::-1], PROMPT[:24]], [[9, 60, 33], [7], [5, 6]]
+    for prompt, response, found in zip(prompts, responses, force_batch(model, prompts, responses, pruner), strict=True):
+        alone = force(model, prompt, response, pruner)
+        torch.testing.assert_close(found.log_probs, alone.log_probs, rtol=0, atol=1e-5)
+        assert torch.equal(found.argmax, alone.argmax)
+        assert found.kept_tokens == alone.kept_tokens
+
+
+@pytest.mark.parametrize(("prompt", "response", "named"), [([], [1], "prompts"), ([1], [], "responses")])
+def test_refuses_empty_texts(
+    tiny_model: Callable[..., PreTrainedModel], prompt: list[int], response: list[int], named: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"{named} have \[0\] tokens: each needs at least one"):
         force(tiny_model(), prompt, response)
 
 

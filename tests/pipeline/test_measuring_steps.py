@@ -88,13 +88,47 @@ def test_evaluation_rows(tiny_model: Callable[..., PreTrainedModel]) -> None:
         {"id": "b", "task": "retrieval", "prompt_ids": prompt, "response_ids": [(best + 1) % 128]},
         {"id": "c", "task": "continuation", "prompt_ids": prompt, "response_ids": [best, 5]},
     ]
-    rows = list(evaluate.evaluate(model, examples, methods.unpruned))
+    rows = evaluate.evaluate(model, examples, methods.unpruned, 4096)
     assert [row["correct"] for row in rows] == [True, False, None]
     assert [row["kept_tokens"] for row in rows] == [40, 40, 40]
     assert [row["response_tokens"] for row in rows] == [1, 1, 2]
     assert rows[0]["loss"] < rows[1]["loss"]
-    pruned = list(evaluate.evaluate(model, examples, methods.baseline("recent", SCHEDULE, 0)))
+    pruned = evaluate.evaluate(model, examples, methods.baseline("recent", SCHEDULE, 0), 4096)
     assert [row["kept_tokens"] for row in pruned] == [10, 10, 10]
+
+
+@pytest.mark.parametrize("method", ["unpruned", "lastquery", "oracle", "snapkv"])
+def test_examples_that_run_together_have_the_rows_they_have_alone(
+    tiny_model: Callable[..., PreTrainedModel], method: str
+) -> None:
+    model = tiny_model()
+    if method == "oracle":
+        pruner_for = methods.oracle(model, SCHEDULE, "l2", "loss")
+    elif method == "snapkv":
+        pruner_for = methods.Fixed(methods.peer(method, SCHEDULE, 4, 1))
+    else:
+        pruner_for = methods.unpruned if method == "unpruned" else methods.baseline(method, SCHEDULE, 0)
+    examples = [
+        {"id": str(index), "task": task, "prompt_ids": list(range(3, 3 + length)), "response_ids": response}
+        for index, (task, length, response) in enumerate(
+            [
+                ("retrieval", 40, [9]),
+                ("continuation", 31, [5, 6]),
+                ("continuation", 40, [7, 8, 9]),
+                ("retrieval", 40, [1]),
+            ]
+        )
+    ]
+    prefills = []
+    model.register_forward_pre_hook(
+        lambda _, args, inputs: prefills.append(tuple(inputs["input_ids"].shape)), with_kwargs=True
+    )
+    rows = evaluate.evaluate(model, examples, pruner_for, 80)
+    together = {shape for shape in prefills if shape[1] in (31, 40)}
+    assert together == ({(2, 40), (1, 40), (1, 31)} if method in ("unpruned", "lastquery") else {(1, 40), (1, 31)})
+    for row, example in zip(rows, examples, strict=True):
+        (alone,) = evaluate.evaluate(model, [example], pruner_for, 1)
+        assert row == {**alone, "loss": pytest.approx(alone["loss"], abs=1e-5)}
 
 
 @pytest.mark.parametrize(

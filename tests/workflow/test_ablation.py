@@ -70,8 +70,8 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("name", "variants", "labels", "references", "evaluations"),
-    # Six labels for six variants; one for all losses; for the scorers, one and the paper's. References: unpruned, recent;
-    # with lastquery and the oracle, each at two ratios.
+    # Six labels for six variants; one for all losses; for the scorers, one and the paper's. References: unpruned and
+    # recent; with lastquery and the oracle, each at two ratios.
     [("saliency", 6, 6, 2, 6), ("losses", 6, 1, 2, 6), ("scorer", 8, 2, 7, 16)],
 )
 def test_shipped_comparison_plans_each_variant_once(

@@ -48,6 +48,7 @@ CHANGES: list[tuple[dict[str, Any], set[str]]] = [
     ({"generation": {"max_new_tokens": 5}}, GENERATIONS | {"figures", "report", "check"}),
     ({"benchmark": {"repeats": 6}}, BENCHMARKS | GATHERED),
     ({"evaluation": {"seeds": [0, 2]}}, RANDOM | GATHERED),
+    ({"evaluation": {"batch_tokens": 512}}, SDTP | RANDOM | UNPRUNED | GATHERED),
     (
         {"evaluation": {"methods": ["sdtp", "random", "recent"]}},
         {"evaluate/recent-0.8", "evaluate/recent-0.5"} | GATHERED,

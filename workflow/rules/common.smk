@@ -100,7 +100,7 @@ def one_of(values):
 
 def evaluate_settings(wildcards):
     """Settings of one evaluation: what a method does not use is not passed, and so reruns nothing."""
-    keys = ["model.dtype", "model.attention"]
+    keys = ["model.dtype", "model.attention", "evaluation.batch_tokens"]
     if wildcards.method != "unpruned":
         keys += SCHEDULE
     if wildcards.method == "random":

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from sdtp.evaluation.peers.peer import Peer
+from sdtp.evaluation.peers.trace import Held
 from sdtp.pruning.pruner import TokenPruner
 
 
@@ -19,7 +22,8 @@ class Generated:
     Attributes:
         pruned_ids: new tokens under the pruner, up to and without the first stop token.
         unpruned_ids: the same without pruner.
-        kept: for each stage the ascending positions, among the prompt's tokens, that survived it.
+        kept: for each stage the ascending positions, among the prompt's tokens, that survived it; under a peer for each
+            layer those that its cache holds.
     """
 
     pruned_ids: list[int]
@@ -27,9 +31,24 @@ class Generated:
     kept: list[list[int]]
 
 
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """What one run made of one prompt.
+
+    Attributes:
+        ids: new tokens, up to and without the first stop token.
+        kept: see `Generated.kept`; empty without a pruner.
+        kept_tokens: prompt tokens that the last layer holds in its cache; of a compressed cache, each of its KV heads.
+    """
+
+    ids: list[int]
+    kept: list[list[int]]
+    kept_tokens: int
+
+
 def generate_batch(
     model: PreTrainedModel,
-    pruner: TokenPruner,
+    pruner: TokenPruner | Peer,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     pad_token_id: int,
@@ -38,7 +57,7 @@ def generate_batch(
 
     Args:
         model: eval mode, unhooked.
-        pruner: what the pruned run goes under.
+        pruner: what the pruned run goes under; a peer takes a batch of one prompt.
         prompts: token ids of each prompt, at least one each; shorter ones are padded on the left.
         max_new_tokens: most tokens to generate, >= 1.
         pad_token_id: the token put before shorter prompts; it is masked.
@@ -46,31 +65,57 @@ def generate_batch(
     Raises:
         ValueError: an empty prompt.
     """
-    if any(not len(prompt) for prompt in prompts):
-        raise ValueError(f"prompts have {[len(prompt) for prompt in prompts]} tokens: each needs at least one")
-    longest = max(len(prompt) for prompt in prompts)
+    unpruned = greedy(model, None, prompts, max_new_tokens, pad_token_id)
+    pruned = greedy(model, pruner, prompts, max_new_tokens, pad_token_id)
+    return [Generated(ours.ids, theirs.ids, ours.kept) for ours, theirs in zip(pruned, unpruned, strict=True)]
+
+
+def greedy(
+    model: PreTrainedModel,
+    pruner: TokenPruner | Peer | None,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    pad_token_id: int,
+    stops: Set[int] | None = None,
+    min_new_tokens: int = 0,
+) -> list[Reply]:
+    """Generate greedily from a batch of prompts.
+
+    Args:
+        model, prompts, max_new_tokens, pad_token_id: as for `generate_batch`.
+        pruner: what prefills the prompts, a peer a batch of one; None for the unpruned model.
+        stops: ids that end a row; None for the model's.
+        min_new_tokens: so many new tokens come before any stop.
+
+    Raises:
+        ValueError: an empty prompt.
+    """
+    lengths = [len(prompt) for prompt in prompts]
+    if not all(lengths):
+        raise ValueError(f"prompts have {lengths} tokens: each needs at least one")
+    longest = max(lengths)
     padded = [[pad_token_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-    real = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    inputs = {
-        "input_ids": torch.tensor(padded, device=model.device),
-        "attention_mask": torch.tensor(real, device=model.device),
-    }
-    settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1, "pad_token_id": pad_token_id}
-    generate: Any = model.generate  # of every causal LM, but PreTrainedModel does not declare it
-    unpruned = generate(**inputs, **settings)
-    with pruner(model) as trace:
-        # Looked up anew: inside the context it is the pruner's, which learns the prompt's length from it.
-        generate = model.generate
-        pruned = generate(**inputs, **settings)
-    stops = stop_tokens(model)
-    return [
-        Generated(
-            _until(pruned[row, longest:].tolist(), stops),
-            _until(unpruned[row, longest:].tolist(), stops),
-            [[position for position in stage[row].tolist() if position >= 0] for stage in trace.kept],
+    real = [[0] * (longest - length) + [1] * length for length in lengths]
+    ends = stop_tokens(model) if stops is None else stops
+    with contextlib.nullcontext() if pruner is None else pruner(model) as trace:
+        # Looked up inside: there it is the pruner's, which learns the prompt's length from it.
+        generate: Any = model.generate  # of every causal LM, but PreTrainedModel does not declare it
+        output = generate(
+            input_ids=torch.tensor(padded, device=model.device),
+            attention_mask=torch.tensor(real, device=model.device),
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=pad_token_id,
+            eos_token_id=sorted(ends) or None,
         )
-        for row in range(len(prompts))
-    ]
+    replies = []
+    for row, length in enumerate(lengths):
+        kept = [] if trace is None else [[at for at in stage[row].tolist() if at >= 0] for stage in trace.kept]
+        held = trace.entries[-1] if isinstance(trace, Held) else len(kept[-1]) if kept else length
+        replies.append(Reply(_until(output[row, longest:].tolist(), ends), kept, held))
+    return replies
 
 
 def stop_tokens(model: PreTrainedModel) -> set[int]:
@@ -81,7 +126,7 @@ def stop_tokens(model: PreTrainedModel) -> set[int]:
     return {stops} if isinstance(stops, int) else set(stops)
 
 
-def _until(tokens: list[int], stops: set[int]) -> list[int]:
+def _until(tokens: list[int], stops: Set[int]) -> list[int]:
     """The tokens before the first stop token."""
     for index, token in enumerate(tokens):
         if token in stops:

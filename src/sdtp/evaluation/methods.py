@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
 from transformers import PreTrainedModel
 
+from sdtp.evaluation.peers.budgets import Budget, entries_beside, final_survivors, mean_entries
+from sdtp.evaluation.peers.compression import Compression, Rule
+from sdtp.evaluation.peers.fastkv import FastKV
+from sdtp.evaluation.peers.gemfilter import GemFilter
+from sdtp.evaluation.peers.h2o import H2O
+from sdtp.evaluation.peers.peer import Peer
+from sdtp.evaluation.peers.snapkv import SnapKV
 from sdtp.pruning import scorers
 from sdtp.pruning.pruner import TokenPruner
 from sdtp.pruning.schedule import PruningSchedule
 from sdtp.training.saliency import Reduction, Target, saliency
 
-# (prompt_ids, response_ids) of an example -> what prunes its prompt; None for nothing.
-PrunerFor = Callable[[Sequence[int], Sequence[int]], TokenPruner | None]
+# (prompt_ids, response_ids) of an example -> what prefills its prompt in place of the model; None for nothing.
+PrunerFor = Callable[[Sequence[int], Sequence[int]], TokenPruner | Peer | None]
 
 BASELINES: dict[str, Callable[[int], scorers.Scorer]] = {
     "random": lambda seed: scorers.Random(seed),
@@ -22,22 +30,40 @@ BASELINES: dict[str, Callable[[int], scorers.Scorer]] = {
     "lastquery": lambda seed: scorers.LastQuery(),
 }
 METHODS = ("unpruned", "sdtp", *BASELINES, "oracle")
+# What compresses a cache after prefill, by name.
+RULES: dict[str, Callable[[], Rule]] = {"snapkv": SnapKV, "h2o": H2O}
+# Peers that are no scorer of a schedule's stages: they keep as much as a schedule does in ways of their own.
+PEERS = ("gemfilter", "fastkv", *RULES)
 # Methods that choose at random, and so are run once per seed.
 SEEDED = ("random",)
 
 
-def unpruned(prompt_ids: Sequence[int], response_ids: Sequence[int]) -> None:
-    """Nothing is pruned."""
+@dataclasses.dataclass(frozen=True)
+class Fixed:
+    """A `PrunerFor` that is the same for every example, so that several may run together.
+
+    Attributes:
+        pruner: the learned pruner, say, or a peer; None for nothing.
+    """
+
+    pruner: TokenPruner | Peer | None
+
+    @property
+    def batches(self) -> bool:
+        """Whether it takes several prompts at once."""
+        return not isinstance(self.pruner, Peer)
+
+    def __call__(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> TokenPruner | Peer | None:
+        """See `PrunerFor`."""
+        return self.pruner
 
 
-def fixed(pruner: TokenPruner) -> PrunerFor:
-    """One pruner for every example: the learned one."""
-    return lambda prompt_ids, response_ids: pruner
+unpruned = Fixed(None)
 
 
 def baseline(method: str, schedule: PruningSchedule, seed: int) -> PrunerFor:
     """A method of `BASELINES`; `seed` matters to those in `SEEDED` alone."""
-    return fixed(TokenPruner(schedule, BASELINES[method](seed)))
+    return Fixed(TokenPruner(schedule, BASELINES[method](seed)))
 
 
 def oracle(model: PreTrainedModel, schedule: PruningSchedule, reduction: Reduction, target: Target) -> PrunerFor:
@@ -56,3 +82,44 @@ def oracle(model: PreTrainedModel, schedule: PruningSchedule, reduction: Reducti
         return TokenPruner(schedule, scorers.Saliency(labels.unsqueeze(1)))  # [stages, 1, prompt_tokens]
 
     return pruner_for
+
+
+def peer(method: str, schedule: PruningSchedule, num_layers: int, layer: int) -> Peer:
+    """A method of `PEERS` at the survivors of a schedule, whatever the prompt's length.
+
+    GemFilter selects as many tokens as the last stage leaves. FastKV hands on so many, and its first layers hold what
+    makes the whole cache as large as the schedule's. The compressions keep the schedule's mean over layers in each.
+
+    Args:
+        method: its name.
+        schedule: whose survivors are matched.
+        num_layers: decoder layers of the model.
+        layer: where GemFilter and FastKV select, 0-based; nothing to the compressions.
+
+    Raises:
+        ValueError: the schedule prunes at a layer the model does not have, or no layer comes before or after `layer`.
+    """
+    survivors = final_survivors(schedule)
+    if method == "gemfilter":
+        return GemFilter(layer, survivors)
+    if method == "fastkv":
+        return FastKV(layer, survivors, entries_beside(schedule, num_layers, layer + 1, survivors))
+    return Compression(RULES[method](), mean_entries(schedule, num_layers))
+
+
+def compressed(pruner_for: PrunerFor, rule: str, keep: Budget) -> PrunerFor:
+    """The cache that another method leaves, compressed by a rule of `RULES` (paper, Table 6: H2O, 40% kept).
+
+    Args:
+        pruner_for: what prunes the prompt: a `TokenPruner` or nothing.
+        rule: its name.
+        keep: how many entries each head keeps of those its layer holds.
+    """
+
+    def compression_for(prompt_ids: Sequence[int], response_ids: Sequence[int]) -> Peer:
+        pruner = pruner_for(prompt_ids, response_ids)
+        if isinstance(pruner, Peer):
+            raise TypeError(f"{type(pruner).__name__} cannot be compressed on top: only what a TokenPruner leaves can")
+        return Compression(RULES[rule](), keep, pruner)
+
+    return compression_for

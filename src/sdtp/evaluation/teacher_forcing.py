@@ -9,6 +9,9 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
+from sdtp.evaluation.peers.peer import Peer
+from sdtp.evaluation.peers.trace import Held
+from sdtp.evaluation.shared_prefill import follow, prefill
 from sdtp.pruning.pruner import TokenPruner
 
 
@@ -19,7 +22,7 @@ class Forced:
     Attributes:
         log_probs: [response] float32, natural log-probability of the response's own tokens.
         argmax: LongTensor [response], the most likely token at each place.
-        kept_tokens: prompt tokens the last layer holds in its cache.
+        kept_tokens: prompt tokens the last layer holds in its cache; of a compressed cache, each of its KV heads.
     """
 
     log_probs: torch.Tensor
@@ -27,9 +30,11 @@ class Forced:
     kept_tokens: int
 
 
-@torch.inference_mode()
 def forced_logits(
-    model: PreTrainedModel, prompt_ids: Sequence[int], response_ids: Sequence[int], pruner: TokenPruner | None = None
+    model: PreTrainedModel,
+    prompt_ids: Sequence[int],
+    response_ids: Sequence[int],
+    pruner: TokenPruner | Peer | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Prefill the prompt, pruned if `pruner` is given, and predict each response token from those before it.
 
@@ -40,36 +45,68 @@ def forced_logits(
         model: eval mode, unhooked.
         prompt_ids: token ids, at least one.
         response_ids: token ids, at least one.
-        pruner: None for the unpruned model.
+        pruner: what prefills the prompt; None for the unpruned model.
 
     Returns:
         Logits [response, vocabulary] in the model's dtype and LongTensor [response] of the response, on the model's
-        device; prompt tokens that the last layer holds in its cache.
+        device; prompt tokens that the last layer holds in its cache, see `Forced.kept_tokens`.
 
     Raises:
         ValueError: an empty prompt or response.
     """
-    if not len(prompt_ids) or not len(response_ids):
-        raise ValueError(f"{len(prompt_ids)} prompt and {len(response_ids)} response tokens: both need at least one")
-    prompt = torch.tensor([list(prompt_ids)], device=model.device)
-    response = torch.tensor([list(response_ids)], device=model.device)
-    kept = len(prompt_ids)
-    with contextlib.nullcontext() if pruner is None else pruner(model) as trace:
-        output = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
-        logits = output.logits[:, -1:]
-        if trace is not None and trace.kept:
-            kept = int((trace.kept[-1] >= 0).sum())
-        if response.shape[1] > 1:
-            rest = model(input_ids=response[:, :-1], cache=output.cache, use_cache=True).logits
-            logits = torch.cat([logits, rest], dim=1)  # [1, response, vocabulary]
-    return logits[0], response[0], kept
+    [(logits, response, kept)] = _forced(model, [prompt_ids], [response_ids], pruner)
+    return logits, response, kept
+
+
+def force(
+    model: PreTrainedModel,
+    prompt_ids: Sequence[int],
+    response_ids: Sequence[int],
+    pruner: TokenPruner | Peer | None = None,
+) -> Forced:
+    """The response's probabilities under `forced_logits`, whose arguments and errors these are."""
+    [forced] = force_batch(model, [prompt_ids], [response_ids], pruner)
+    return forced
 
 
 @torch.inference_mode()
-def force(
-    model: PreTrainedModel, prompt_ids: Sequence[int], response_ids: Sequence[int], pruner: TokenPruner | None = None
-) -> Forced:
-    """The response's probabilities under `forced_logits`, whose arguments and errors these are."""
-    logits, response, kept = forced_logits(model, prompt_ids, response_ids, pruner)
-    own = logits.float().log_softmax(-1).gather(-1, response.unsqueeze(-1)).squeeze(-1)
-    return Forced(own.cpu(), logits.argmax(-1).cpu(), kept)
+def force_batch(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    pruner: TokenPruner | Peer | None = None,
+) -> list[Forced]:
+    """`force` of several examples in one prefill, which gives each what it has alone but for rounding.
+
+    Args:
+        model, pruner: as for `forced_logits`; a peer takes one prompt.
+        prompts, responses: token ids, at least one each; prompts of one length need no padding, and cost least.
+
+    Raises:
+        ValueError: an empty prompt or response.
+    """
+    found = []
+    for logits, response, kept in _forced(model, prompts, responses, pruner):
+        own = logits.float().log_softmax(-1).gather(-1, response.unsqueeze(-1)).squeeze(-1)
+        found.append(Forced(own.cpu(), logits.argmax(-1).cpu(), kept))
+    return found
+
+
+@torch.inference_mode()
+def _forced(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    pruner: TokenPruner | Peer | None,
+) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
+    """What `forced_logits` gives, of each prompt with its response."""
+    kept = [len(prompt) for prompt in prompts]
+    with contextlib.nullcontext() if pruner is None else pruner(model) as trace:
+        prefilled = prefill(model, prompts)
+        if isinstance(trace, Held):
+            kept = [trace.entries[-1]]
+        elif trace is not None and trace.kept:
+            kept = (trace.kept[-1] >= 0).sum(1).tolist()
+        logits = follow(model, prefilled, range(len(prompts)), responses, last=True)
+    ids = [torch.tensor(list(response), device=model.device) for response in responses]
+    return list(zip(logits, ids, kept, strict=True))

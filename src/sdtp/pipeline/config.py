@@ -196,6 +196,7 @@ class EvaluationSettings(Block):
 
     methods: tuple[str, ...]
     seeds: tuple[int, ...]
+    batch_tokens: int
 
 
 @dataclass(frozen=True, repr=False)

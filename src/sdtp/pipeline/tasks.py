@@ -56,7 +56,7 @@ def retrieval_examples(
         raise UserError(
             f"data.distractors: {distractors} exceeds {vocabulary.max_distractors}, the most values there are"
         )
-    order = _document_order(documents, f"{seed}/{split}/retrieval")
+    order = document_order(documents, f"{seed}/{split}/retrieval")
     for number in range(count):
         identifier = f"{split}-retrieval-{number:05d}"
         rng = random.Random(f"{seed}/{identifier}")
@@ -101,7 +101,7 @@ def _retrieval_example(
         raise UserError(
             f"data.max_tokens: {max_tokens} is too short for {len(facts)} facts and a question ({used} tokens)"
         )
-    filler, sources = _passage(tokenizer, text, max_tokens - used)
+    filler, sources = cut_passage(tokenizer, text, max_tokens - used)
     gaps = sorted(rng.choices(range(len(filler)), k=len(planted)) if filler else [0] * len(planted))
     pieces = []
     for index in range(max(1, len(filler))):
@@ -134,13 +134,13 @@ def continuation_examples(
     A completion, not a conversation: no chat template, and a beginning-of-sequence token where the tokenizer adds one.
     """
     around = frame(tokenizer, chat=False)
-    order = _document_order(documents, f"{seed}/{split}/continuation")
+    order = document_order(documents, f"{seed}/{split}/continuation")
     for number in range(count):
         identifier = f"{split}-continuation-{number:05d}"
         rng = random.Random(f"{seed}/{identifier}")
         text = running_text(documents, order[number % len(order)], rng.random())
         length = max_tokens - len(around)
-        passage, sources = _passage(tokenizer, text, length + CONTINUATION_TOKENS)
+        passage, sources = cut_passage(tokenizer, text, length + CONTINUATION_TOKENS)
         ids = [token for _, piece in passage for token in piece]
         yield Example(
             id=identifier,
@@ -153,14 +153,14 @@ def continuation_examples(
         )
 
 
-def _document_order(documents: Sequence[Document], key: str) -> list[int]:
+def document_order(documents: Sequence[Document], key: str) -> list[int]:
     """A shuffled order of documents: examples go through it, so none is used twice before every other was once."""
     order = list(range(len(documents)))
     random.Random(key).shuffle(order)
     return order
 
 
-def _passage(
+def cut_passage(
     tokenizer: PreTrainedTokenizerBase, text: Iterator[tuple[str, str]], tokens: int
 ) -> tuple[list[tuple[str, list[int]]], list[str]]:
     """Sentences, as (text, ids), of exactly `tokens` ids in all, the last one cut; and the documents they are from."""

@@ -31,7 +31,7 @@ class PolicyTrace:
         entering: per stage LongTensor [present], ascending positions of the tokens the stage chose from.
         protected: per stage bool [present], which of those the schedule protects.
         kept: per stage LongTensor [kept], ascending positions of the survivors.
-        estimates: per stage [prompt_tokens] float32, what the scores were made of: the scorer's estimate of every prompt
+        estimates: per stage [prompt_tokens] float32, what the scores were made of: the estimate of every prompt
             token's saliency, on the graph.
     """
 

@@ -1,7 +1,6 @@
 """Measures the quality of one method at one keep ratio on the test examples, teacher-forced."""
 
 import argparse
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,7 +9,7 @@ from transformers import PreTrainedModel
 
 from sdtp.errors import UserError
 from sdtp.evaluation import continuation, methods, retrieval
-from sdtp.evaluation.teacher_forcing import force
+from sdtp.evaluation.teacher_forcing import Forced, force_batch
 from sdtp.pipeline.config import Settings
 from sdtp.pipeline.data import load_split, split_hash
 from sdtp.pipeline.devices import choose_device
@@ -19,6 +18,7 @@ from sdtp.pipeline.models import load_model
 from sdtp.pipeline.schedules import build_schedule
 from sdtp.pipeline.step import step
 from sdtp.pruning.pruner import TokenPruner
+from sdtp.training.batching import length_batches
 from sdtp.training.saliency import Reduction, Target
 
 
@@ -48,7 +48,9 @@ def main(argv: list[str]) -> None:
         for seed in settings.evaluation.seeds if args.method in methods.SEEDED else (None,):
             pruner_for = choose(args, settings, model, seed)
             identity = {"method": args.method, "keep_ratio": args.keep_ratio, "seed": seed}
-            rows += [{**row, **identity} for row in evaluate(model, examples, pruner_for)]
+            rows += [
+                {**row, **identity} for row in evaluate(model, examples, pruner_for, settings.evaluation.batch_tokens)
+            ]
         write_jsonl(args.output, rows)
         for task in sorted({row["task"] for row in rows}):
             own = [row for row in rows if row["task"] == task]
@@ -65,7 +67,7 @@ def choose(args: argparse.Namespace, settings: Settings, model: PreTrainedModel,
         return methods.unpruned
     schedule = build_schedule(settings.pruning, model.config.num_hidden_layers, args.keep_ratio)
     if args.method == "sdtp":
-        return methods.fixed(TokenPruner.from_pretrained(args.pruner).with_schedule(schedule))
+        return methods.Fixed(TokenPruner.from_pretrained(args.pruner).with_schedule(schedule))
     if args.method == "oracle":
         # `saliency` itself refuses other words.
         reduction = cast(Reduction, settings.saliency.reduction)
@@ -74,18 +76,36 @@ def choose(args: argparse.Namespace, settings: Settings, model: PreTrainedModel,
 
 
 def evaluate(
-    model: PreTrainedModel, examples: list[dict[str, Any]], pruner_for: methods.PrunerFor
-) -> Iterator[dict[str, Any]]:
-    """One row an example: whether a retrieval answer is right, and the mean loss of the response in nats."""
-    for example in tqdm(examples, desc="evaluating", unit="example"):
-        prompt_ids, response_ids = example["prompt_ids"], example["response_ids"]
-        forced = force(model, prompt_ids, response_ids, pruner_for(prompt_ids, response_ids))
-        yield {
-            "id": example["id"],
-            "task": example["task"],
-            "prompt_tokens": len(prompt_ids),
-            "kept_tokens": forced.kept_tokens,
-            "correct": retrieval.correct(forced, response_ids) if example["task"] == "retrieval" else None,
-            "loss": continuation.loss(forced),
-            "response_tokens": len(response_ids),
-        }
+    model: PreTrainedModel, examples: list[dict[str, Any]], pruner_for: methods.PrunerFor, batch_tokens: int
+) -> list[dict[str, Any]]:
+    """One row an example, in their order.
+
+    Args:
+        model: eval mode, unhooked.
+        examples: rows of the test split.
+        pruner_for: see `methods`; prompts of one length run together where it is the same for all.
+        batch_tokens: most prompt tokens of a batch; a longer prompt runs alone.
+    """
+    rows: dict[int, dict[str, Any]] = {}
+    lengths = [len(example["prompt_ids"]) for example in examples]
+    together = isinstance(pruner_for, methods.Fixed) and pruner_for.batches
+    with tqdm(total=len(examples), desc="evaluating", unit="example") as progress:
+        for batch in length_batches(lengths, batch_tokens if together else 1, most_padding=0):
+            prompts, responses = ([examples[index][name] for index in batch] for name in ("prompt_ids", "response_ids"))
+            pruner = pruner_for(prompts[0], responses[0])
+            for index, forced in zip(batch, force_batch(model, prompts, responses, pruner), strict=True):
+                rows[index] = _row(examples[index], forced)
+            progress.update(len(batch))
+    return [rows[index] for index in range(len(examples))]
+
+
+def _row(example: dict[str, Any], forced: Forced) -> dict[str, Any]:
+    return {
+        "id": example["id"],
+        "task": example["task"],
+        "prompt_tokens": len(example["prompt_ids"]),
+        "kept_tokens": forced.kept_tokens,
+        "correct": retrieval.correct(forced, example["response_ids"]) if example["task"] == "retrieval" else None,
+        "loss": continuation.loss(forced),
+        "response_tokens": len(example["response_ids"]),
+    }
