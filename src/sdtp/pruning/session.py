@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from sdtp.pruning.adapter import Architecture, attention_of, bound_arguments, ca
 from sdtp.pruning.cache import PrunedLayer, check_cache
 from sdtp.pruning.continuation import Continuation
 from sdtp.pruning.last_query import check_attention
+from sdtp.pruning.overriding import overridden
 from sdtp.pruning.prefill import Prefill, Trace
 from sdtp.pruning.schedule import PruningSchedule
 from sdtp.pruning.scorers import LastQuery, Scorer
@@ -79,10 +80,10 @@ class Session:
         # An instance attribute hides the class's method until the context ends: only `generate` knows which part of its
         # first forward is prompt (prompt lookup and assistants append candidates).
         if hasattr(model, "generate"):
-            hooks.enter_context(_attribute(model, "generate", self._wrap_generate(model.generate)))  # type: ignore[arg-type]
+            hooks.enter_context(overridden(model, "generate", self._wrap_generate(model.generate)))  # type: ignore[arg-type]
         for name in ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager"):
             if hasattr(model, name):
-                hooks.enter_context(_attribute(model, name, functools.partial(_refuse_batching, name)))
+                hooks.enter_context(overridden(model, name, functools.partial(_refuse_batching, name)))
 
     def _wrap_generate(self, generate: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(generate)
@@ -222,18 +223,6 @@ def _refuse_batching(name: str, *args: Any, **kwargs: Any) -> Any:
         f"{name} is not supported under a pruner: continuous batching keeps one length for all layers; use generate "
         "with a batch of padded prompts"
     )
-
-
-@contextlib.contextmanager
-def _attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Inside, the instance attribute `name` hides the class's, or the instance's own."""
-    own = {name: owner.__dict__[name]} if name in owner.__dict__ else {}
-    owner.__dict__[name] = value
-    try:
-        yield
-    finally:
-        del owner.__dict__[name]
-        owner.__dict__.update(own)
 
 
 def _check_mask(mask: Any, shape: tuple[int, int], held: int) -> None:

@@ -20,6 +20,7 @@ from sdtp.evaluation.peers.compressed import CompressedLayer
 from sdtp.evaluation.peers.trace import Held, Prefilled
 from sdtp.pruning import generating
 from sdtp.pruning.adapter import Architecture, architecture, bound_arguments, cache_of, tensor_parallel_group
+from sdtp.pruning.overriding import overridden
 from sdtp.pruning.wrappers import unwrap
 
 _ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -122,9 +123,9 @@ class _Context:
         def forward(*args: Any, **kwargs: Any) -> CausalLMOutputWithPast:
             return self._forward(bound_arguments(model, args, kwargs))
 
-        hooks.enter_context(_overridden(model, "forward", forward))
+        hooks.enter_context(overridden(model, "forward", forward))
         if hasattr(model, "generate"):
-            hooks.enter_context(_overridden(model, "generate", self._wrap_generate(model.generate)))
+            hooks.enter_context(overridden(model, "generate", self._wrap_generate(model.generate)))
         for index, layer in enumerate(self.plain.architecture.layers):
             hook = functools.partial(self._before_layer, index)
             hooks.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
@@ -233,15 +234,3 @@ def _check_cache(cache: Any) -> None:
     plain = type(cache) is DynamicCache and not cache.offloading
     if not plain or any(type(layer) is not DynamicLayer for layer in cache.layers):
         raise TypeError(f"a {type(cache).__name__} is not supported by a peer: use a DynamicCache, not offloaded")
-
-
-@contextlib.contextmanager
-def _overridden(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Inside, the instance attribute `name` hides the class's, or the instance's own."""
-    own = {name: owner.__dict__[name]} if name in owner.__dict__ else {}
-    owner.__dict__[name] = value
-    try:
-        yield
-    finally:
-        del owner.__dict__[name]
-        owner.__dict__.update(own)
