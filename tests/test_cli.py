@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,9 @@ STEPS = [
     "ablation",
     "benchmark",
     "check",
+    "compare",
     "data",
+    "doctor",
     "evaluate",
     "figures",
     "generate",
@@ -26,6 +29,7 @@ STEPS = [
     "report",
     "saliency",
     "saliency-index",
+    "show",
     "tables",
     "train",
     "tune-schedule",
@@ -42,6 +46,13 @@ def logging_as_before() -> Iterator[None]:
     root.handlers[:], root.level = handlers, level
 
 
+@pytest.fixture(autouse=True)
+def environment_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TQDM_DISABLE", "TQDM_MININTERVAL"):
+        monkeypatch.setenv(name, "")  # so that it is set back
+        monkeypatch.delenv(name)
+
+
 @pytest.fixture
 def step(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """A module that stands in for step `model`, and the arguments it was called with."""
@@ -53,6 +64,10 @@ def step(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
             calls.append(argv)
             if "--fault" in argv:
                 raise UserError("model.source.ref = 'x': no such folder")
+            if "--talk" in argv:
+                logging.getLogger("sdtp.talk").debug("own debug")
+                logging.getLogger("sdtp.talk").warning("own warning")
+                logging.getLogger("library").info("library info")
             if "--crash" in argv:
                 raise RuntimeError("a defect")
 
@@ -96,6 +111,36 @@ def test_users_fault_is_one_line(step: list[list[str]], tmp_path: Path, capsys: 
 def test_debug_shows_where_a_fault_was_raised(step: list[list[str]]) -> None:
     with pytest.raises(UserError):
         cli.main(["--debug", "model", "--fault"])
+
+
+@pytest.mark.parametrize(
+    ("options", "told", "bars"),
+    [
+        ([], ["model --talk", "own warning", "model: done"], None),
+        (["-q"], ["own warning"], "1"),
+        (["--quiet"], ["own warning"], "1"),
+        (["-v"], ["model --talk", "own debug", "own warning", "library info", "model: done"], None),
+        (["--debug"], ["model --talk", "own debug", "own warning", "model: done"], None),
+    ],
+)
+def test_levels(
+    options: list[str], told: list[str], bars: str | None, step: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*options, "model", "--talk"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(told)
+    assert all(expected in line for expected, line in zip(told, lines, strict=True))
+    assert os.environ.get("TQDM_DISABLE") == bars
+    # No terminal here: bars write seldom, or never.
+    assert os.environ.get("TQDM_MININTERVAL") == (None if bars else "30")
+
+
+def test_quiet_leaves_errors(step: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["-q", "model", "--fault"]) == 1
+    assert capsys.readouterr().err == "error: model.source.ref = 'x': no such folder\n"
+    with pytest.raises(SystemExit) as end:
+        cli.main(["-q", "-v", "model"])
+    assert end.value.code == 2
 
 
 def test_defect_is_raised_and_logged_with_its_traceback(step: list[list[str]], tmp_path: Path) -> None:

@@ -27,10 +27,27 @@ def steps() -> dict[str, Path]:
     return {path.stem.replace("_", "-"): path for path in paths}
 
 
+def _modules() -> dict[str, Path]:
+    """`steps`, and what is called like one."""
+    return {**steps(), LEASE: _STEPS.parent / "devices.py"}
+
+
 def _summary(path: Path) -> str:
     # Read, not imported: a step's module imports torch.
     docstring = ast.get_docstring(ast.parse(path.read_bytes()))
     return docstring.splitlines()[0] if docstring else ""
+
+
+def _options() -> argparse.ArgumentParser:
+    """What can stand before a step's name."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--version", action="version", version=f"sdtp {version('sdtp')}")
+    parser.add_argument("--log", type=Path, metavar="FILE", help="also write messages to this file")
+    level = parser.add_mutually_exclusive_group()
+    level.add_argument("-q", "--quiet", action="store_true", help="warnings and errors only, no progress bars")
+    level.add_argument("-v", "--verbose", action="store_true", help="more messages, of libraries too")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks, and debug messages")
+    return parser
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -40,13 +57,12 @@ def _parser() -> argparse.ArgumentParser:
     lines.append(f"  {LEASE:<{width}}  Run a command on GPUs that nobody else is using.")
     parser = argparse.ArgumentParser(
         prog="sdtp",
-        description="The steps of the token pruning workflow. Snakemake calls them; `sdtp STEP --help` explains one.",
+        description="The steps of the token pruning workflow, which Snakemake calls, and tools around it; "
+        "`sdtp STEP --help` explains one.",
         epilog="steps:\n" + "\n".join(lines),
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[_options()],
     )
-    parser.add_argument("--version", action="version", version=f"sdtp {version('sdtp')}")
-    parser.add_argument("--log", type=Path, metavar="FILE", help="also write messages to this file")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks, and debug messages")
     parser.add_argument("step", choices=[*names, LEASE], metavar="STEP", help="one of the steps below")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="arguments of the step")
     return parser
@@ -54,8 +70,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one step; returns the exit code: 0, or 1 after a fault in the user's input, told in one line."""
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks, see sdtp.completion
+        importlib.import_module("sdtp.completion").complete(_options(), _modules(), os.environ.get("COMP_LINE", ""))
     args = _parser().parse_args(argv)
-    _configure_logging(args.log, args.debug)
+    _configure_logging(args)
     module = "sdtp.pipeline.devices" if args.step == LEASE else f"sdtp.pipeline.steps.{args.step.replace('-', '_')}"
     started = time.monotonic()
     if args.step != LEASE:  # which becomes the command it runs
@@ -76,20 +94,30 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _configure_logging(log: Path | None, debug: bool) -> None:
+def _configure_logging(args: argparse.Namespace) -> None:
     handlers: list[logging.Handler] = [logging.StreamHandler()]
     # Of processes that were launched together the first one speaks, and the others of their own failures only.
     first = os.environ.get("RANK", "0") == "0"
-    if log is not None and first:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_text("", encoding="utf-8")
+    if args.log is not None and first:
+        args.log.parent.mkdir(parents=True, exist_ok=True)
+        args.log.write_text("", encoding="utf-8")
         # Appended to: what launched the processes has it open as well.
-        handlers.append(logging.FileHandler(log, mode="a", encoding="utf-8"))
-    logging.basicConfig(
-        level=logging.WARNING if first else logging.ERROR, format="%(message)s", handlers=handlers, force=True
-    )
-    level = logging.INFO if first else logging.ERROR
-    logging.getLogger("sdtp").setLevel(logging.DEBUG if debug else level)
+        handlers.append(logging.FileHandler(args.log, mode="a", encoding="utf-8"))
+    libraries, own = logging.WARNING, logging.INFO
+    # What tqdm reads when a step imports it.
+    if args.quiet:
+        own = logging.WARNING
+        os.environ["TQDM_DISABLE"] = "1"
+    elif not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", "30")  # seconds between the lines of a bar in a file
+    if args.verbose:
+        libraries, own = logging.INFO, logging.DEBUG
+    if not first:
+        libraries = own = logging.ERROR
+    if args.debug:
+        own = logging.DEBUG
+    logging.basicConfig(level=libraries, format="%(message)s", handlers=handlers, force=True)
+    logging.getLogger("sdtp").setLevel(own)
     logging.captureWarnings(True)
 
 

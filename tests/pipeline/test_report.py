@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from tokenizers import Tokenizer, decoders, models
-from transformers import PreTrainedTokenizerFast
 
 from sdtp.errors import UserError
 from sdtp.pipeline import report
@@ -222,15 +220,6 @@ def test_values_that_do_not_exist_are_dashes() -> None:
     assert "peak memory –" in text
 
 
-def test_removal_stages_by_hand() -> None:
-    # Stage 0 drops 1 and 4, stage 1 drops 2, stage 2 drops nothing.
-    assert report.removal_stages([[0, 2, 3, 5], [0, 3, 5], [0, 3, 5]], 6) == [3, 0, 1, 3, 0, 3]
-    with pytest.raises(UserError, match="stage 1: position 1 was not present; accepted"):
-        report.removal_stages([[0, 2], [0, 1]], 3)
-    with pytest.raises(UserError, match="stage 0: position 3 was not present; accepted"):
-        report.removal_stages([[0, 3]], 3)
-
-
 def test_token_view_shades_each_token_by_the_stage_that_removed_it() -> None:
     row = {
         "id": "r-0", "task": "retrieval", "keep_ratio": 0.9, "prompt_tokens": 5,
@@ -288,12 +277,3 @@ def test_training_shows_first_and_last_values() -> None:
     assert (loss["first"]["step"], loss["first"]["value"]) == (0, pytest.approx(4.1))
     assert (loss["last"]["step"], loss["last"]["value"]) == (60, pytest.approx(1.8 + 2.3 * np.exp(-4)))
     assert ("ce", "heldout") not in ends
-
-
-def test_token_texts_keep_the_space_that_a_token_carries() -> None:
-    vocabulary = {"▁the": 0, "▁cat": 1, "s": 2, "<unk>": 3}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.decoder = decoders.Metaspace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
-    assert tokenizer.decode([1]) == "cat"  # decoded alone, a token loses its space
-    assert report.token_texts(tokenizer, [0, 1, 2, 1]) == ["the", " cat", "s", " cat"]

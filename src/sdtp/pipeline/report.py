@@ -8,13 +8,13 @@ from typing import Any
 import jinja2
 import pandas as pd
 import yaml
-from transformers import PreTrainedTokenizerBase
 
 from sdtp.errors import UserError
 from sdtp.pipeline.figures import FIGURES
 from sdtp.pipeline.formats import change, flatten, memory, number, signed
 from sdtp.pipeline.plotstyle import name_of, saliency_name
 from sdtp.pipeline.results import LOWER_IS_BETTER, Pair, few, nearest_length, smoke, speed_at, verdict, with_speedup
+from sdtp.pipeline.token_view import removal_stages
 
 MAX_BYTES = 10_000_000
 # The oracle reads the answer, so it is a bound and no method one could use instead.
@@ -191,41 +191,6 @@ def _judged(comparisons: pd.DataFrame) -> dict[Pair, dict[str, Any]]:
 
 def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
     return [{str(column): value for column, value in row.items()} for row in table.to_dict("records")]
-
-
-def removal_stages(kept: Sequence[Sequence[int]], prompt_tokens: int) -> list[int]:
-    """For each prompt token the 0-based stage that removed it; `len(kept)` for a token that was never removed.
-
-    Args:
-        kept: for each stage, the positions (0 to prompt_tokens - 1) that are left after it.
-        prompt_tokens: tokens of the prompt.
-
-    Raises:
-        UserError: a stage keeps a position that the prompt does not have or an earlier stage removed.
-    """
-    present = set(range(prompt_tokens))
-    stages = [len(kept)] * prompt_tokens
-    for stage, positions in enumerate(kept):
-        strange = set(positions) - present
-        if strange:
-            raise UserError(
-                f"kept, stage {stage}: position {min(strange)} was not present; accepted: those left before"
-            )
-        for removed in present - set(positions):
-            stages[removed] = stage
-        present = set(positions)
-    return stages
-
-
-def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
-    """The text each token adds to the one before it, so that tokens of every tokeniser keep their leading space."""
-    texts = []
-    for previous, token in zip([None, *ids], ids, strict=False):
-        before = [] if previous is None else [previous]
-        start = str(tokenizer.decode(before, clean_up_tokenization_spaces=False))
-        both = str(tokenizer.decode([*before, token], clean_up_tokenization_spaces=False))
-        texts.append(both[len(start) :])
-    return texts
 
 
 def token_views(run: Run) -> list[dict[str, Any]]:

@@ -12,9 +12,10 @@ from sdtp.errors import UserError
 from sdtp.pipeline.data import load_split
 from sdtp.pipeline.files import read_jsonl, write_atomically
 from sdtp.pipeline.models import load_tokenizer
-from sdtp.pipeline.report import Run, render, token_texts
+from sdtp.pipeline.report import Run, render
 from sdtp.pipeline.results import read_comparisons, read_history, read_latency, read_quality
 from sdtp.pipeline.step import step
+from sdtp.pipeline.token_view import token_texts
 from sdtp.pruning import store
 
 PACKAGES = ("sdtp", "torch", "transformers", "datasets", "safetensors", "numpy", "pandas", "matplotlib", "snakemake")

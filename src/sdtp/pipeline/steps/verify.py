@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from sdtp.errors import UserError
-from sdtp.pipeline.architecture import check_architecture
 from sdtp.pipeline.devices import choose_device
 from sdtp.pipeline.files import write_atomically
+from sdtp.pipeline.given import load_model, load_pruner
 from sdtp.pipeline.limits import check_context
 from sdtp.pipeline.models import ATTENTION
 from sdtp.pruning.adapter import architecture
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> None:
     if args.families and args.pruner is not None:
         parser.error("--pruner belongs to one model: not with --families")
     transformers_logging.set_verbosity_error()
-    pruner = None if args.pruner is None else _load_pruner(args.pruner)
+    pruner = None if args.pruner is None else load_pruner(args.pruner)
     verified = []
     with tqdm(total=(len(FAMILIES) if args.families else 1) * len(MODES), desc="verifying", unit="mode") as progress:
         for name, model in _models(args):
@@ -90,13 +90,6 @@ def main(argv: list[str]) -> None:
         raise SystemExit(1)
 
 
-def _load_pruner(folder: Path) -> TokenPruner:
-    try:
-        return TokenPruner.from_pretrained(folder)
-    except (FileNotFoundError, ValueError) as error:
-        raise UserError(f"--pruner {folder}: {error}") from error
-
-
 def _models(args: argparse.Namespace) -> Iterator[tuple[str, PreTrainedModel]]:
     """Name and model, one at a time."""
     if args.families:
@@ -104,26 +97,8 @@ def _models(args: argparse.Namespace) -> Iterator[tuple[str, PreTrainedModel]]:
             model = tiny_model(family, DTYPES[args.dtype or "float64"], args.attention)
             yield family, model.to(choose_device())  # type: ignore[arg-type]  # a method of transformers' own
     else:
-        yield args.model, _load_model(args.model, args.dtype or "float32", args.attention, args.trust_remote_code)
-
-
-def _load_model(name: str, dtype: str, attention: str, trust_remote_code: bool) -> PreTrainedModel:
-    """A model for inference, from safetensors only; refused before its weights are read if it cannot be pruned."""
-    try:
-        check_architecture(name, trust_remote_code=trust_remote_code)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            name,
-            dtype=DTYPES[dtype],
-            attn_implementation=attention,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-        )
-    except UserError as error:
-        raise UserError(f"--model: {str(error).removeprefix('model.source: ')}") from error
-    except (OSError, ImportError, ValueError) as error:  # no such model, or no such kernel for it or on this machine
-        raise UserError(f"--model {name}: {' '.join(str(error).split())}") from error
-    made: PreTrainedModel = model.to(choose_device()).eval().requires_grad_(False)
-    return made
+        dtype = DTYPES[args.dtype or "float32"]
+        yield args.model, load_model(args.model, dtype, args.attention, args.trust_remote_code)
 
 
 def _default_pruner(name: str, model: PreTrainedModel) -> TokenPruner:
