@@ -1,8 +1,8 @@
-# install, run, study, bench, ui, test, lint, lock, clean. What needs the environment makes it first, in .venv.
+# install, kvpress, run, study, bench, ui, test, lint, lock, clean. What needs the environment makes it first, in .venv.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := run
-.PHONY: install run study bench ui test lint lock clean
+.PHONY: install kvpress run study bench ui test lint lock clean
 
 PYTHON ?= python3
 # Of the machine's; each job on the CPU holds its model in memory, so fewer cores need less.
@@ -11,12 +11,20 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 # The one place that pins torch is pyproject.toml; which build it is, CPU or CUDA, the package index decides.
 TORCH := $(shell sed -n 's/^constraint-dependencies = \["\(torch==[^"]*\)"\]$$/\1/p' pyproject.toml)
-LOCK := $(BIN)/uv pip compile pyproject.toml --universal --generate-hashes --python-version 3.11 \
-	--extra pipeline --extra harness --extra demo --extra dev --no-emit-package torch --no-annotate --no-header -q
-
-$(STAMP): envs/requirements.lock pyproject.toml
+COMPILE := $(BIN)/uv pip compile --universal --generate-hashes --python-version 3.11 \
+	--no-emit-package torch --no-annotate --no-header -q
+LOCK := $(COMPILE) pyproject.toml --extra pipeline --extra harness --extra demo --extra dev
+# The peer that needs an older transformers than this project has an environment of its own.
+KVPRESS_BIN := .venv-kvpress/bin
+KVPRESS_STAMP := .venv-kvpress/.installed
+KVPRESS_LOCK := $(COMPILE) envs/kvpress.in
+define CHECK_PYTHON
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "$$($(PYTHON) --version) is too old: Python 3.11 or newer is needed, e.g. make PYTHON=python3.12"; exit 1; }
+endef
+
+$(STAMP): envs/requirements.lock pyproject.toml
+	$(CHECK_PYTHON)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r envs/requirements.lock
@@ -24,6 +32,15 @@ $(STAMP): envs/requirements.lock pyproject.toml
 	@touch $@
 
 install: $(STAMP)
+
+$(KVPRESS_STAMP): envs/kvpress.lock pyproject.toml
+	$(CHECK_PYTHON)
+	$(PYTHON) -m venv .venv-kvpress
+	$(KVPRESS_BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(KVPRESS_BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r envs/kvpress.lock
+	@touch $@
+
+kvpress: $(KVPRESS_STAMP)
 
 # One run at a time in this folder: whoever holds the lock may clear what a killed run left locked.
 ALONE = mkdir -p .snakemake/locks; exec 9> .snakemake/make.lock; \
@@ -62,10 +79,13 @@ lint: $(STAMP)
 		{ echo "config/README.md is not what the schema says: make config/README.md"; exit 1; }
 	@fresh=$$(mktemp); trap 'rm -f "$$fresh"' EXIT; cp envs/requirements.lock "$$fresh"; $(LOCK) -o "$$fresh"; \
 	diff -u envs/requirements.lock "$$fresh" || { echo "envs/requirements.lock is not what pyproject.toml needs: make lock"; exit 1; }
+	@fresh=$$(mktemp); trap 'rm -f "$$fresh"' EXIT; cp envs/kvpress.lock "$$fresh"; $(KVPRESS_LOCK) -o "$$fresh"; \
+	diff -u envs/kvpress.lock "$$fresh" || { echo "envs/kvpress.lock is not what envs/kvpress.in needs: make lock"; exit 1; }
 
 # Keeps the versions that still fit; `make lock UPGRADE=--upgrade` takes the newest.
 lock: $(STAMP)
 	$(LOCK) $(UPGRADE) -o envs/requirements.lock
+	$(KVPRESS_LOCK) $(UPGRADE) -o envs/kvpress.lock
 
 config/README.md: workflow/schemas/config.schema.yaml src/sdtp/pipeline/schema.py $(STAMP)
 	$(BIN)/python workflow/scripts/config_manual.py > $@

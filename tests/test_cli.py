@@ -17,6 +17,7 @@ from sdtp.errors import UserError
 STEPS = [
     "ablation",
     "benchmark",
+    "budgets",
     "check",
     "compare",
     "data",

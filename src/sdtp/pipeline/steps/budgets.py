@@ -1,0 +1,51 @@
+"""Writes the test examples, each with the cache that a schedule leaves of it, for methods of other environments."""
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from sdtp.evaluation.peers.budgets import Budget, kept, mean_entries
+from sdtp.pipeline.config import Settings
+from sdtp.pipeline.data import load_split, split_hash
+from sdtp.pipeline.files import write_jsonl
+from sdtp.pipeline.models import read_manifest
+from sdtp.pipeline.schedules import build_schedule
+from sdtp.pipeline.step import step
+
+
+def main(argv: list[str]) -> None:
+    """Run the step; `argv` are its arguments."""
+    parser = argparse.ArgumentParser(prog="sdtp budgets", description=__doc__)
+    parser.add_argument("--settings", required=True, metavar="JSON", help="pruning settings")
+    parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="model folder, for its manifest")
+    parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="data folder, of which test is used")
+    parser.add_argument("--keep-ratio", required=True, type=float, help="fraction of tokens each stage keeps")
+    parser.add_argument("--output", required=True, type=Path, metavar="JSONL", help="one row an example")
+    parser.add_argument("--metrics", required=True, type=Path, metavar="FILE", help="metrics to write")
+    args = parser.parse_args(argv)
+    settings = Settings.from_json(args.settings)
+    with step("budgets", args, outputs=[args.output], wildcards={"keep_ratio": args.keep_ratio}) as log:
+        layers = read_manifest(args.model)["num_layers"]
+        schedule = build_schedule(settings.pruning, layers, args.keep_ratio)
+        rows = budgeted(load_split(args.data, "test"), mean_entries(schedule, layers))
+        log.dataset("test", args.data / "test", split_hash(args.data, "test"))
+        write_jsonl(args.output, rows)
+        log.metric("kept_share", sum(row["entries"] / len(row["prompt_ids"]) for row in rows) / len(rows))
+
+
+def budgeted(examples: Iterable[dict[str, Any]], budget: Budget) -> list[dict[str, Any]]:
+    """What another program needs to evaluate a method on examples at a budget.
+
+    Args:
+        examples: rows of the test split.
+        budget: entries that a layer's cache may hold of so many prompt tokens.
+
+    Returns:
+        Of each example `id`, `task`, `prompt_ids` and `response_ids`, and `entries`, the budget of its prompt.
+    """
+    names = ("id", "task", "prompt_ids", "response_ids")
+    return [
+        {**{name: example[name] for name in names}, "entries": kept(budget, len(example["prompt_ids"]))}
+        for example in examples
+    ]

@@ -1,0 +1,32 @@
+"""`sdtp budgets`: the examples of another environment, with the mean of a schedule's cache."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from datasets import Dataset
+
+from sdtp.pipeline.steps import budgets
+
+SETTINGS = {"pruning": {"start": 1, "step": 1, "sinks": 4, "local": 0.1, "min_local": 8}}
+
+
+def test_entries_are_the_mean_over_layers_of_what_a_schedule_leaves(tmp_path: Path) -> None:
+    examples = [
+        {"id": "long", "task": "retrieval", "prompt_ids": list(range(100)), "response_ids": [7, 8], "prompt": "text"},
+        {"id": "short", "task": "continuation", "prompt_ids": list(range(10)), "response_ids": [9], "prompt": "text"},
+    ]
+    Dataset.from_list(examples).save_to_disk(tmp_path / "data" / "test")
+    (tmp_path / "data" / "manifest.json").write_text(json.dumps({"splits": {"test": {"content_sha256": "0" * 64}}}))
+    (tmp_path / "manifest.json").write_text(json.dumps({"num_layers": 4}))
+    output = tmp_path / "budgets.jsonl"
+    folders = ["--model", str(tmp_path), "--data", str(tmp_path / "data"), "--metrics", str(tmp_path / "metrics.json")]
+    settings = ["--settings", json.dumps(SETTINGS), "--keep-ratio", "0.5"]
+    budgets.main([*settings, *folders, "--output", str(output)])
+    # 100, 50, 25 and 12 tokens in the four layers; of the short prompt all, since 4 + 8 are protected.
+    assert [json.loads(line) for line in output.read_text().splitlines()] == [
+        {"id": "long", "task": "retrieval", "prompt_ids": list(range(100)), "response_ids": [7, 8], "entries": 47},
+        {"id": "short", "task": "continuation", "prompt_ids": list(range(10)), "response_ids": [9], "entries": 10},
+    ]
+    assert json.loads((tmp_path / "metrics.json").read_text())["kept_share"] == (0.47 + 1) / 2

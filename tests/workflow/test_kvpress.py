@@ -1,0 +1,184 @@
+"""The comparison with kvpress: what is planned, and, after `make kvpress`, its rows against other arithmetic."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from packaging.version import Version
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from sdtp.evaluation import methods
+from sdtp.evaluation.peers.compression import Compression
+from sdtp.evaluation.peers.snapkv import SnapKV
+from sdtp.pipeline.steps.evaluate import evaluate
+from sdtp.pruning.adapter import cache_of
+from tests.workflow.project import ROOT, copy_project, job_counts, snakemake
+
+ENVIRONMENT = ROOT / ".venv-kvpress"
+# More than SnapKV's window of 64, so that its choice is not among equals; the last prompt stays whole.
+ENTRIES = {90: 70, 120: 80, 40: 40}
+
+
+def load_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("script", ROOT / "workflow" / "scripts" / "kvpress_evaluate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+SCRIPT = load_script()
+
+
+def pins(lock: str) -> dict[str, str]:
+    return dict(re.findall(r"^([a-z0-9-]+)==([^ ;]+)", (ROOT / "envs" / lock).read_text("utf-8"), re.MULTILINE))
+
+
+def test_lock_has_the_named_release_and_leaves_torch_to_the_index() -> None:
+    locked = pins("kvpress.lock")
+    assert f"kvpress=={locked['kvpress']}" in (ROOT / "envs" / "kvpress.in").read_text("utf-8").splitlines()
+    assert not [name for name in locked if re.match(r"torch$|triton|nvidia|cuda", name)]
+    # Else it could do without an environment of its own.
+    assert Version(locked["transformers"]) < Version(pins("requirements.lock")["transformers"])
+
+
+@pytest.mark.parametrize(("press", "tokens"), [("SnapKVPress", 64), ("StreamingLLMPress", 4)])
+def test_prompt_that_a_press_cannot_compress_is_refused(press: str, tokens: int) -> None:
+    whole = {"id": "whole", "prompt_ids": [1] * tokens, "entries": tokens}
+    enough = {"id": "enough", "prompt_ids": [1] * (tokens + 1), "entries": 2}
+    SCRIPT.check_lengths([whole, enough], press)
+    with pytest.raises(SystemExit, match=f"example e3: its prompt has {tokens} tokens, {press} needs {tokens + 1}"):
+        SCRIPT.check_lengths([whole, enough, {**whole, "id": "e3", "entries": 2}], press)
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    """Weights large enough that what a cache lacks is seen in the loss."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.25,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def examples(model: PreTrainedModel) -> list[dict[str, Any]]:
+    """Responses by chance, but for the last: it is what the model says, token by token."""
+    generator = torch.Generator().manual_seed(0)
+    made: list[dict[str, Any]] = [
+        {
+            "id": f"e{number}",
+            "task": "continuation" if number == 1 else "retrieval",
+            "prompt_ids": torch.randint(3, 128, (tokens,), generator=generator).tolist(),
+            "response_ids": torch.randint(3, 128, (5,), generator=generator).tolist(),
+            "entries": entries,
+        }
+        for number, (tokens, entries) in enumerate(ENTRIES.items())
+    ]
+    said = list(made[-1]["prompt_ids"])
+    for _ in range(5):
+        said.append(int(model(torch.tensor([said])).logits[0, -1].argmax()))
+    made[-1]["response_ids"] = said[-5:]
+    return made
+
+
+@pytest.fixture
+def clone(tmp_path: Path, model: PreTrainedModel, examples: list[dict[str, Any]]) -> Path:
+    """A project with what the rule reads, and nothing else of a run."""
+    folder = copy_project(tmp_path / "sdtp")
+    model.save_pretrained(folder / "results" / "default" / "model")
+    budgets = folder / "results" / "default" / "budgets" / "ratio-0.8.jsonl"
+    budgets.parent.mkdir()
+    budgets.write_text("".join(json.dumps(example) + "\n" for example in examples))
+    return folder
+
+
+def results(*presses: str) -> list[str]:
+    return [f"results/default/evaluation/kvpress-{press}-0.8.jsonl" for press in presses]
+
+
+def rows(folder: Path, press: str) -> list[dict[str, Any]]:
+    [path] = results(press)
+    return [json.loads(line) for line in (folder / path).read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_each_press_is_planned_by_the_name_of_its_file_and_others_are_not(tmp_path: Path) -> None:
+    folder = copy_project(tmp_path / "sdtp")
+    output = snakemake(folder, "--dry-run", *results(*SCRIPT.PRESSES)).stdout
+    assert job_counts(output) == {"model": 1, "data": 1, "budgets": 1, "kvpress": len(SCRIPT.PRESSES)}
+    assert "Missing input files" not in output
+    refused = snakemake(folder, "--dry-run", *results("RandomPress"), check=False)
+    assert refused.returncode != 0
+    assert "kvpress-RandomPress-0.8.jsonl" in refused.stdout
+
+
+@pytest.mark.slow
+def test_without_its_environment_one_line_says_what_makes_it(clone: Path) -> None:
+    process = snakemake(clone, "--allowed-rules", "kvpress", "--", *results("KnormPress"), check=False)
+    assert process.returncode != 0
+    line = "kvpress has an environment of its own, which is not there yet: make kvpress\n"
+    assert line in process.stdout
+    assert (clone / "logs" / "default" / "kvpress" / "KnormPress-0.8.log").read_text() == line
+    assert not (clone / results("KnormPress")[0]).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not ENVIRONMENT.exists(), reason="the environment of kvpress is not there: make kvpress")
+@pytest.mark.usefixtures("one_thread")
+def test_rows_are_those_of_evaluate_and_losses_those_of_independent_arithmetic(
+    clone: Path, model: PreTrainedModel, examples: list[dict[str, Any]]
+) -> None:
+    (clone / ".venv-kvpress").symlink_to(ENVIRONMENT)
+    snakemake(clone, "--allowed-rules", "kvpress", "--", *results(*SCRIPT.PRESSES))
+    unpruned = evaluate(model, examples, methods.unpruned, batch_tokens=1)
+    for press in SCRIPT.PRESSES:
+        found = rows(clone, press)
+        identity = {"method": f"kvpress-{press}", "keep_ratio": 0.8, "seed": None}
+        assert [list(row) for row in found] == [[*row, *identity] for row in unpruned]
+        known = [{**row, "kept_tokens": example["entries"]} for row, example in zip(unpruned, examples, strict=True)]
+        for name in ("id", "task", "prompt_tokens", "kept_tokens", "response_tokens"):
+            assert [row[name] for row in found] == [row[name] for row in known]
+        assert [row["correct"] for row in found] == [False, None, True]
+        assert all({name: row[name] for name in identity} == identity for row in found)
+        # The whole prompt was kept of the last, and only of it.
+        differences = [abs(row["loss"] - other["loss"]) for row, other in zip(found, unpruned, strict=True)]
+        assert differences[-1] < 1e-5
+        assert min(differences[:-1]) > 1e-3
+    for index, example in enumerate(examples):
+        loss = rows(clone, "StreamingLLMPress")[index]["loss"]
+        assert loss == pytest.approx(masked_loss(model, example), abs=1e-5)
+        snapkv = Compression(SnapKV(window=64, kernel=5), lambda tokens: ENTRIES[tokens])
+        [own] = evaluate(model, [example], methods.Fixed(snapkv), batch_tokens=1)
+        assert rows(clone, "SnapKVPress")[index]["loss"] == pytest.approx(own["loss"], abs=1e-5)
+
+
+@torch.inference_mode()
+def masked_loss(model: PreTrainedModel, example: dict[str, Any]) -> float:
+    """The response's loss on the whole cache, where all but the first 4 and the last entries are hidden from it."""
+    prompt, response, tokens = example["prompt_ids"], example["response_ids"], len(example["prompt_ids"])
+    prefilled = model(input_ids=torch.tensor([prompt]), use_cache=True)
+    seen = torch.ones(1, tokens + len(response) - 1, dtype=torch.long)
+    seen[:, 4 : tokens - example["entries"] + 4] = 0
+    later = model(
+        input_ids=torch.tensor([response[:-1]]),
+        cache=cache_of(prefilled),
+        attention_mask=seen,
+        position_ids=torch.arange(tokens, tokens + len(response) - 1)[None],
+    ).logits
+    logits = torch.cat([prefilled.logits[:, -1:], later], dim=1)[0]
+    return float(torch.nn.functional.cross_entropy(logits, torch.tensor(response)))

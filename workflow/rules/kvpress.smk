@@ -1,0 +1,69 @@
+# The comparison with NVIDIA's kvpress: no target of the run asks for it, one asks for its files by name. kvpress has an
+# environment of its own: Snakemake's with `--sdm conda`, else the one that `make kvpress` makes. Which of them it is stands
+# in the environment of the jobs, since it must not rerun any.
+from snakemake.settings.types import DeploymentMethod
+
+OTHER_PYTHON = (
+    "python"
+    if DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method
+    else str(ROOT / ".venv-kvpress" / "bin" / "python")
+)
+os.environ.update(SDTP_KVPRESS_PYTHON=OTHER_PYTHON)
+
+
+rule budgets:
+    input:
+        model="<model>",
+        data="<data>",
+    output:
+        examples=ensure("<results>/budgets/ratio-{keep_ratio}.jsonl", non_empty=True),
+        metrics="<results>/metrics/budgets-{keep_ratio}.json",
+    log:
+        "<logs>/budgets/{keep_ratio}.log",
+    benchmark:
+        "<benchmarks>/budgets-{keep_ratio}.tsv"
+    conda:
+        "../../envs/sdtp.yaml"
+    threads: 1
+    resources:
+        gpu=0,
+    params:
+        settings=settings(*SCHEDULE),
+        code=code_hash("sdtp.pipeline.steps.budgets"),
+    message:
+        "Counting what a cache may hold, keep ratio {wildcards.keep_ratio}"
+    shell:
+        "sdtp --log {log} budgets --settings {params.settings:q} --model {input.model} --data {input.data}"
+        " --keep-ratio {wildcards.keep_ratio} --output {output.examples} --metrics {output.metrics}"
+
+
+rule kvpress:
+    input:
+        model="<model>",
+        examples="<results>/budgets/ratio-{keep_ratio}.jsonl",
+        script="workflow/scripts/kvpress_evaluate.py",
+        lock="envs/kvpress.lock",
+    output:
+        rows=ensure("<results>/evaluation/kvpress-{press}-{keep_ratio}.jsonl", non_empty=True),
+    log:
+        "<logs>/kvpress/{press}-{keep_ratio}.log",
+    benchmark:
+        "<benchmarks>/kvpress-{press}-{keep_ratio}.tsv"
+    wildcard_constraints:
+        press="SnapKVPress|ExpectedAttentionPress|KnormPress|StreamingLLMPress",
+    conda:
+        "../../envs/kvpress.yaml"
+    threads: 1
+    resources:
+        gpu=1,
+    params:
+        dtype=config["model"]["dtype"],
+        attention=config["model"]["attention"],
+    message:
+        "Evaluating kvpress' {wildcards.press}, keep ratio {wildcards.keep_ratio}"
+    shell:
+        'command -v "$SDTP_KVPRESS_PYTHON" > /dev/null'
+        ' || {{ echo "kvpress has an environment of its own, which is not there yet: make kvpress" | tee {log} >&2; exit 1; }}; '
+        'sdtp lease --gpus {resources.gpu} -- "$SDTP_KVPRESS_PYTHON" {input.script} --model {input.model}'
+        " --dtype {params.dtype} --attention {params.attention} --examples {input.examples} --press {wildcards.press}"
+        " --keep-ratio {wildcards.keep_ratio} --output {output.rows} 2>&1 | tee {log}"
