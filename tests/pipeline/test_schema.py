@@ -102,8 +102,8 @@ def test_numbers_get_the_type_the_schema_gives_them() -> None:
 
 def test_defaults_are_filled_beside_what_is_stated() -> None:
     config = resolve({"training": {"weights": {"mse": 0}}}, SCHEMA)
-    assert config["training"]["weights"] == {"ce": 1.0, "kl": 0.0, "mse": 0.0, "rank": 1.0}
-    assert config["training"]["steps"] == 60
+    assert config["training"]["weights"] == {"ce": 0.0, "kl": 1.0, "mse": 0.0, "rank": 0.1}
+    assert config["training"]["steps"] == 15
 
 
 def test_resolving_changes_neither_its_input_nor_the_schema() -> None:
@@ -130,7 +130,7 @@ def test_variant_is_the_run_with_its_changes_laid_over() -> None:
     assert repr(resolved["b"]["training"]["weights"]["rank"]) == "0.0"
     assert repr(resolved["b"]["pruning"]["start"]) == "7"
     assert resolved["b"]["saliency"] == run["saliency"]
-    assert run["training"]["weights"]["rank"] == 1.0
+    assert run["training"]["weights"]["rank"] == 0.1
 
 
 def test_no_variants_are_no_configurations() -> None:
