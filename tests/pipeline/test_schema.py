@@ -103,7 +103,7 @@ def test_numbers_get_the_type_the_schema_gives_them() -> None:
 def test_defaults_are_filled_beside_what_is_stated() -> None:
     config = resolve({"training": {"weights": {"mse": 0}}}, SCHEMA)
     assert config["training"]["weights"] == {"ce": 0.0, "kl": 1.0, "mse": 0.0, "rank": 0.1}
-    assert config["training"]["steps"] == 15
+    assert config["training"]["steps"] == 8
 
 
 def test_resolving_changes_neither_its_input_nor_the_schema() -> None:
