@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from sdtp.errors import UserError
 from sdtp.pruning.adapter import decoder, decoder_layers
-from sdtp.pruning.scorers import Learned, rms_normalised
+from sdtp.pruning.learned import Learned, rms_normalised
 from sdtp.training.examples import Example
 from sdtp.training.losses import pairwise_ranking, standardise, standardised_mse
 from sdtp.training.optimizer import GRADIENT_CLIP, adamw, flat_gradients
