@@ -7,11 +7,11 @@ import dataclasses
 from collections.abc import Sequence, Set
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from sdtp.evaluation.peers.peer import Peer
 from sdtp.evaluation.peers.trace import Held
+from sdtp.evaluation.shared_prefill import left_padded
 from sdtp.pruning.pruner import TokenPruner
 
 
@@ -90,19 +90,14 @@ def greedy(
     Raises:
         ValueError: an empty prompt.
     """
-    lengths = [len(prompt) for prompt in prompts]
-    if not all(lengths):
-        raise ValueError(f"prompts have {lengths} tokens: each needs at least one")
-    longest = max(lengths)
-    padded = [[pad_token_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-    real = [[0] * (longest - length) + [1] * length for length in lengths]
+    ids, real = left_padded(prompts, pad_token_id, model.device)
     ends = stop_tokens(model) if stops is None else stops
     with contextlib.nullcontext() if pruner is None else pruner(model) as trace:
         # Looked up inside: there it is the pruner's, which learns the prompt's length from it.
         generate: Any = model.generate  # of every causal LM, but PreTrainedModel does not declare it
         output = generate(
-            input_ids=torch.tensor(padded, device=model.device),
-            attention_mask=torch.tensor(real, device=model.device),
+            input_ids=ids,
+            attention_mask=real,
             max_new_tokens=max_new_tokens,
             min_new_tokens=min_new_tokens,
             do_sample=False,
@@ -111,10 +106,10 @@ def greedy(
             eos_token_id=sorted(ends) or None,
         )
     replies = []
-    for row, length in enumerate(lengths):
+    for row, prompt in enumerate(prompts):
         kept = [] if trace is None else [[at for at in stage[row].tolist() if at >= 0] for stage in trace.kept]
-        held = trace.entries[-1] if isinstance(trace, Held) else len(kept[-1]) if kept else length
-        replies.append(Reply(_until(output[row, longest:].tolist(), ends), kept, held))
+        held = trace.entries[-1] if isinstance(trace, Held) else len(kept[-1]) if kept else len(prompt)
+        replies.append(Reply(_until(output[row, ids.shape[1] :].tolist(), ends), kept, held))
     return replies
 
 

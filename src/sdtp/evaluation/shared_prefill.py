@@ -31,6 +31,31 @@ class Prefilled:
     mask: torch.Tensor | None
 
 
+def left_padded(
+    prompts: Sequence[Sequence[int]], pad_token_id: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts as one batch, shorter ones padded on the left.
+
+    Args:
+        prompts: token ids of each, at least one each.
+        pad_token_id: the token put before shorter prompts; it is masked.
+        device: of the result.
+
+    Returns:
+        LongTensors [prompts, longest]: the ids, and a mask, 1 at the prompts' own tokens.
+
+    Raises:
+        ValueError: an empty prompt.
+    """
+    lengths = [len(prompt) for prompt in prompts]
+    if not all(lengths):
+        raise ValueError(f"prompts have {lengths} tokens: each needs at least one")
+    longest = max(lengths)
+    ids = [[pad_token_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+    real = [[0] * (longest - length) + [1] * length for length in lengths]
+    return torch.tensor(ids, device=device), torch.tensor(real, device=device)
+
+
 @torch.inference_mode()
 def prefill(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> Prefilled:
     """Prefill a batch of prompts; a pruner whose context is open removes tokens from them.
@@ -43,17 +68,11 @@ def prefill(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> Prefill
         ValueError: an empty prompt.
     """
     lengths = [len(prompt) for prompt in prompts]
-    if not all(lengths):
-        raise ValueError(f"prompts have {lengths} tokens: each needs at least one")
-    longest = max(lengths)
-    # Masked, so that any id does for padding.
-    ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
+    ids, real = left_padded(prompts, 0, model.device)  # masked, so that any id does for padding
     places: dict[str, torch.Tensor] = {}
     mask = None
-    if min(lengths) < longest:
-        columns = torch.arange(longest, device=model.device)
-        mask = (columns >= longest - torch.tensor(lengths, device=model.device)[:, None]).long()
-        places["attention_mask"] = mask
+    if min(lengths) < max(lengths):
+        places["attention_mask"] = mask = real
         if takes_position_ids(model):
             places["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)
     output = model(input_ids=ids, use_cache=True, logits_to_keep=1, **places)

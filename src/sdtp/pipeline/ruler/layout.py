@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from sdtp.errors import UserError
 from sdtp.evaluation.retrieval import found
 from sdtp.pipeline.prompts import Frame, encode_after, frame
-from sdtp.pipeline.tasks import cut_passage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -101,11 +100,6 @@ def room(sheet: Sheet, asking: Asking, needed: int, what: str) -> int:
             f"least {needed + len(asking.frame)} tokens"
         )
     return left
-
-
-def filler(sheet: Sheet, text: Iterator[tuple[str, str]], tokens: int) -> tuple[list[Piece], list[str]]:
-    """Sentences of `text`, `tokens` in all, the last one cut; and the documents they are from."""
-    return cut_passage(sheet.tokenizer, text, tokens)
 
 
 def without(text: Iterator[tuple[str, str]], forbidden: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -11,7 +11,6 @@ from sdtp.pipeline.ruler.layout import (
     Draft,
     Sheet,
     ask,
-    filler,
     piece,
     plant,
     room,
@@ -19,6 +18,7 @@ from sdtp.pipeline.ruler.layout import (
     without,
 )
 from sdtp.pipeline.ruler.settings import RulerSettings
+from sdtp.pipeline.tasks import cut_passage
 
 _KIND = "pass number"
 _FACT = Phrasing(
@@ -95,5 +95,5 @@ def _draft(
     left = room(
         sheet, asking, size(facts) + MIN_TEXT_TOKENS, f"facts ({len(facts)}) in {MIN_TEXT_TOKENS} tokens of text"
     )
-    text, sources = filler(sheet, without(sheet.text, values), left - size(facts))
+    text, sources = cut_passage(sheet.tokenizer, without(sheet.text, values), left - size(facts))
     return Draft(asking, plant(text, facts, depths), sources, depth)

@@ -14,7 +14,6 @@ from sdtp.pipeline.ruler.layout import (
     Draft,
     Sheet,
     ask,
-    filler,
     piece,
     room,
     size,
@@ -22,6 +21,7 @@ from sdtp.pipeline.ruler.layout import (
 )
 from sdtp.pipeline.ruler.profiles import MOST_PEOPLE, Passage, profiles
 from sdtp.pipeline.ruler.settings import RulerSettings
+from sdtp.pipeline.tasks import cut_passage
 
 _OPENING = "One of these passages answers the question at the end.\n\nPassages:"
 _BEGINNING = "\n\nPassage: "
@@ -97,7 +97,7 @@ def qa(sheet: Sheet, settings: RulerSettings, pool: Sequence[Passage] | None) ->
             break
         planted.append(own)
         left -= len(own[1])
-    text, sources = filler(sheet, _begun(without(sheet.text, asked.answers)), left)
+    text, sources = cut_passage(sheet.tokenizer, _begun(without(sheet.text, asked.answers)), left)
     sheet.rng.shuffle(planted)
     starts = [index for index, (words, _) in enumerate(text) if words.startswith(" " + _BEGINNING)]
     places = sorted(sheet.rng.choices([*starts, len(text)], k=len(planted)))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from sdtp.pipeline.ruler.layout import MIN_TEXT_TOKENS, Draft, Sheet, ask, filler, piece, plant, room, size, without
+from sdtp.pipeline.ruler.layout import MIN_TEXT_TOKENS, Draft, Sheet, ask, piece, plant, room, size, without
 from sdtp.pipeline.ruler.settings import RulerSettings
+from sdtp.pipeline.tasks import cut_passage
 
 _OPENING = "Here and there this text sets a variable. Keep track of their values.\n\nText:"
 _VALUE = "Let {name} be {value}."
@@ -36,7 +37,7 @@ def variables(sheet: Sheet, settings: RulerSettings) -> Draft:
     )
     what = f"assignments ({len(facts)}) in {MIN_TEXT_TOKENS} tokens of text"
     left = room(sheet, asking, size(facts) + MIN_TEXT_TOKENS, what)
-    text, sources = filler(sheet, without(sheet.text, [*names, *values]), left - size(facts))
+    text, sources = cut_passage(sheet.tokenizer, without(sheet.text, [*names, *values]), left - size(facts))
     return Draft(asking, plant(text, facts, sorted(sheet.rng.random() for _ in facts)), sources)
 
 
