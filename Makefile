@@ -1,8 +1,8 @@
-# install, kvpress, run, study, bench, ui, test, lint, lock, clean. What needs the environment makes it first, in .venv.
+# install, kvpress, llmlingua, run, study, bench, ui, test, lint, lock, clean. What needs the environment makes it first, in .venv.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := run
-.PHONY: install kvpress run study bench ui test lint lock clean
+.PHONY: install kvpress llmlingua run study bench ui test lint lock clean
 
 PYTHON ?= python3
 # Of the machine's; each job on the CPU holds its model in memory, so fewer cores need less.
@@ -14,10 +14,13 @@ TORCH := $(shell sed -n 's/^constraint-dependencies = \["\(torch==[^"]*\)"\]$$/\
 COMPILE := $(BIN)/uv pip compile --universal --generate-hashes --python-version 3.11 \
 	--no-emit-package torch --no-annotate --no-header -q
 LOCK := $(COMPILE) pyproject.toml --extra pipeline --extra harness --extra demo --extra dev
-# The peer that needs an older transformers than this project has an environment of its own.
+# Peers that need an older transformers than this project have environments of their own.
 KVPRESS_BIN := .venv-kvpress/bin
 KVPRESS_STAMP := .venv-kvpress/.installed
 KVPRESS_LOCK := $(COMPILE) envs/kvpress.in
+LLMLINGUA_BIN := .venv-llmlingua/bin
+LLMLINGUA_STAMP := .venv-llmlingua/.installed
+LLMLINGUA_LOCK := $(COMPILE) envs/llmlingua.in
 define CHECK_PYTHON
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "$$($(PYTHON) --version) is too old: Python 3.11 or newer is needed, e.g. make PYTHON=python3.12"; exit 1; }
@@ -42,12 +45,27 @@ $(KVPRESS_STAMP): envs/kvpress.lock pyproject.toml
 
 kvpress: $(KVPRESS_STAMP)
 
+$(LLMLINGUA_STAMP): envs/llmlingua.lock pyproject.toml
+	$(CHECK_PYTHON)
+	$(PYTHON) -m venv .venv-llmlingua
+	$(LLMLINGUA_BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(LLMLINGUA_BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r envs/llmlingua.lock
+	@touch $@
+
+llmlingua: $(LLMLINGUA_STAMP)
+
 # One run at a time in this folder: whoever holds the lock may clear what a killed run left locked.
 ALONE = mkdir -p .snakemake/locks; exec 9> .snakemake/make.lock; \
 	flock --nonblock 9 || { echo "another make is running the workflow in this folder; wait until it ends"; exit 1; }
+# Of a run that was killed a step may live on and write; it ends as it would have.
+AWAIT = flock --nonblock "$$1" true || { echo "waiting for a step of a killed run: $$1, $$(cat "$$1")"; flock "$$1" true; }
+# A Snakemake that lives holds running.lock, and what it locked is left to it.
 define SNAKEMAKE
 	@$(ALONE); \
-	if [ -n "$$(ls -A .snakemake/locks)" ]; then $(BIN)/snakemake --quiet all --unlock; fi; \
+	if flock --nonblock .snakemake/running.lock true; then \
+		if [ -d results ]; then find results -name '.*.lock' -exec sh -c '$(AWAIT)' sh {} ';'; fi; \
+		if [ -n "$$(ls -A .snakemake/locks)" ]; then $(BIN)/snakemake --quiet all --unlock; fi; \
+	fi; \
 	$(BIN)/snakemake --cores $(CORES)
 endef
 
@@ -81,11 +99,14 @@ lint: $(STAMP)
 	diff -u envs/requirements.lock "$$fresh" || { echo "envs/requirements.lock is not what pyproject.toml needs: make lock"; exit 1; }
 	@fresh=$$(mktemp); trap 'rm -f "$$fresh"' EXIT; cp envs/kvpress.lock "$$fresh"; $(KVPRESS_LOCK) -o "$$fresh"; \
 	diff -u envs/kvpress.lock "$$fresh" || { echo "envs/kvpress.lock is not what envs/kvpress.in needs: make lock"; exit 1; }
+	@fresh=$$(mktemp); trap 'rm -f "$$fresh"' EXIT; cp envs/llmlingua.lock "$$fresh"; $(LLMLINGUA_LOCK) -o "$$fresh"; \
+	diff -u envs/llmlingua.lock "$$fresh" || { echo "envs/llmlingua.lock is not what envs/llmlingua.in needs: make lock"; exit 1; }
 
 # Keeps the versions that still fit; `make lock UPGRADE=--upgrade` takes the newest.
 lock: $(STAMP)
 	$(LOCK) $(UPGRADE) -o envs/requirements.lock
 	$(KVPRESS_LOCK) $(UPGRADE) -o envs/kvpress.lock
+	$(LLMLINGUA_LOCK) $(UPGRADE) -o envs/llmlingua.lock
 
 config/README.md: workflow/schemas/config.schema.yaml src/sdtp/pipeline/schema.py $(STAMP)
 	$(BIN)/python workflow/scripts/config_manual.py > $@

@@ -5,16 +5,20 @@ No step is imported before it is asked for, so that `sdtp --help` is instant.
 
 import argparse
 import ast
+import errno
 import importlib
 import logging
 import os
 import shlex
+import signal
 import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
 
 from sdtp.errors import UserError
+from sdtp.pipeline.launch import speaks
+from sdtp.pipeline.reading import out_of_memory
 
 LEASE = "lease"
 LOGGER = logging.getLogger(__name__)
@@ -69,35 +73,68 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one step; returns the exit code: 0, or 1 after a fault in the user's input, told in one line."""
+    """Runs one step; returns the exit code: 0, or 1 after a fault of input, disk or memory, told in one line.
+
+    Ctrl-C ends the process as that signal does, so that whoever started it knows.
+    """
     if "_ARGCOMPLETE" in os.environ:  # a shell asks, see sdtp.completion
         importlib.import_module("sdtp.completion").complete(_options(), _modules(), os.environ.get("COMP_LINE", ""))
     args = _parser().parse_args(argv)
-    _configure_logging(args)
     module = "sdtp.pipeline.devices" if args.step == LEASE else f"sdtp.pipeline.steps.{args.step.replace('-', '_')}"
     started = time.monotonic()
-    if args.step != LEASE:  # which becomes the command it runs
-        LOGGER.info("sdtp %s: %s", version("sdtp"), shlex.join([args.step, *args.arguments]))
     try:
+        _configure_logging(args)
+        if args.step != LEASE:  # which becomes the command it runs
+            LOGGER.info("sdtp %s: %s", version("sdtp"), shlex.join([args.step, *args.arguments]))
         importlib.import_module(module).main(args.arguments)
-    except UserError as error:
-        if args.debug:
-            raise
-        LOGGER.error("error: %s", error)
-        return 1
-    except Exception:
+    except KeyboardInterrupt:
+        LOGGER.error("%s: interrupted", args.step)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    except Exception as error:
+        told = _told(error, args)
+        if told is not None and not args.debug:
+            LOGGER.error("error: %s", told)
+            return 1
         # Python prints the traceback to stderr on its own; this puts it into the log file as well.
-        if args.log is not None:
+        if args.log is not None and args.log.exists():
             _log_file_only(args.log)
         raise
     LOGGER.info("%s: done in %.1f s", args.step, time.monotonic() - started)
     return 0
 
 
+# What a line about a file ends with, by the number of the fault.
+_REMEDIES = {
+    errno.ENOSPC: "free some space, then run this again",
+    errno.EDQUOT: "free some space, then run this again",
+    errno.EROFS: "mount it to be written, or run in another folder",
+    errno.EACCES: "give this user the right to it, or run as its owner",
+    errno.EPERM: "give this user the right to it, or run as its owner",
+    errno.ENOENT: "it was there when this was planned, or should be made first",
+}
+
+
+def _told(error: Exception, args: argparse.Namespace) -> str | None:
+    """One line for a fault that is not the program's: of input, of a file, of memory; None for any other."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        remedy = _REMEDIES.get(error.errno)
+        return f"{os.fsdecode(error.filename)}: {error.strerror}" + (f"; {remedy}" if remedy else "")
+    if out_of_memory(error):
+        output = args.arguments[args.arguments.index("--output") + 1] if "--output" in args.arguments else "its output"
+        return (
+            f"{args.step}: out of memory before {output} was made; "
+            "run fewer jobs at once, with smaller batches or shorter prompts, or on a larger machine"
+        )
+    return None
+
+
 def _configure_logging(args: argparse.Namespace) -> None:
     handlers: list[logging.Handler] = [logging.StreamHandler()]
     # Of processes that were launched together the first one speaks, and the others of their own failures only.
-    first = os.environ.get("RANK", "0") == "0"
+    first = speaks(os.environ)
     if args.log is not None and first:
         args.log.parent.mkdir(parents=True, exist_ok=True)
         args.log.write_text("", encoding="utf-8")
@@ -119,6 +156,7 @@ def _configure_logging(args: argparse.Namespace) -> None:
     logging.basicConfig(level=libraries, format="%(message)s", handlers=handlers, force=True)
     logging.getLogger("sdtp").setLevel(own)
     logging.captureWarnings(True)
+    logging.raiseExceptions = args.debug  # a full disk under the log is no fault of the step's
 
 
 def _log_file_only(log: Path) -> None:

@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
+import errno
+import glob
 import os
+import re
 import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+# What stops a writer, whatever it writes.
+_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 def temporary_sibling(path: Path) -> Path:
     """A new name in the folder of `path`, with its suffix, since writers choose a format by it."""
     return path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name}")
+
+
+def remove_temporaries(path: Path) -> None:
+    """Delete what writers of `path`, or of what is directly in the folder `path`, left when they were killed.
+
+    For the only writer there is: another one's temporary name would go as well.
+    """
+    found = [*path.parent.glob(f".tmp-????????-{glob.escape(path.name)}")]
+    found += path.glob(".tmp-????????-*") if path.is_dir() else []
+    for temporary in found:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        else:
+            temporary.unlink()
 
 
 def sync(path: Path) -> None:
@@ -19,3 +42,28 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Turns a full disk and its like into an OSError that names `path`, which the libraries that write leave out.
+
+    Raises:
+        OSError: with `errno` and `filename`.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = _fault(error)
+        # What copies files names the one it reads, which is at fault where reading failed alone.
+        if number is None or (number == errno.EIO and getattr(error, "filename", None) is not None):
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def _fault(error: Exception) -> int | None:
+    """The number of the fault that stopped a writer; libraries in other languages have it in their text alone."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and (found := re.search(r"\b(?:os error|errno) (\d+)", str(error), re.IGNORECASE)):
+        number = int(found[1])
+    return number if number in _FAULTS else None

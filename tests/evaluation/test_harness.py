@@ -221,6 +221,15 @@ class TestLoglikelihood:
             assert one == pytest.approx(other, rel=0, abs=1e-4)
         assert shapes[:2] == [(7, 75), (7, 12)]
 
+    @pytest.mark.parametrize("batch_size", [1, 3])
+    def test_sizes_are_those_of_each_requests_own_context(self, lm: Callable[..., PrunedLM], batch_size: int) -> None:
+        pruned, whole = lm(pruner="recent", **SETTINGS, batch_size=batch_size), lm(batch_size=batch_size)
+        scores(pruned, PAIRS)
+        scores(whole, PAIRS)
+        lengths = {pair: len(pair[0]) or 1 for pair in PAIRS}  # a token a byte, or the prefix token
+        assert pruned.sizes == {pair: (length, SCHEDULE.surviving(length)[-1]) for pair, length in lengths.items()}
+        assert whole.sizes == {pair: (length, length) for pair, length in lengths.items()}
+
     def test_greedy_is_what_the_pruned_model_generates(
         self, lm: Callable[..., PrunedLM], model: PreTrainedModel
     ) -> None:

@@ -16,7 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 from sdtp.evaluation.peers.budgets import fraction
 from sdtp.evaluation.peers.compression import Compression
 from sdtp.evaluation.peers.snapkv import SnapKV
-from sdtp.evaluation.ruler import RulerExample, heat_map, predict, score, scores
+from sdtp.evaluation.ruler.predicting import predict
+from sdtp.evaluation.ruler.scoring import heat_map, score, scored, scores
+from sdtp.evaluation.ruler.tasks import RulerExample
 from sdtp.pruning import scorers
 from sdtp.pruning.pruner import TokenPruner
 from sdtp.pruning.schedule import PruningSchedule
@@ -68,7 +70,7 @@ def row(number: int, hit: float, **columns: Any) -> dict[str, Any]:
 
 def test_scores_are_means_with_wilson_intervals_by_task_and_length() -> None:
     rows = [row(n, hit) for n, hit in enumerate([1, 1, 0.5, 0])] + [row(9, 1, length=200), row(8, 0, task="qa")]
-    cells = scores(json.loads(json.dumps(rows)))
+    cells = scores(scored(json.loads(json.dumps(rows))))
     assert [(cell.group, cell.value, cell.n) for cell in cells] == [
         ({"task": "single", "length": 100}, 62.5, 4),
         ({"task": "single", "length": 200}, 100.0, 1),
@@ -82,7 +84,7 @@ def test_scores_are_means_with_wilson_intervals_by_task_and_length() -> None:
 
 
 def test_scores_can_be_grouped_by_any_column_and_a_method_is_not_mixed_with_another() -> None:
-    rows = [row(n, n % 2, depth=n / 2, method=method) for method in ("unpruned", "sdtp") for n in range(3)]
+    rows = list(scored(row(n, n % 2, depth=n / 2, method=method) for method in ("unpruned", "sdtp") for n in range(3)))
     assert [(cell.group["method"], cell.value) for cell in scores(rows, ("method",))] == [
         ("unpruned", pytest.approx(100 / 3)),
         ("sdtp", pytest.approx(100 / 3)),
@@ -101,13 +103,14 @@ def test_heat_map_has_depths_down_and_lengths_across() -> None:
         for place, ((depth, length), cell) in enumerate(hits.items())
         for n, hit in enumerate(cell)
     ]
-    found = heat_map([*rows, row(999, 1, task="multi_key", depth=None)])
+    rows = list(scored(rows))
+    found = heat_map([*rows, *scored([row(999, 1, task="multi_key", depth=None)])])
     assert (found.depths, found.lengths, found.n) == ((0.0, 0.5), (50, 100), 2)
     np.testing.assert_allclose(found.values, [[25.0, 100.0], [0.0, 50.0]])
     with pytest.raises(ValueError, match=r"no prediction at depth 0\.5 and length 100: each depth"):
         heat_map([own for own in rows if (own["depth"], own["length"]) != (0.5, 100)])
     with pytest.raises(ValueError, match="no prediction has a depth"):
-        heat_map([row(1, 1, depth=None)])
+        heat_map(scored([row(1, 1, depth=None)]))
 
 
 @pytest.fixture(scope="module")

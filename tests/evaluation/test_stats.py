@@ -81,6 +81,13 @@ def test_paired_difference_p_value_is_exact_for_few_examples() -> None:
     assert paired_difference([1.0, 2.0, 3.0], [0.0, 0.0, 0.0]).p_value == pytest.approx(0.25)
 
 
+def test_paired_difference_of_one_example_shows_nothing() -> None:
+    result = paired_difference([1.0], [0.0])
+    assert (result.mean, result.p_value, result.n) == (1.0, 1.0, 1)
+    assert math.isnan(result.low)
+    assert math.isnan(result.high)
+
+
 def test_paired_difference_needs_the_same_examples() -> None:
     with pytest.raises(ValueError, match="3 and 2 values"):
         paired_difference([1.0, 2.0, 3.0], [1.0, 2.0])

@@ -94,24 +94,6 @@ def test_loss_is_the_mean_in_nats() -> None:
     assert continuation.loss(forced([1, 2], [-1.0, -2.0])) == pytest.approx(1.5)
 
 
-@pytest.mark.parametrize(
-    ("prediction", "references", "expected"),
-    [
-        ("12", ["12", "34"], [True, False]),
-        ("", ["12", "34"], [False, False]),
-        ("1", ["12"], [False]),  # the prediction in the reference is no hit
-        ("The answer is \n PARIS .", [" Paris "], [True]),
-    ],
-)
-def test_references_found(prediction: str, references: list[str], expected: list[bool]) -> None:
-    assert retrieval.found(prediction, references) == expected
-
-
-def test_blank_reference_is_refused() -> None:
-    with pytest.raises(ValueError, match="a blank one is in every text"):
-        retrieval.found("anything", ["12", " "])
-
-
 class TestMethods:
     @pytest.mark.parametrize("method", methods.BASELINES)
     def test_baseline_is_the_scorer_of_its_name(self, method: str) -> None:

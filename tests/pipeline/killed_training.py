@@ -15,10 +15,10 @@ from typing import Any
 
 import mlflow.tracking  # noqa: F401  # once, and not in every child
 
-from sdtp.pipeline import files, tracking
+from sdtp.pipeline import files, tracked_run
 from sdtp.pipeline.mlflow_store import Store
 from sdtp.pipeline.steps import train
-from sdtp.pipeline.tracking import TrackedRun
+from sdtp.pipeline.tracked_run import TrackedRun
 from sdtp.training import checkpoints, gradients, label_fit, trainer
 
 # Of each phase: whose attribute is called in it, the call that is the last, and what has happened by then.
@@ -70,7 +70,7 @@ def arm(phase: str, log: Path) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     """One process a phase, one after another, each forked from this one, which has imported everything."""
-    tracking.SECONDS_BETWEEN_BATCHES = 0.0
+    tracked_run.SECONDS_BETWEEN_BATCHES = 0.0
     for number, phase in enumerate(PHASES):
         folder = Path(f"phase-{number}").resolve()
         folder.mkdir()

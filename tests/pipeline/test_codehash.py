@@ -24,22 +24,26 @@ STEPS = sorted(path.stem for path in (SOURCE / "pipeline" / "steps").glob("*.py"
 
 # Runs on a copy of the package: edits each module in turn and prints which steps' hashes differ.
 EDIT_EACH = """
-import json, sys
+import functools, json, sys
 from pathlib import Path
 from sdtp.pipeline import codehash
 
 root, edit, steps = Path(sys.argv[1]), sys.argv[2], sys.argv[3].split(",")
+digest, known = codehash._module_digest.__wrapped__, {}  # of all modules but the edited one, which would take minutes
+codehash._module_digest = lambda module: known.get(module) or known.setdefault(module, digest(module))
+codehash.modules_of = functools.cache(codehash.modules_of)  # no edit imports anything
 hashes = lambda: {step: codehash.code_hash(f"sdtp.pipeline.steps.{step}") for step in steps}
 before, changed = hashes(), {}
 for path in sorted((root / "sdtp").rglob("*.py")):
+    parts = path.relative_to(root).with_suffix("").parts
+    name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
     source = path.read_text()
     reworded = source.replace('\"\"\"', '\"\"\"Reworded: ', 1) + "\\n# said\\n"
     path.write_text({"statement": source + "\\nEDITED = 1\\n", "words": reworded}[edit])
-    codehash._module_digest.cache_clear()
+    known.pop(name, None)
     after = hashes()
     path.write_text(source)
-    parts = path.relative_to(root).with_suffix("").parts
-    name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+    known.pop(name, None)
     changed[name] = [step for step in steps if after[step] != before[step]]
 print(json.dumps(changed))
 """

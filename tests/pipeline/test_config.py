@@ -7,7 +7,7 @@ import typing
 
 import pytest
 
-from sdtp.pipeline.config import Block, Settings
+from sdtp.pipeline.config import Block, Settings, Source
 from tests.workflow.golden import SCHEMA, resolved
 
 # What no step is ever given: where it is tracked, and other variants than its own.
@@ -25,6 +25,15 @@ def test_passed_settings_are_attributes() -> None:
 def test_nested_source() -> None:
     settings = Settings.from_json('{"model":{"source":{"kind":"hub","ref":"a/b","revision":null,"sha256":null}}}')
     assert (settings.model.source.kind, settings.model.source.revision) == ("hub", None)
+
+
+def test_source_that_may_be_null_is_a_source_or_none() -> None:
+    source = '{"kind":"hub","ref":"a/b","revision":null,"sha256":null}'
+    found = [Settings.from_json(f'{{"suites":{{"longbench":{{"source":{text}}}}}}}') for text in (source, "null")]
+    assert found[0].suites.longbench.source == Source("hub", "a/b", None, None)
+    assert found[1].suites.longbench.source is None
+    with pytest.raises(ValueError, match=r"setting suites\.longbench\.source\.kinds is not known"):
+        Settings.from_json('{"suites":{"longbench":{"source":{"kinds":"hub"}}}}')
 
 
 @pytest.mark.parametrize(

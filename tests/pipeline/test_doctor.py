@@ -16,6 +16,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 
+from sdtp.errors import UserError
 from sdtp.pipeline.doctor import hardware, services, software, storage
 from sdtp.pipeline.doctor.examine import examine
 from sdtp.pipeline.doctor.finding import Finding, one_line
@@ -133,7 +134,7 @@ def test_a_tracking_server_that_is_away(closed_port: str, tmp_path: Path, monkey
     finding = services.mlflow_store(tmp_path, 5.0)
     assert finding.status == "warning"
     assert finding.found.startswith(f"{closed_port} is not reached: [Errno ")
-    assert finding.advice.startswith("steps run all the same and are not tracked")
+    assert finding.advice.startswith("steps run all the same, and their runs wait for `sdtp track sync`")
 
 
 def test_a_folder_cannot_be_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,8 +156,9 @@ def test_a_sqlite_store(tmp_path: Path) -> None:
     assert first == Finding("MLflow store", "ok", f"{path}, which the first run makes")
     assert list(tmp_path.iterdir()) == []  # nor does the check make it
     store = Store(f"sqlite:///{path}", "sdtp")
-    store.create_run("one", tmp_path / "one", {})
-    store.create_run("two", tmp_path / "two", {})
+    for name in ("one", "two"):
+        tags = {"sdtp.id": name, "sdtp.output": str(tmp_path / name)}
+        store.create_run({"id": name, "label": name, "tags": tags, "started": 1}, alone=True)
     assert services.mlflow_store(tmp_path, 5.0) == Finding("MLflow store", "ok", f"{path}, 2 runs")
 
 
@@ -178,6 +180,15 @@ def test_sqlite_on_a_network_file_system(tmp_path: Path, monkeypatch: pytest.Mon
     finding = services.mlflow_store(tmp_path, 5.0)
     assert finding.status == "warning"
     assert "network file system (nfs4)" in finding.found
+
+
+def test_store_of_several_machines_is_refused_on_a_network_file_system(tmp_path: Path) -> None:
+    mounts = tmp_path / "mounts"
+    mounts.write_text("/dev/vda / ext4 rw 0 0\nhost:/a /mnt/shared nfs4 rw 0 0\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"/mnt/shared/run/mlflow.db is an SQLite file on a network .* \(nfs4\)"):
+        services.check_shared("sqlite:////mnt/shared/run/mlflow.db", mounts)
+    services.check_shared("sqlite:////home/run/mlflow.db", mounts)
+    services.check_shared("http://host:5000", mounts)
 
 
 def test_the_file_system_of_the_longest_mount(tmp_path: Path) -> None:

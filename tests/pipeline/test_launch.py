@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sdtp.errors import UserError
+from sdtp.pipeline import launch
 from sdtp.pipeline.steps import train
 from tests.pipeline.saliency_run import index_of, make_run, shard
 from tests.pipeline.test_training_steps import TRAIN
@@ -112,6 +114,74 @@ def test_a_process_that_is_killed_ends_all_with_one_message(inputs: Path, tmp_pa
     assert done.stderr.count("error: ") == 1
     assert "error: process 1 of 2 was ended by SIGKILL, and the others with it" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+STEP = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_STEP_NODELIST": "gpu[03-04]",
+    "SLURM_PROCID": "1",
+}
+
+
+@pytest.fixture
+def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A `scontrol` that knows the nodes of STEP, as Slurm's prints them."""
+    command = tmp_path / "scontrol"
+    command.write_text(
+        "#!/bin/sh\n"
+        'case "$*" in\n'
+        "  'show hostnames gpu[03-04]') printf 'gpu03\\ngpu04\\n';;\n"
+        "  'show node --oneliner gpu03') echo 'NodeName=gpu03 Arch=x86_64 NodeAddr=10.0.0.3 NodeHostName=gpu03';;\n"
+        '  *) echo "what is $*" >&2; exit 1;;\n'
+        "esac\n",
+        encoding="utf-8",
+    )
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    return command
+
+
+@pytest.mark.usefixtures("scontrol")
+def test_tasks_of_a_slurm_step_meet_at_its_first_node() -> None:
+    step = launch.SlurmStep.of(STEP)
+    assert step is not None
+    assert (step.tasks, step.task, step.address) == (2, 1, "10.0.0.3")
+    other = launch.SlurmStep.of({**STEP, "SLURM_PROCID": "0"})
+    assert other is not None
+    assert other.port == step.port
+    neighbours = [{**STEP, "SLURM_STEP_ID": "1"}, {**STEP, "SLURM_JOB_ID": "8"}]
+    ports = {found.port for found in map(launch.SlurmStep.of, neighbours) if found is not None}
+    assert len(ports | {step.port}) == 3
+    assert all(1024 < port < 32768 for port in ports)
+
+
+@pytest.mark.usefixtures("scontrol")
+def test_step_whose_nodes_slurm_does_not_know_is_refused() -> None:
+    with pytest.raises(UserError, match=r"scontrol show hostnames x gives no answer: what is show hostnames x"):
+        launch.SlurmStep.of({**STEP, "SLURM_STEP_NODELIST": "x"})
+
+
+@pytest.mark.parametrize(
+    ("environment", "tasks", "speaks"),
+    [
+        ({}, 1, True),
+        ({"RANK": "0"}, 1, True),
+        ({"RANK": "1"}, 1, False),
+        # A job's script, which says of the job how many tasks it has.
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, 1, True),
+        ({**STEP, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, 1, True),
+        ({**STEP, "SLURM_PROCID": "0"}, 2, True),
+        (STEP, 2, False),
+        ({**STEP, "RANK": "0"}, 2, True),
+    ],
+)
+def test_one_of_those_launched_together_speaks(environment: dict[str, str], tasks: int, speaks: bool) -> None:
+    assert launch.slurm_tasks(environment) == tasks
+    assert launch.speaks(environment) == speaks
+    if tasks == 1:
+        assert launch.SlurmStep.of(environment) is None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the Linux kernel")

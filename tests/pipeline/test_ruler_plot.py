@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sdtp.errors import UserError
-from sdtp.evaluation.ruler import HeatMap
+from sdtp.evaluation.ruler.scoring import HeatMap
 from sdtp.pipeline.plotstyle import save
 from sdtp.pipeline.ruler_plot import heat_maps
 

@@ -78,8 +78,7 @@ HUB = {"kind": "hub", "ref": "a/b", "revision": None, "sha256": None}
         (
             {"tracing": {}, "training": {"stepz": 3, "steps": 0}},
             [
-                "tracing = {}: no such key; the config has run, seed, model, data, pruning, saliency, training, "
-                "generation, benchmark, evaluation, variants, tracking",
+                f"tracing = {{}}: no such key; the config has {', '.join(SCHEMA['properties'])}",
                 "training.steps = 0: must be a whole number ≥ 1",
                 "training.stepz = 3: no such key; training has gpus, keep_ratio, label_epochs, label_examples, steps, "
                 "batch_size, learning_rate, width, position, question_rank, neighbours, recency, temperature, sampler, "
@@ -98,6 +97,24 @@ def test_numbers_get_the_type_the_schema_gives_them() -> None:
     config = resolve({"training": {"steps": 60.0, "temperature": 2}, "pruning": {"keep_ratios": [1]}}, SCHEMA)
     assert [repr(config["training"][key]) for key in ("steps", "temperature")] == ["60", "2.0"]
     assert repr(config["pruning"]["keep_ratios"]) == "[1.0]"
+
+
+def test_source_that_may_be_null_is_null_or_whole() -> None:
+    assert resolve({}, SCHEMA)["suites"]["longbench"]["source"] is None
+    reordered = dict(reversed(HUB.items()))
+    found = resolve({"suites": {"longbench": {"source": reordered, "examples": 5.0}}}, SCHEMA)["suites"]["longbench"]
+    assert list(found["source"].items()) == list(HUB.items())
+    assert type(found["examples"]) is int
+    for source, fault in (
+        (HUB | {"kind": "jsonl"}, '.kind = "jsonl": must be one of hub, local'),
+        ({"kind": "hub", "ref": "a/b", "revision": None}, "needs the key sha256"),
+        (5, " = 5: must be a block of keys or null"),
+    ):
+        with pytest.raises(UserError, match=rf"suites\.longbench\.source.*{fault}"):
+            resolve({"suites": {"longbench": {"source": source}}}, SCHEMA)
+    with pytest.raises(UserError, match=r"suites\.longbench\.source = .*: also needs revision, sha256"):
+        check_sources({"suites": {"longbench": {"source": {"kind": "hub", "ref": "a/b"}}}}, SCHEMA)
+    check_sources({"suites": {"longbench": {"source": None}}}, SCHEMA)
 
 
 def test_defaults_are_filled_beside_what_is_stated() -> None:

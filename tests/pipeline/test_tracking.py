@@ -3,7 +3,10 @@
 import argparse
 import json
 import logging
+import os
+import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -14,12 +17,14 @@ from typing import Any
 import pytest
 
 from sdtp.errors import UserError
+from sdtp.pipeline.files import sha256_file, sha256_files
+from sdtp.pipeline.mlflow_store import Store
 from sdtp.pipeline.step import step
 from sdtp.pipeline.tracking import finish_pipeline, start_pipeline
 
 mlflow = pytest.importorskip("mlflow")
 
-PATIENCE = 120.0
+PATIENCE = 400.0
 CONFIG = {"run": "default", "training": {"steps": 60}, "data": {"train": {"source": {"ref": "sotu"}}}}
 
 # A step with metrics of its own; the rest of the command line says what happens to it.
@@ -330,7 +335,7 @@ def test_mlflows_own_variable_wins(monkeypatch: pytest.MonkeyPatch, runs: Runs, 
     assert not (tmp_path / "other.db").exists()
 
 
-def test_a_broken_store_costs_one_warning(
+def test_a_broken_store_costs_one_warning_each(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "results" / "default"
@@ -347,12 +352,12 @@ def test_a_broken_store_costs_one_warning(
             log.artifact(tmp_path)
         finish_pipeline(folder, "FINISHED")
     messages = [record.getMessage() for record in caplog.records]
-    assert len(messages) == 2
-    assert all("file is not a database" in message for message in messages)
+    assert len(messages) == 3
+    assert all("file is not a database" in message and "mlflow-spool" in message for message in messages)
     assert json.loads((tmp_path / "metrics.json").read_text())["tau"] == 0.5
 
 
-def test_a_store_that_breaks_during_a_step_costs_one_warning(
+def test_files_that_are_not_there_cost_a_warning_each(
     runs: Runs, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with (
@@ -362,11 +367,27 @@ def test_a_store_that_breaks_during_a_step_costs_one_warning(
         log.artifact(tmp_path / "does not exist")
         log.artifact(tmp_path / "nor does this")
         log.metric("tau", 0.5)
-    [message] = [record.getMessage() for record in caplog.records]
-    assert "does not exist" in message
+    assert [record.getMessage().split()[-8:] for record in caplog.records] == [
+        [*name.split(), "is", "not", "there,", "and", "not", "logged"][-8:]
+        for name in (f"{tmp_path}/does not exist", f"{tmp_path}/nor does this")
+    ]
     [run] = runs.of(tmp_path / "out")
     assert run.info.status == "FINISHED"
-    assert json.loads((tmp_path / "metrics.json").read_text())["tau"] == 0.5
+    assert run.data.metrics["tau"] == 0.5
+
+
+def test_what_the_store_refuses_is_left_out_alone(runs: Runs, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with (
+        caplog.at_level(logging.WARNING, "sdtp"),
+        step("train", arguments(tmp_path), outputs=[tmp_path / "out"]) as log,
+    ):
+        log.dataset("x" * 600, tmp_path, "ab" * 32)  # MLflow takes names of up to 500 characters
+        log.metric("tau", 0.5)
+    [message] = [record.getMessage() for record in caplog.records]
+    assert "the store refuses it" in message
+    [run] = runs.of(tmp_path / "out")
+    assert (run.info.status, run.data.metrics["tau"]) == ("FINISHED", 0.5)
+    assert not (runs.results / "mlflow-spool").exists()
 
 
 def go(jobs: list[subprocess.Popen[str]]) -> None:
@@ -416,3 +437,168 @@ def test_eight_steps_write_to_one_store(
             runs.results / "mlflow.db",
             f"select count(*) from metrics where key = 'loss' and run_uuid = '{run.info.run_id}'",
         ) == [(1500,)]
+
+
+PIPELINE = """
+import sys
+from pathlib import Path
+from sdtp.pipeline.tracking import start_pipeline
+start_pipeline(Path(sys.argv[1]), {"run": "default"}, "sdtp", None)
+print("started", flush=True)
+sys.stdin.readline()
+"""
+
+
+def statuses(runs: Runs, *outputs: Path) -> list[str]:
+    return [run.info.status for output in outputs for run in runs.of(output)]
+
+
+@pytest.mark.slow
+def test_the_next_invocation_closes_what_a_kill_left_going(
+    runs: Runs, tmp_path: Path, process: Callable[..., subprocess.Popen[str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A pipeline and two of its steps are killed; a third step of it, and another pipeline, go on."""
+    pipe = subprocess.PIPE
+    other, killed = runs.results / "alive", runs.results / "killed"
+    pipelines = [
+        subprocess.Popen([sys.executable, "-c", PIPELINE, str(folder)], stdin=pipe, stdout=pipe, text=True)
+        for folder in (other, killed)
+    ]
+    try:
+        for one in pipelines:
+            assert one.stdout is not None
+            assert one.stdout.readline() == "started\n"
+        # The third one's results are deleted with its lock, as `make clean` does.
+        outputs = [tmp_path / name / "out" for name in ("first", "second", "third", "alive")]
+        steps = [process(output, "3", "hang") for output in outputs]
+        for one in steps:
+            inside(one)
+        for one in (pipelines[1], *steps[:3]):
+            one.kill()
+            one.wait(PATIENCE)
+        shutil.rmtree(tmp_path / "third")
+        assert set(statuses(runs, other, killed, *outputs)) == {"RUNNING"}
+        with caplog.at_level(logging.INFO, "sdtp"):
+            start_pipeline(runs.results / "next", CONFIG, "sdtp", None)
+        assert statuses(runs, killed, *outputs[:3]) == ["KILLED"] * 4
+        assert statuses(runs, other, outputs[3]) == ["RUNNING"] * 2
+        assert all(run.info.end_time is not None for output in outputs[:3] for run in runs.of(output))
+        [message] = [record.getMessage() for record in caplog.records if "KILLED" in record.getMessage()]
+        assert message.count("train") == 3
+        assert "pipeline killed" in message
+        steps[3].communicate("\n", timeout=PATIENCE)
+        assert statuses(runs, outputs[3]) == ["FINISHED"]
+    finally:
+        for one in pipelines:
+            one.kill()
+            one.communicate()
+        finish_pipeline(runs.results / "next", "FINISHED")
+
+
+def test_a_run_of_another_host_is_closed_only_where_its_lock_is_seen(runs: Runs, tmp_path: Path) -> None:
+    store = Store(f"sqlite:///{runs.results / 'mlflow.db'}", "sdtp")
+    (tmp_path / ".seen.lock").touch()
+    for name in ("seen", "unseen"):
+        tags = {"sdtp.id": name, "sdtp.output": str(tmp_path / name), "sdtp.host": "elsewhere"}
+        store.create_run({"id": name, "label": name, "tags": tags, "started": 1}, alone=True)
+    closed = store.close_abandoned()
+    assert "seen" in closed
+    assert "unseen" not in closed
+    assert statuses(runs, tmp_path / "seen", tmp_path / "unseen") == ["KILLED", "RUNNING"]
+    store.client.set_terminated(store.find("unseen"))
+
+
+def test_runs_of_one_output_form_a_chain_in_whatever_order_they_arrive(runs: Runs, tmp_path: Path) -> None:
+    store = Store(f"sqlite:///{runs.results / 'mlflow.db'}", "sdtp")
+
+    def arrive(started: int) -> str:
+        name = f"{tmp_path.name}-{started}"
+        tags = {"sdtp.id": name, "sdtp.output": str(tmp_path / "out")}
+        return store.create_run({"id": name, "label": name, "tags": tags, "started": started}, alone=False)
+
+    third, first, second = (arrive(started) for started in (30, 10, 20))
+    assert arrive(20) == second  # told of again
+    links = {
+        run.info.run_id: (run.data.tags.get("sdtp.supersedes"), run.data.tags.get("sdtp.superseded_by"))
+        for run in runs.of(tmp_path / "out")
+    }
+    assert links == {first: (None, second), second: (first, third), third: (second, None)}
+    for run_id in links:
+        store.client.set_terminated(run_id)
+
+
+def test_a_run_says_what_it_was_made_from(runs: Runs, tmp_path: Path) -> None:
+    model, data, pruner = (tmp_path / name for name in ("model", "data", "pruner"))
+    for folder in (model, data, pruner):
+        folder.mkdir()
+        (folder / "big").write_text(folder.name)
+    (model / "manifest.json").write_text('{"weights_sha256": "ab"}')
+    rows_files = [tmp_path / "b.jsonl", tmp_path / "a.jsonl"]
+    for path in rows_files:
+        path.write_text(path.name)
+    (tmp_path / "history.csv").write_text("of an earlier run")
+
+    def tags() -> dict[str, str]:
+        args = argparse.Namespace(
+            settings="{}",
+            metrics=tmp_path / "metrics" / "train.json",
+            model=model,
+            data=data,
+            pruner=None,
+            evaluations=rows_files,
+            missing=tmp_path / "missing",
+            checkpoints=pruner,
+            history=tmp_path / "history.csv",
+            output=tmp_path / "out",
+            shard=3,
+        )
+        with step("train", args, outputs=[args.output, args.history]):
+            pass
+        found: dict[str, str] = runs.of(args.output)[0].data.tags
+        return found
+
+    first = tags()
+    read = {key.removeprefix("sdtp.input."): value for key, value in first.items() if key.startswith("sdtp.input.")}
+    assert sorted(read) == ["data", "evaluations", "model"]
+    assert read["model"] == sha256_file(model / "manifest.json")
+    assert read["data"] == sha256_files(data, [data / "big"])
+    assert first["sdtp.rule"] == "train"
+    assert first["sdtp.host"] == socket.gethostname()
+    assert first["sdtp.resources"] == str(tmp_path / "resources" / "train.tsv")
+    assert {"sdtp.version.mlflow", "sdtp.version.snakemake", "sdtp.version.safetensors"} <= first.keys()
+    rows_files.reverse()  # the order is not content
+    (model / "big").write_text("changed, but not the manifest")
+    (data / "big").write_text("changed")
+    second = tags()
+    assert [key for key in read if second[f"sdtp.input.{key}"] != read[key]] == ["data"]
+    rows_files[0].write_text("changed")
+    assert tags()["sdtp.input.evaluations"] != read["evaluations"]
+
+
+def test_what_snakemake_measured_goes_to_the_steps_run(runs: Runs, tmp_path: Path) -> None:
+    folder = runs.results / "measured"
+    start_pipeline(folder, CONFIG, "sdtp", None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SDTP_PARENT_RUN_FILE", str(folder / "mlflow-parent.json"))
+        for name in ("train", "stale"):
+            args = argparse.Namespace(settings="{}", metrics=folder / "metrics" / f"{name}.json")
+            with step(name, args, outputs=[folder / name]):
+                pass
+    (folder / "resources").mkdir()
+    head, numbers = "s\th:m:s\tmax_rss\tio_in\tmean_load\n", "165.03\t0:02:45\t1760.89\tNA\t158.36\n"
+    for name in ("train", "stale"):
+        (folder / "resources" / f"{name}.tsv").write_text(head + numbers)
+    os.utime(folder / "resources" / "stale.tsv", (1, 1))  # of an earlier job
+    (folder / "report.html").write_text("<html>")
+    (folder / "figures").mkdir()
+    (folder / "figures" / "quality.svg").write_text("<svg/>")
+    (folder / "tables").mkdir()
+    os.utime(folder / "tables", (1, 1))  # not made by this invocation
+    finish_pipeline(folder, "FINISHED")
+    [run], [stale], [parent] = (runs.of(path) for path in (folder / "train", folder / "stale", folder))
+    found = {key: value for key, value in run.data.metrics.items() if key.startswith("snakemake/")}
+    assert found == {"snakemake/s": 165.03, "snakemake/max_rss": 1760.89, "snakemake/mean_load": 158.36}
+    assert not any(key.startswith("snakemake/") for key in stale.data.metrics)
+    shown = {entry.path for entry in runs.client.list_artifacts(parent.info.run_id)}
+    assert shown == {"config.yaml", "report.html", "figures"}
+    assert runs.artifact(parent.info.run_id, "figures/quality.svg") == "<svg/>"

@@ -242,7 +242,8 @@ def test_an_offloaded_cache(tiny_model):
             offloaded = model.generate(
                 ids, attention_mask=real, max_new_tokens=8, cache_implementation="offloaded", **SETTINGS
             )
-        assert all(torch.equal(a, b) for a, b in zip(plain.logits, offloaded.logits, strict=True))
+        for a, b in zip(plain.logits, offloaded.logits, strict=True):
+            assert_close(a, b)  # keys that have travelled lie otherwise in memory, and kernels add in another order
         assert offloaded.cache.layers[1].keys.device.type == "cpu"
         assert isinstance(offloaded.cache.layers[1], PrunedLayer)
 

@@ -51,7 +51,8 @@ def job_counts(output: str) -> dict[str, int]:
         assert "Nothing to be done" in output, output
         return {}
     counts = {name: int(count) for name, count in (line.split() for line in table[1].splitlines())}
-    return {name: count for name, count in counts.items() if name not in ("all", "default", "ablation")}
+    targets = ("all", "default", "ablation", "sweep", "suites", "harness", "tradeoff")
+    return {name: count for name, count in counts.items() if name not in targets}
 
 
 def planned(folder: Path, *arguments: str, **environment: str) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,15 +12,21 @@ from typing import Any
 import pytest
 import yaml
 
+from sdtp.evaluation.longbench.tasks import TASKS, Language, of_language
+from sdtp.evaluation.names import METHODS, unpruned_ratio
 from sdtp.pipeline.config import Settings
 from sdtp.pipeline.data import longest_response
 from sdtp.pipeline.facts import TEST, TRAIN
+from sdtp.pipeline.ruler.settings import TASKS as RULER_TASKS
+from sdtp.pipeline.ruler.settings import check as check_ruler
 from sdtp.pipeline.schema import leaves, resolve, resolve_variants
 from sdtp.pipeline.steps.check import check_settings
+from sdtp.pipeline.steps.longbench_data import check_limits
 from tests.workflow.golden import FILES, GOLDEN, SCHEMA, golden_file, read, resolved
 from tests.workflow.project import ROOT
 
-PAPER = [name for name in FILES if name.startswith("paper/")]
+PAPER = [name for name in FILES if name.startswith("paper/") and name.endswith("-7b.yaml")]
+OFFLINE_PAPER = "paper/smollm2-135m.yaml"
 ABLATIONS = [name for name in FILES if name.startswith("ablations/")]
 # Layers and positions of the models that the files name, as their own configs have them.
 MODELS = {
@@ -33,7 +40,8 @@ MODELS = {
 
 
 def keys(config: dict[str, Any]) -> set[str]:
-    return {key for key, _ in leaves(config)}
+    # A source is stated whole, and one that may be null has no keys then.
+    return {re.sub(r"\.source\..*", ".source", key) for key, _ in leaves(config)}
 
 
 def nodes(schema: dict[str, Any], path: str = "config") -> Iterator[tuple[str, dict[str, Any]]]:
@@ -51,12 +59,12 @@ def test_every_golden_file_belongs_to_a_config_file() -> None:
     assert {path.name for path in GOLDEN.iterdir()} == {golden_file(name).name for name in FILES}
 
 
-@pytest.mark.parametrize("name", ["config.yaml", *PAPER])
+@pytest.mark.parametrize("name", ["config.yaml", *PAPER, OFFLINE_PAPER])
 def test_file_states_every_key_of_the_schema(name: str) -> None:
     assert keys(read(name)) == keys(resolve({}, SCHEMA))
 
 
-@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize("name", [*PAPER, OFFLINE_PAPER])
 def test_paper_configuration_keeps_nothing_of_the_default_run(name: str) -> None:
     assert resolved(name) == resolve(read(name), SCHEMA)
 
@@ -109,6 +117,10 @@ def test_the_papers_other_models_differ_from_qwen2_by_what_they_are(
     lengths, new_tokens = config["benchmark"]["prompt_tokens"], config["benchmark"]["new_tokens"]
     assert lengths[-1] + new_tokens == context
     own = {"run", "model.source.ref", "model.attention", "data.max_tokens", "benchmark.prompt_tokens"}
+    words = ("common_words", "common_repeats", "rare_repeats")
+    own |= {"suites.methods", "suites.ruler.lengths", "suites.longbench.max_tokens"}
+    own |= {f"suites.ruler.{key}" for key in words}  # as many as short lists have room for
+    own |= {"peers.prompt_tokens", "peers.methods", "peers.kvpress"}  # peers read rotary attention, and BLOOM has none
     assert {key for key, value in leaves(config) if value != dict(leaves(qwen2))[key]} <= own
 
 
@@ -165,8 +177,9 @@ def test_scorer_ablation_goes_from_the_papers_scorer_to_the_default() -> None:
 def test_ablation_has_the_studys_training_and_enough_examples(name: str) -> None:
     config, study = resolved(name), resolved("study.yaml")
     assert config["data"]["test"]["examples"] >= 400
-    assert config["data"]["train"] == study["data"]["train"]
-    assert config["training"] == study["training"]
+    if name != "ablations/training.yaml":  # whose point is more of it
+        assert config["data"]["train"] == study["data"]["train"]
+        assert config["training"] == study["training"]
     assert "recent" in config["evaluation"]["methods"]  # a comparison needs a baseline
 
 
@@ -199,10 +212,56 @@ def test_schema_accepts_as_many_distractors_as_there_are_values() -> None:
     assert limit == min(TRAIN.max_distractors, TEST.max_distractors)
 
 
+def test_offline_paper_is_the_default_model_with_enough_examples_and_every_method_of_the_paper() -> None:
+    config, default = resolved(OFFLINE_PAPER), resolved("config.yaml")
+    assert config["model"] == default["model"]
+    assert config["data"]["test"]["examples"] >= 200
+    assert 0.9 in config["pruning"]["keep_ratios"]  # the paper's
+    assert config["benchmark"]["new_tokens"] == 128
+    assert {"sdtp", "sdtp-half"} <= set(config["suites"]["methods"])
+    assert {"h2o", "snapkv", "sdtp+h2o"} <= set(config["peers"]["methods"])
+    assert config["sweep"]["layers"] == list(range(1, 11))
+    assert config["sweep"]["counts"] == list(range(1, 8))
+    # Nothing of it is a download.
+    assert {source["kind"] for source in (config["data"]["train"]["source"], config["suites"]["ruler"]["source"])} == {
+        "package"
+    }
+    assert (config["suites"]["longbench"]["source"], config["paper"]["llmlingua"]) == (None, None)
+
+
 def test_study_has_enough_examples_and_every_way_to_tell_what_matters() -> None:
     config = resolved("study.yaml")
     assert config["data"]["test"]["examples"] >= 400
     assert {"sdtp", "recent", "lastquery", "oracle"} <= set(config["evaluation"]["methods"])
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_model_has_room_for_the_suites(name: str) -> None:
+    config = resolved(name)
+    context = MODELS[config["model"]["source"]["ref"]][1]
+    suites = Settings.from_mapping({"suites": config["suites"]}).suites
+    check_limits(suites.longbench, context)
+    assert max(suites.ruler.lengths) + 256 <= context  # twice the tokens of ten words, or of four numbers
+    for task in suites.ruler.tasks:
+        check_ruler(suites.ruler, task)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_paper_configurations_run_all_of_longbenchs_english_at_a_pinned_commit(name: str) -> None:
+    longbench = resolved(name)["suites"]["longbench"]
+    assert longbench["source"]["kind"] == "hub"
+    assert re.fullmatch("[0-9a-f]{40}", longbench["source"]["revision"])
+    assert sorted(longbench["tasks"]) == sorted(of_language(Language.ENGLISH))
+    assert longbench["examples"] is None
+
+
+def test_suites_choices_are_what_the_steps_know() -> None:
+    suites = SCHEMA["properties"]["suites"]["properties"]
+    assert suites["ruler"]["properties"]["tasks"]["items"]["enum"] == list(RULER_TASKS)
+    assert suites["longbench"]["properties"]["tasks"]["items"]["enum"] == list(TASKS)
+    assert set(suites["methods"]["items"]["enum"]) == {
+        method for method in METHODS if not unpruned_ratio(method) and method != "oracle"
+    }
 
 
 def test_bench_reaches_4096_tokens() -> None:

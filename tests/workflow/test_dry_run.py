@@ -23,6 +23,7 @@ DEFAULT = {
     "tables": 1,
     "figures": 1,
     "report": 1,
+    "register": 1,
 }
 SOURCE = "{kind: hub, ref: a/b, revision: null, sha256: null}"
 
@@ -38,7 +39,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_empty_clone_plans_every_step(clone: Path, snakefile: str) -> None:
     output = snakemake(clone, "--dry-run", "--snakefile", snakefile).stdout
     assert job_counts(output) == DEFAULT
-    assert f"Checking the 12 steps of run default: {', '.join(DEFAULT)}" in output
+    assert f"Checking the 13 steps of run default: {', '.join(DEFAULT)}" in output
 
 
 def leased(output: str) -> list[tuple[int, str]]:

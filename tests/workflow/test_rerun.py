@@ -15,7 +15,7 @@ from tests.workflow.project import planned, snakemake
 
 pytestmark = pytest.mark.slow
 
-GATHERED = {"tables", "figures", "report"}
+GATHERED = {"tables", "figures", "report", "register"}
 BENCHMARKS = {"benchmark/0.8", "benchmark/0.5"}
 GENERATIONS = {"generate/0.8", "generate/0.5"}
 SDTP = {"evaluate/sdtp-0.8", "evaluate/sdtp-0.5"}
@@ -67,12 +67,12 @@ def overlay(path: Path, change: dict[str, Any]) -> str:
 
 def test_whole_workflow_ran(finished_run: Path) -> None:
     results = finished_run / "results" / "tiny"
-    assert "20 of 20 steps (100%) done" in (finished_run / "snakemake.txt").read_text(encoding="utf-8")
+    assert "21 of 21 steps (100%) done" in (finished_run / "snakemake.txt").read_text(encoding="utf-8")
     assert (results / "report.html").stat().st_size > 10_000
-    assert len(list((results / "metrics").iterdir())) == 18  # figures has no number to tell
-    assert len(list((results / "resources").iterdir())) == 19
+    assert len(list((results / "metrics").iterdir())) == 19  # figures has no number to tell
+    assert len(list((results / "resources").iterdir())) == 20
     logs = {path.relative_to(finished_run / "logs" / "tiny"): path for path in (finished_run / "logs").rglob("*.log")}
-    assert len(logs) == 19
+    assert len(logs) == 20
     for path in logs.values():
         assert re.search(r"^[a-z-]+: done in \d+\.\d s$", path.read_text(encoding="utf-8"), flags=re.MULTILINE), path
 
@@ -88,7 +88,7 @@ def test_changed_setting_reruns_what_uses_it(
 def test_nothing_to_do_whatever_the_hash_seed(finished_run: Path, seed: str) -> None:
     output = snakemake(finished_run, "--configfile", "tiny.yaml", PYTHONHASHSEED=seed).stdout
     assert "Nothing to be done" in output
-    assert "Checking the 12 steps of run tiny: model, check, data, saliency, saliency_index, train, generate" in output
+    assert "Checking the 13 steps of run tiny: model, check, data, saliency, saliency_index, train, generate" in output
 
 
 def test_nothing_to_do_with_keys_in_another_order_and_numbers_written_otherwise(

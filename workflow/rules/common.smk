@@ -17,12 +17,16 @@ if str(ROOT / "src") not in sys.path:
 os.environ.update(PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
 
 from sdtp.errors import UserError
-from sdtp.pipeline import schema, tracking
+from sdtp.evaluation import names
+from sdtp.pipeline import invocation, schema, tracking
 from sdtp.pipeline.codehash import code_hash
 from sdtp.pipeline.devices import visible_gpus
+from sdtp.pipeline.doctor.services import check_shared
 from sdtp.pipeline.figures import FIGURES
 from sdtp.pipeline.files import canonical_json
 from sdtp.pipeline.mlflow_store import tracking_uri
+from sdtp.pipeline.multiple_choice import LOCAL_TASKS
+from sdtp.pipeline.paper.names import ABLATIONS, PARTS
 from sdtp.pipeline.sources import own_files
 
 try:
@@ -30,6 +34,7 @@ try:
     schema.check_sources(workflow.config_settings.overwrite_config, SCHEMA)
     config.update(schema.resolve(config, SCHEMA))
     VARIANTS = schema.resolve_variants(config, SCHEMA)
+    PAPER_VARIANTS = schema.resolve_variants({**config, "variants": ABLATIONS}, SCHEMA)
     RESULTS = f"results/{config['run']}"
     LOGS = f"logs/{config['run']}"
     tracking_uri(Path(RESULTS), config["tracking"]["uri"])
@@ -38,6 +43,28 @@ try:
         file
         for split in ("train", "test")
         for file in own_files(config["data"][split]["source"], f"data.{split}.source")
+    ]
+    RULER_FILES = [
+        *own_files(config["suites"]["ruler"]["source"], "suites.ruler.source"),
+        *filter(None, [config["suites"]["ruler"]["passages"]]),
+    ]
+    LONGBENCH = config["suites"]["longbench"]
+    LONGBENCH_FILES = [
+        file
+        for file in (own_files(LONGBENCH["source"], "suites.longbench.source") if LONGBENCH["source"] else [])
+        if Path(file).stem in LONGBENCH["tasks"]
+    ]
+    if LONGBENCH["templates"]:
+        LONGBENCH_FILES += own_files({"kind": "local", "ref": LONGBENCH["templates"]}, "suites.longbench.templates")
+    HARNESS = config["harness"]
+    HARNESS_FILES = own_files(HARNESS["local"]["source"], "harness.local.source")
+    # Without what Python leaves there as lm-eval imports the tasks' functions.
+    INCLUDED = [
+        file
+        for file in (
+            own_files({"kind": "local", "ref": HARNESS["include"]}, "harness.include") if HARNESS["include"] else []
+        )
+        if "__pycache__" not in Path(file).parts
     ]
     GPUS = len(visible_gpus())
 except UserError as error:
@@ -51,14 +78,23 @@ METHODS = config["evaluation"]["methods"]
 REFERENCES = [method for method in METHODS if method != "sdtp"]
 SHARDS = [str(shard) for shard in range(config["saliency"]["shards"])]
 
+# Snakemake looks for the file in the bucket, where it is not yet: without the check it gets there.
+if workflow.storage_settings.default_storage_provider is not None:
+
+    def ensure(path, non_empty):
+        """In place of Snakemake's own: the path, unchecked."""
+        return path
+
+
 # For steps that use the whole machine. Without --cores (on a cluster) a profile sets their threads, and `workflow.cores`
-# would raise.
-ALL_CORES = workflow.resource_settings.cores or 1
+# would raise. There a job is called with all cores of its node, and has to ask for what was submitted all the same.
+ALL_CORES = (not workflow.remote_exec and workflow.resource_settings.cores) or 1
 # For the long step that is not timed: on the CPU the whole machine, on a GPU that one's share, so that the others work.
 GPU_SHARE = max(1, ALL_CORES // max(1, GPUS))
 
 # The network fails now and then; a file on this machine does not.
 MODEL_RETRIES = 2 if config["model"]["source"]["kind"] == "hub" else 0
+LONGBENCH_RETRIES = 2 if (LONGBENCH["source"] or {}).get("kind") == "hub" else 0
 DATA_RETRIES = 2 if "hub" in [config["data"][split]["source"]["kind"] for split in ("train", "test")] else 0
 
 # Read by every step (sdtp.pipeline.tracking); in the environment, since nothing about tracking may rerun a step.
@@ -101,13 +137,13 @@ def one_of(values):
 def evaluate_settings(wildcards):
     """Settings of one evaluation: what a method does not use is not passed, and so reruns nothing."""
     keys = ["model.dtype", "model.attention", "evaluation.batch_tokens"]
-    if wildcards.method != "unpruned":
-        keys += SCHEDULE
-    if wildcards.method == "random":
-        keys += ["evaluation.seeds"]
-    if wildcards.method == "oracle":
-        keys += ["saliency.reduction", "saliency.target"]
-    return settings(*keys)(wildcards)
+    return settings(*keys, *needed_keys([wildcards.method]))(wildcards)
+
+
+def needed_keys(methods):
+    """The keys of what methods are made from, beside the pruner: of all of them together, each once."""
+    needed = frozenset().union(*map(names.needs, methods))
+    return [key for need, keys in NEEDED_KEYS.items() if need in needed for key in keys]
 
 
 # Where tokens are removed and which are protected; the ratios themselves are wildcards.
@@ -118,22 +154,61 @@ SCHEDULE = [
     "pruning.local",
     "pruning.min_local",
 ]
+# What `names.needs` names, as keys of the configuration.
+NEEDED_KEYS = {
+    "schedule": SCHEDULE,
+    "seed": ["evaluation.seeds"],
+    "labels": ["saliency.reduction", "saliency.target"],
+    "layer": ["peers.layer"],
+    "cache_keep": ["peers.cache_keep"],
+}
 
 
 def evaluated_pruner(wildcards):
-    """The trained pruner, for the one method that uses it."""
-    return "<results>/pruner" if wildcards.method == "sdtp" else []
+    """The trained pruner, for the methods that use it."""
+    return "<results>/pruner" if "pruner" in names.needs(wildcards.method) else []
 
 
 def pruner_option(wildcards, input):
     """The command-line option for it."""
-    return f"--pruner {input.pruner}" if wildcards.method == "sdtp" else ""
+    return f"--pruner {input.pruner}" if input.get("pruner") else ""
 
 
 def evaluations(methods):
     """The files of evaluations: the unpruned model, and each of `methods` at each keep ratio."""
     cells = [("unpruned", UNPRUNED_RATIO)] + [(method, ratio) for method in methods for ratio in KEEP_RATIOS]
     return [f"<results>/evaluation/{method}-{ratio}.jsonl" for method, ratio in cells]
+
+
+# Of the trade-off: what one would use instead of the run's methods.
+PEERS = [method for method in config["peers"]["methods"] if method not in METHODS]
+PRESSES = config["peers"]["kvpress"]
+# At every keep ratio; the oracle's choice takes a backward pass, and no time is its own.
+TIMED = [method for method in METHODS + PEERS if method != "oracle"]
+# What compresses a cache on top of another method, and does so on top of the unpruned model too, to compare.
+COMPRESSING = [f"unpruned+{rule}" for rule in names.RULES if f"sdtp+{rule}" in TIMED]
+
+
+def timed_settings(methods):
+    """Settings of a timing job: what none of its methods uses is not passed, and so reruns nothing."""
+    keys = ["model.source", "model.dtype", "model.attention", "peers.prompt_tokens"]
+    keys += [f"benchmark.{key}" for key in ("new_tokens", "repeats", "warmup")]
+    return settings(*keys, *(key for key in needed_keys(methods) if key != "evaluation.seeds"))
+
+
+def timed_files(wildcards):
+    """The timings of all methods, each at each of its keep ratios."""
+    cells = [
+        (method, ratio) for method in [*TIMED, *(f"kvpress-{press}" for press in PRESSES)] for ratio in KEEP_RATIOS
+    ]
+    cells += [(method, UNPRUNED_RATIO) for method in COMPRESSING]
+    return [f"<results>/timings/{method}-{ratio}.json" for method, ratio in cells]
+
+
+def tradeoff_evaluations(wildcards):
+    """The evaluations of all methods, the oracle's too where the run has it."""
+    found = evaluations(METHODS + PEERS + [f"kvpress-{press}" for press in PRESSES])
+    return found + [f"<results>/evaluation/{method}-{UNPRUNED_RATIO}.jsonl" for method in COMPRESSING]
 
 
 # All that decides what training gives; the number of GPUs only says how fast.
@@ -158,6 +233,11 @@ def training_gpus(wildcards):
 def training_threads(wildcards):
     """The share of the cores that belongs to these; Snakemake gives no more than there are."""
     return GPU_SHARE * training_gpus(wildcards)
+
+
+def training_launcher(wildcards, resources):
+    """What starts the training once on each of several nodes, where a profile gives it some: `mpi: srun ...`."""
+    return f"{resources.mpi} " if resources.get("mpi") else ""
 
 
 def labels_part(variant):
@@ -193,8 +273,143 @@ def ablation_files(wildcards):
     return ["<results>/checked.json", *(f"<results>/ablation/{name}" for name in ABLATION_FILES)]
 
 
+def llmlingua_checkpoint(wildcards, output):
+    """As `prediction_checkpoint`, of the prompts that LLMLingua-2 shortened."""
+    name = f"{wildcards.suite}/llmlingua2-{wildcards.keep_ratio}.jsonl"
+    return str(Path(output.rows).parents[2] / "checkpoints" / "predictions" / name)
+
+
+def paper_inputs(wildcards):
+    """What the page of the paper shows beside the run's own tables, as far as this configuration has it."""
+    tables = [*SUITES, "harness", "stage-position", "stage-count", "tradeoff"]
+    tables += ["cache-compression"] if COMPRESSING else []
+    figures = ["tradeoff", "tradeoff-memory", *SUITE_FIGURES["ruler"]]
+    found = {table.replace("-", "_"): f"<results>/tables/{table}.csv" for table in tables}
+    if config["paper"]["llmlingua"]:
+        ratios = config["suites"]["keep_ratios"]
+        found["suite_scores"] = [f"<results>/suites/{suite}/scores/unpruned-{UNPRUNED_RATIO}.jsonl" for suite in SUITES]
+        found["llmlingua"] = [
+            f"<results>/llmlingua/{suite}/scores-{ratio}.jsonl" for suite in SUITES for ratio in ratios
+        ]
+    return {**found, "figures": [f"<results>/figures/{figure}.svg" for figure in figures]}
+
+
+def paper_options(wildcards, input):
+    """The command-line options for them."""
+    named = ("ruler", "longbench", "harness", "stage_position", "stage_count", "cache_compression", "tradeoff")
+    several = ("suite_scores", "llmlingua", "figures")
+    return " ".join(f"--{name.replace('_', '-')} {input.get(name)}" for name in (*named, *several) if input.get(name))
+
+
 # A table to read with a program, one to read, and a figure.
 ABLATION_FILES = ["ablation.csv", "ablation.md", "ablation.svg", "ablation.png"]
+
+
+def scores(suite):
+    """The scores of a suite: of the unpruned model, and of each method at each keep ratio."""
+    methods, ratios = config["suites"]["methods"], config["suites"]["keep_ratios"]
+    cells = [("unpruned", UNPRUNED_RATIO)] + [(method, ratio) for method in methods for ratio in ratios]
+    return [f"<results>/suites/{suite}/scores/{method}-{ratio}.jsonl" for method, ratio in cells]
+
+
+def predict_settings(wildcards):
+    """Settings of one method's predictions: what it does not use is not passed, and so reruns nothing."""
+    keys = ["model.dtype", "model.attention", "suites.batch_tokens"]
+    return settings(*keys, *needed_keys([wildcards.method]))(wildcards)
+
+
+def prediction_checkpoint(wildcards, output):
+    """The predictions as they are made, which a rerun takes over: no output, since those are deleted before it."""
+    suite, name = Path(output.rows).parents[1].name, Path(output.rows).name
+    return str(Path(output.rows).parents[3] / "checkpoints" / "predictions" / suite / name)
+
+
+def suite_files(wildcards):
+    """What `snakemake suites` makes: LongBench only where its data are named."""
+    tables = [f"<results>/tables/{suite}.csv" for suite in SUITES]
+    figures = [figure for suite in SUITES for figure in SUITE_FIGURES[suite]]
+    return [*tables, *(f"<results>/figures/{figure}.{kind}" for figure in figures for kind in ("svg", "png"))]
+
+
+SUITES = ["ruler"] + (["longbench"] if LONGBENCH["source"] else [])
+# The map of depth and length needs the one task whose fact stands at a chosen depth.
+SUITE_FIGURES = {
+    "ruler": ["suite-ruler"] + (["ruler-heatmap"] if "single" in config["suites"]["ruler"]["tasks"] else []),
+    "longbench": ["suite-longbench"],
+}
+
+
+def heat_map_option(wildcards, output):
+    """The command-line option of the second figure of the RULER-style tasks."""
+    return f"--heat-map {output.svg[1]}" if len(output.svg) > 1 else ""
+
+
+# The project's own tasks of lm-eval, and the tries at others, whose data may be on a hub.
+OWN_TASKS = [task for task in HARNESS["tasks"] if task in LOCAL_TASKS]
+HARNESS_RETRIES = 2 if len(OWN_TASKS) < len(HARNESS["tasks"]) else 0
+
+
+def harness_settings(wildcards):
+    """Settings of one method's answers: what it does not use is not passed, and so reruns nothing."""
+    keys = [f"harness.{key}" for key in ("tasks", "fewshot", "limit", "batch_size")]
+    return settings("model.dtype", "model.attention", *keys, *needed_keys([wildcards.method]))(wildcards)
+
+
+def own_tasks(wildcards):
+    """The folder of the project's own tasks, where some of them are asked for."""
+    return "<results>/harness/tasks" if OWN_TASKS else []
+
+
+def task_folders(wildcards, input):
+    """The command-line option for it and for the user's own folder."""
+    folders = [*filter(None, [input.get("tasks")]), *filter(None, [HARNESS["include"]])]
+    return " ".join(["--tasks", *folders]) if folders else ""
+
+
+def harness_cells(wildcards):
+    """The answers of the unpruned model, and of each method at each keep ratio."""
+    pruned = [(method, ratio) for method in HARNESS["methods"] for ratio in HARNESS["keep_ratios"]]
+    return [f"<results>/harness/{method}-{ratio}.jsonl" for method, ratio in [("unpruned", UNPRUNED_RATIO), *pruned]]
+
+
+# The cells of the sweeps as paths show them: layers of the stages, joined by dashes, and keep ratio.
+POSITIONS = [
+    (str(layer), str(ratio)) for layer in config["sweep"]["layers"] for ratio in config["sweep"]["layer_ratios"]
+]
+COUNTS = [
+    (
+        "-".join(str(config["pruning"]["start"] + config["pruning"]["step"] * stage) for stage in range(count)),
+        str(ratio),
+    )
+    for count in config["sweep"]["counts"]
+    for ratio in config["sweep"]["count_ratios"]
+]
+# What decides the scorers of the sweeps: saliency is all they learn from.
+SWEEP_TRAINING = [
+    *(f"saliency.{key}" for key in config["saliency"] if key != "shards"),
+    "training.label_epochs",
+    "training.label_examples",
+    "training.learning_rate",
+    "training.width",
+    "training.position",
+    "training.question_rank",
+    "training.neighbours",
+    "training.recency",
+    "training.weights.mse",
+    "training.weights.rank",
+    "sweep.layers",
+    "sweep.counts",
+]
+
+
+def swept(cells):
+    """The evaluations of cells of the sweeps, none twice."""
+    return [f"<results>/sweep/evaluation/layers-{layers}-ratio-{ratio}.jsonl" for layers, ratio in dict.fromkeys(cells)]
+
+
+def swept_stages(wildcards):
+    """The layers of a cell as arguments."""
+    return wildcards.layers.replace("-", " ")
 
 
 def announce():
@@ -206,6 +421,11 @@ def announce():
 
 def start_tracking():
     """Opens the MLflow run that the steps' runs belong to."""
+    if workflow.non_local_exec:
+        try:
+            check_shared(tracking_uri(Path(RESULTS), config["tracking"]["uri"]))
+        except UserError as error:
+            raise WorkflowError(str(error))
     tracking.start_pipeline(
         Path(RESULTS),
         config,

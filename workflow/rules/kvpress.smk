@@ -9,6 +9,7 @@ OTHER_PYTHON = (
     else str(ROOT / ".venv-kvpress" / "bin" / "python")
 )
 os.environ.update(SDTP_KVPRESS_PYTHON=OTHER_PYTHON)
+KNOWN_PRESSES = "SnapKVPress|ExpectedAttentionPress|KnormPress|StreamingLLMPress"
 
 
 rule budgets:
@@ -29,12 +30,13 @@ rule budgets:
         gpu=0,
     params:
         settings=settings(*SCHEDULE),
+        option="",
         code=code_hash("sdtp.pipeline.steps.budgets"),
     message:
         "Counting what a cache may hold, keep ratio {wildcards.keep_ratio}"
     shell:
         "sdtp --log {log} budgets --settings {params.settings:q} --model {input.model} --data {input.data}"
-        " --keep-ratio {wildcards.keep_ratio} --output {output.examples} --metrics {output.metrics}"
+        " --keep-ratio {wildcards.keep_ratio} {params.option} --output {output.examples} --metrics {output.metrics}"
 
 
 rule kvpress:
@@ -50,7 +52,7 @@ rule kvpress:
     benchmark:
         "<benchmarks>/kvpress-{press}-{keep_ratio}.tsv"
     wildcard_constraints:
-        press="SnapKVPress|ExpectedAttentionPress|KnormPress|StreamingLLMPress",
+        press=KNOWN_PRESSES,
     conda:
         "../../envs/kvpress.yaml"
     threads: 1
@@ -67,3 +69,58 @@ rule kvpress:
         'sdtp lease --gpus {resources.gpu} -- "$SDTP_KVPRESS_PYTHON" {input.script} --model {input.model}'
         " --dtype {params.dtype} --attention {params.attention} --examples {input.examples} --press {wildcards.press}"
         " --keep-ratio {wildcards.keep_ratio} --output {output.rows} 2>&1 | tee {log}"
+
+
+# The prompts that methods are timed on, under their own budgets: other lengths evaluate nothing again.
+use rule budgets as timed_budgets with:
+    output:
+        examples=ensure("<results>/budgets/timed-{keep_ratio}.jsonl", non_empty=True),
+        metrics="<results>/metrics/timed-budgets-{keep_ratio}.json",
+    log:
+        "<logs>/timed-budgets/{keep_ratio}.log",
+    benchmark:
+        "<benchmarks>/timed-budgets-{keep_ratio}.tsv"
+    params:
+        settings=settings(*SCHEDULE, "peers.prompt_tokens"),
+        option="--timed",
+        code=code_hash("sdtp.pipeline.steps.budgets"),
+    message:
+        "Counting what a cache may hold where it is timed, keep ratio {wildcards.keep_ratio}"
+
+
+# Alone on the machine, as a benchmark is.
+rule kvpress_time:
+    input:
+        model="<model>",
+        examples="<results>/budgets/timed-{keep_ratio}.jsonl",
+        script="workflow/scripts/kvpress_time.py",
+        evaluating="workflow/scripts/kvpress_evaluate.py",
+        lock="envs/kvpress.lock",
+    output:
+        timings=ensure("<results>/timings/kvpress-{press}-{keep_ratio}.json", non_empty=True),
+    log:
+        "<logs>/kvpress-time/{press}-{keep_ratio}.log",
+    benchmark:
+        "<benchmarks>/kvpress-time-{press}-{keep_ratio}.tsv"
+    wildcard_constraints:
+        press=KNOWN_PRESSES,
+    conda:
+        "../../envs/kvpress.yaml"
+    threads: ALL_CORES
+    resources:
+        gpu=1,
+        timing=1,
+    params:
+        **{key: config["benchmark"][key] for key in ("new_tokens", "repeats", "warmup")},
+        dtype=config["model"]["dtype"],
+        attention=config["model"]["attention"],
+        name=config["model"]["source"]["ref"],
+    message:
+        "Timing kvpress' {wildcards.press}, keep ratio {wildcards.keep_ratio}"
+    shell:
+        'command -v "$SDTP_KVPRESS_PYTHON" > /dev/null'
+        ' || {{ echo "kvpress has an environment of its own, which is not there yet: make kvpress" | tee {log} >&2; exit 1; }}; '
+        'sdtp lease --gpus {resources.gpu} -- "$SDTP_KVPRESS_PYTHON" {input.script} --model {input.model}'
+        " --name {params.name:q} --dtype {params.dtype} --attention {params.attention} --examples {input.examples}"
+        " --press {wildcards.press} --keep-ratio {wildcards.keep_ratio} --new-tokens {params.new_tokens}"
+        " --repeats {params.repeats} --warmup {params.warmup} --output {output.timings} 2>&1 | tee {log}"

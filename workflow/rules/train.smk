@@ -20,12 +20,13 @@ rule train:
     params:
         settings=settings("seed", "model.dtype", "model.attention", *SCHEDULE, *TRAINING),
         checkpoints=training_checkpoints,
+        launcher=training_launcher,
         code=code_hash("sdtp.pipeline.steps.train"),
     message:
         "Stage 2: training the pruner"
     shell:
-        "sdtp lease --gpus {resources.gpu} --"
-        " sdtp --log {log} train --settings {params.settings:q} --model {input.model} --data {input.data}"
+        "sdtp lease --gpus {resources.gpu} -- {params.launcher}"
+        "sdtp --log {log} train --settings {params.settings:q} --model {input.model} --data {input.data}"
         " --saliency {input.index} --checkpoints {params.checkpoints} --code {params.code}"
         " --processes {resources.gpu} --output {output.pruner}"
         " --history {output.history} --metrics {output.metrics}"

@@ -37,7 +37,7 @@ def main() -> None:
     check_lengths(examples, args.press)
     rows = evaluate(load(args.model, args.dtype, args.attention), examples, args.press)
     identity = {"method": f"kvpress-{args.press}", "keep_ratio": args.keep_ratio, "seed": None}
-    write(args.output, [{**row, **identity} for row in rows])
+    written(args.output, "".join(json.dumps({**row, **identity}, allow_nan=False) + "\n" for row in rows))
 
 
 def check_lengths(examples: list[dict[str, Any]], press: str) -> None:
@@ -132,12 +132,9 @@ def forced_logits(
     from transformers import DynamicCache
 
     tokens = len(prompt)
-    # kvpress cuts the product of the prompt's tokens and the fraction kept to a whole number: half an entry more than
-    # wanted makes it just that, whatever the rounding. Its ratio is the fraction removed; at 0 it does nothing.
-    removed = 0.0 if entries == tokens else 1.0 - (entries + 0.5) / tokens
     cache = DynamicCache(config=model.config)
     with torch.inference_mode():
-        with getattr(kvpress, press)(compression_ratio=removed)(model):
+        with getattr(kvpress, press)(compression_ratio=removed_share(tokens, entries))(model):
             ids = torch.tensor([prompt], device=model.device)
             first = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         found = [cache.get_seq_length(layer) for layer in range(len(cache))]
@@ -151,12 +148,21 @@ def forced_logits(
         return torch.cat([first, later], dim=1)[0]
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Writes one JSON object a line; the file is whole or absent."""
+def removed_share(tokens: int, entries: int) -> float:
+    """The ratio of kvpress, a fraction removed, that leaves so many entries of a prompt's tokens; at 0 it does nothing.
+
+    kvpress cuts the product of the tokens and the fraction kept to a whole number: half an entry more than wanted makes
+    it just that, whatever the rounding.
+    """
+    return 0.0 if entries == tokens else 1.0 - (entries + 0.5) / tokens
+
+
+def written(path: Path, text: str) -> None:
+    """Writes a file, which is whole or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows), "utf-8")
+        temporary.write_text(text, "utf-8")
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -26,7 +26,8 @@ from lm_eval.models.utils import chunks
 from tqdm import tqdm
 
 from sdtp.errors import UserError
-from sdtp.evaluation.methods import BASELINES, SEEDED
+from sdtp.evaluation.methods import BASELINES
+from sdtp.evaluation.names import SEEDED
 from sdtp.evaluation.shared_prefill import follow, prefill
 from sdtp.pruning.adapter import architecture
 from sdtp.pruning.prefill import Trace
@@ -99,6 +100,7 @@ class PrunedLM(HFLM):
         contexts: contexts prefilled by this process, and `context_tokens` in them, of which `kept_tokens` were left at
             the last layer.
         truncated_requests: requests whose context lost tokens on the left to fit `max_length`.
+        sizes: of each (context, continuation) scored, the tokens of the context and how many the last layer kept.
 
     Args:
         pretrained: as for `HFLM`.
@@ -142,6 +144,7 @@ class PrunedLM(HFLM):
         with self._pruning():  # refused here, if at all, rather than after the tasks are loaded
             pass
         self.contexts = self.context_tokens = self.kept_tokens = self.truncated_requests = 0
+        self.sizes: dict[tuple[str, str], tuple[int, int]] = {}
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, of the unpruned model only.
@@ -210,7 +213,11 @@ class PrunedLM(HFLM):
         answers = []
         with self._pruning() as trace, self._autocast():
             prefilled = prefill(self.model, [context for _, context, _ in batch])
-            self._count(prefilled.lengths, trace)
+            kept = self._count(prefilled.lengths, trace)
+            for row, index in asked:
+                pair = requests[index][0]
+                if pair is not None:
+                    self.sizes[pair] = prefilled.lengths[row], kept[row]
             for begin in range(0, len(asked), at_once):
                 rows, indices = zip(*asked[begin : begin + at_once], strict=True)
                 continuations = [requests[index][2] for index in indices]
@@ -262,12 +269,15 @@ class PrunedLM(HFLM):
         mixed = self.mixed_precision_dtype
         return torch.autocast(self.device.type, dtype=mixed, enabled=mixed is not None)
 
-    def _count(self, lengths: Sequence[int], trace: Trace | None) -> None:
+    def _count(self, lengths: Sequence[int], trace: Trace | None) -> Sequence[int]:
+        """Adds a prefill to the totals; the tokens that the last layer keeps of each of its rows."""
         if trace is not None:  # beams count as they were prefilled
             lengths = trace.prompt_lengths
+        kept = (trace.kept[-1] >= 0).sum(1).tolist() if trace is not None and trace.kept else lengths
         self.contexts += len(lengths)
         self.context_tokens += sum(lengths)
-        self.kept_tokens += int((trace.kept[-1] >= 0).sum()) if trace is not None and trace.kept else sum(lengths)
+        self.kept_tokens += sum(kept)
+        return kept
 
     def _tell_truncated(self) -> None:
         if self.truncated_requests:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -22,6 +23,8 @@ from sdtp.pruning.adapter import decoder_layers
 from sdtp.pruning.pruner import TokenPruner
 
 Context = Callable[[], contextlib.AbstractContextManager[Any]]
+# What a method runs under: a `TokenPruner` or a peer.
+Attached = Callable[[PreTrainedModel], contextlib.AbstractContextManager[Any]]
 FirstPass = Callable[[str], contextlib.AbstractContextManager[Any]]
 
 
@@ -208,19 +211,37 @@ def arms(
         watch: the clock.
     """
     lengths = pruner.schedule.layer_lengths(prompt.shape[1], len(decoder_layers(model)))
-
-    def arm(context: Context, tokens: int) -> Callable[[], Timing]:
-        def run() -> Timing:
-            with context():
-                return timed_pass(model, prompt, tokens, watch)
-
-        return run
-
     return {
-        "unpruned": arm(contextlib.nullcontext, new_tokens),
-        "sdtp": arm(lambda: pruner(model), new_tokens),
-        "ideal": arm(lambda: cut_to_lengths(model, lengths), 1),
+        **methods_arms(model, {"sdtp": pruner}, prompt, new_tokens, watch),
+        "ideal": _arm(model, lambda: cut_to_lengths(model, lengths), prompt, 1, watch),
     }
+
+
+def methods_arms(
+    model: PreTrainedModel, methods: Mapping[str, Attached], prompt: torch.Tensor, new_tokens: int, watch: Stopwatch
+) -> dict[str, Callable[[], Timing]]:
+    """One pass of `unpruned`, without any hook, and one of each method on one prompt, for `interleave`.
+
+    Args:
+        model: eval mode, unhooked.
+        methods: name -> a pruner or a peer, which is attached and removed outside the timed part.
+        prompt: LongTensor [1, tokens] on the model's device.
+        new_tokens: tokens each pass generates, >= 1.
+        watch: the clock.
+    """
+    contexts: dict[str, Context] = {"unpruned": contextlib.nullcontext}
+    contexts |= {name: functools.partial(method, model) for name, method in methods.items()}
+    return {name: _arm(model, context, prompt, new_tokens, watch) for name, context in contexts.items()}
+
+
+def _arm(
+    model: PreTrainedModel, context: Context, prompt: torch.Tensor, new_tokens: int, watch: Stopwatch
+) -> Callable[[], Timing]:
+    def run() -> Timing:
+        with context():
+            return timed_pass(model, prompt, new_tokens, watch)
+
+    return run
 
 
 def compare(

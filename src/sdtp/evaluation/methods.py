@@ -1,14 +1,16 @@
-"""The compared methods, by name: what prunes the prompt of an example."""
+"""The compared methods, by name: what prunes the prompt of an example. `make` says what a name means."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from transformers import PreTrainedModel
 
-from sdtp.evaluation.peers.budgets import Budget, entries_beside, final_survivors, mean_entries
+from sdtp.evaluation import names
+from sdtp.evaluation.peers.budgets import Budget, entries_beside, final_survivors, fraction, mean_entries
 from sdtp.evaluation.peers.compression import Compression, Rule
 from sdtp.evaluation.peers.fastkv import FastKV
 from sdtp.evaluation.peers.gemfilter import GemFilter
@@ -20,6 +22,8 @@ from sdtp.pruning.pruner import TokenPruner
 from sdtp.pruning.schedule import PruningSchedule
 from sdtp.training.saliency import Reduction, Target, saliency
 
+T = TypeVar("T")
+
 # (prompt_ids, response_ids) of an example -> what prefills its prompt in place of the model; None for nothing.
 PrunerFor = Callable[[Sequence[int], Sequence[int]], TokenPruner | Peer | None]
 
@@ -29,13 +33,9 @@ BASELINES: dict[str, Callable[[int], scorers.Scorer]] = {
     "hiddennorm": lambda seed: scorers.HiddenNorm(),
     "lastquery": lambda seed: scorers.LastQuery(),
 }
-METHODS = ("unpruned", "sdtp", *BASELINES, "oracle")
-# What compresses a cache after prefill, by name.
 RULES: dict[str, Callable[[], Rule]] = {"snapkv": SnapKV, "h2o": H2O}
-# Peers that are no scorer of a schedule's stages: they keep as much as a schedule does in ways of their own.
-PEERS = ("gemfilter", "fastkv", *RULES)
-# Methods that choose at random, and so are run once per seed.
-SEEDED = ("random",)
+# Of 32 layers the one that the peers' papers select at, 0-based (Llama 3.1 8B).
+PAPERS_LAYER = {"gemfilter": 13, "fastkv": 15}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +61,67 @@ class Fixed:
 unpruned = Fixed(None)
 
 
+def make(
+    method: str,
+    model: PreTrainedModel,
+    *,
+    schedule: PruningSchedule | None = None,
+    pruner: TokenPruner | None = None,
+    seed: int = 0,
+    layer: int | None = None,
+    cache_keep: float | None = None,
+    reduction: Reduction = "l2",
+    target: Target = "loss",
+) -> PrunerFor:
+    """What a name of `names.METHODS` means: the one place that says it.
+
+    Args:
+        method: the name. `names.needs` says which of the following it uses; what it does not is not looked at.
+        model: eval mode, unhooked.
+        schedule: where a pruner removes tokens, and how many; whose survivors a peer matches.
+        pruner: the trained one, of as many stages as the schedule.
+        seed: of random choices.
+        layer: where GemFilter and FastKV select, 0-based; None for the layer of their papers, as a share of the depth.
+        cache_keep: share of the entries that a rule on top of another method keeps of what each layer holds.
+        reduction, target: of the oracle's labels.
+
+    Raises:
+        ValueError: an unknown name; no schedule, pruner or share for a method that needs it.
+    """
+    needed = names.needs(method)
+    base, rule = names.parts(method)
+    if rule is not None:
+        below = make(base, model, schedule=schedule, pruner=pruner)
+        return compressed(below, rule, fraction(_given(cache_keep, "cache_keep", method)))
+    if base == "unpruned":
+        return unpruned
+    plan = _given(schedule, "schedule", method)
+    if base in names.LEARNED:
+        learned = _given(pruner, "pruner", method).with_schedule(plan)
+        return Fixed(learned if base == "sdtp" else learned.at_stages(range(0, plan.stages, 2)))
+    if base == "oracle":
+        return oracle(model, plan, reduction, target)
+    if base in BASELINES:
+        return baseline(base, plan, seed)
+    num_layers = model.config.num_hidden_layers
+    if layer is None and "layer" in needed:
+        layer = selecting_layer(base, num_layers)
+    return Fixed(peer(base, plan, num_layers, layer or 0))
+
+
+def _given(value: T | None, name: str, method: str) -> T:
+    if value is None:
+        raise ValueError(f"method {method} needs {name}, which is not given")
+    return value
+
+
+def selecting_layer(method: str, num_layers: int) -> int:
+    """The layer, 0-based, that GemFilter or FastKV selects at in a model of so many layers: as deep as in its paper."""
+    return max(0, min(num_layers - 2, round(PAPERS_LAYER[method] * num_layers / 32)))
+
+
 def baseline(method: str, schedule: PruningSchedule, seed: int) -> PrunerFor:
-    """A method of `BASELINES`; `seed` matters to those in `SEEDED` alone."""
+    """A method of `BASELINES`; `seed` matters to those in `names.SEEDED` alone."""
     return Fixed(TokenPruner(schedule, BASELINES[method](seed)))
 
 
@@ -85,7 +144,7 @@ def oracle(model: PreTrainedModel, schedule: PruningSchedule, reduction: Reducti
 
 
 def peer(method: str, schedule: PruningSchedule, num_layers: int, layer: int) -> Peer:
-    """A method of `PEERS` at the survivors of a schedule, whatever the prompt's length.
+    """A method of `names.PEERS` at the survivors of a schedule, whatever the prompt's length.
 
     GemFilter selects as many tokens as the last stage leaves. FastKV hands on so many, and its first layers hold what
     makes the whole cache as large as the schedule's. The compressions keep the schedule's mean over layers in each.

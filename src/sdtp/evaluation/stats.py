@@ -103,8 +103,8 @@ def paired_difference(first: Sequence[float], second: Sequence[float]) -> Paired
         raise ValueError(f"{len(first)} and {len(second)} values: a paired comparison needs the same examples")
     differences = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
     low, high = mean_interval(differences.tolist())
-    p_value = 1.0
-    if np.any(differences != 0.0):
+    p_value = 1.0  # also of one example: with its sign flipped it is as far from 0
+    if differences.size > 1 and np.any(differences != 0.0):
         test = stats.permutation_test(
             (differences,), np.mean, permutation_type="samples", vectorized=True, n_resamples=RESAMPLES, rng=SEED
         )

@@ -25,15 +25,22 @@ NEUTRAL = frozenset(
         f"{PACKAGE}.pipeline.architecture",
         f"{PACKAGE}.pipeline.config",
         f"{PACKAGE}.pipeline.devices",
+        f"{PACKAGE}.pipeline.gguf_file",
         f"{PACKAGE}.pipeline.launch",
         f"{PACKAGE}.pipeline.limits",
+        f"{PACKAGE}.pipeline.reading",
         f"{PACKAGE}.pipeline.step",
         f"{PACKAGE}.pipeline.tracking",
     }
 )
 
 # Files of the package that a module reads are code as well.
-READS = {f"{PACKAGE}.pipeline.report": ("pipeline/templates/report.html.j2",)}
+_SHARED = ("pipeline/templates/parts.html.j2", "pipeline/templates/style.css")
+READS = {
+    f"{PACKAGE}.pipeline.paper.page": ("pipeline/templates/paper.html.j2", *_SHARED),
+    f"{PACKAGE}.pipeline.paper.published": ("pipeline/paper/published.csv",),
+    f"{PACKAGE}.pipeline.report": ("pipeline/templates/report.html.j2", *_SHARED),
+}
 
 
 def code_hash(module: str) -> str:

@@ -21,7 +21,9 @@ from sdtp.pipeline.facts import TEST, TRAIN
 from sdtp.pipeline.files import atomic_folder, canonical_json
 from sdtp.pipeline.instructions import MAX_RESPONSE_TOKENS, instruction_examples, normal
 from sdtp.pipeline.prompts import beginning, encode_after
+from sdtp.pipeline.reading import read_json
 from sdtp.pipeline.records import Records, read_records
+from sdtp.pipeline.rows import read_saved
 from sdtp.pipeline.tasks import CONTINUATION_TOKENS, Example, continuation_examples, retrieval_examples
 
 if TYPE_CHECKING:
@@ -108,18 +110,15 @@ def load_split(data_dir: str | Path, split: str) -> Dataset:
     Raises:
         UserError: no such split, or the folder is not one `build_dataset` made.
     """
-    from datasets import load_from_disk
-
     folder = Path(data_dir) / split
     if split not in SPLITS or not folder.is_dir():
         raise UserError(f"{folder}: no such split; a folder made by `sdtp data` has {', '.join(SPLITS)}")
-    return load_from_disk(str(folder))
+    return read_saved(folder)
 
 
 def split_hash(data_dir: str | Path, split: str) -> str:
     """The content hash of one split, from the manifest of its data folder."""
-    manifest = json.loads((Path(data_dir) / "manifest.json").read_text("utf-8"))
-    return str(manifest["splits"][split]["content_sha256"])
+    return str(read_json(Path(data_dir) / "manifest.json")["splits"][split]["content_sha256"])
 
 
 def longest_response(settings: DataSettings) -> int:
@@ -135,7 +134,7 @@ def benchmark_prompt(data_dir: str | Path, tokens: int) -> list[int]:
         UserError: the text is shorter.
     """
     path = Path(data_dir) / BENCHMARK_FILE
-    ids = json.loads(path.read_text())["ids"]
+    ids = read_json(path)["ids"]
     if not 0 < tokens <= len(ids):
         raise UserError(f"benchmark.prompt_tokens: {tokens} is not in 1..{len(ids)}, the tokens of {path}")
     return list(ids[:tokens])
@@ -149,6 +148,8 @@ def _read(source: Source, key: str, malformed: str) -> Corpus | Records:
                 count = f"{tally.counts[reason]} of {content.total} rows {what}, {reason}"
                 more = "; ..." if tally.counts[reason] > len(places) else ""
                 logger.warning("%s: %s: %s%s", key, count, "; ".join(places), more)
+        if not content.total:
+            raise UserError(f"{key}.ref: {source.ref} has no rows; at least one is needed")
     if source.sha256 is None or source.sha256 == content.sha256:
         return content
     if content.sha256 is None:

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sdtp.disk import sync, temporary_sibling
+from sdtp.disk import naming, sync, temporary_sibling
 from sdtp.errors import UserError
+from sdtp.pipeline.reading import Described
 
 
 @contextmanager
@@ -26,9 +27,10 @@ def write_atomically(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_sibling(path)
     try:
-        yield temporary
-        sync(temporary)
-        os.replace(temporary, path)
+        with naming(path):
+            yield temporary
+            sync(temporary)
+            os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -48,11 +50,12 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     temporary, replaced = temporary_sibling(path), temporary_sibling(path)
     temporary.mkdir()
     try:
-        yield temporary
-        for folder, _, names in os.walk(temporary):
-            for name in names:
-                sync(Path(folder, name))
-            sync(Path(folder))
+        with naming(path):
+            yield temporary
+            for folder, _, names in os.walk(temporary):
+                for name in names:
+                    sync(Path(folder, name))
+                sync(Path(folder))
         if path.exists():
             os.rename(path, replaced)
         os.rename(temporary, path)
@@ -92,23 +95,27 @@ def canonical_json(value: Any) -> str:
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file in UTF-8; blank lines and a byte order mark are skipped.
 
+    A key that a row has not is a UserError as well, when it is asked for.
+
     Raises UserError, naming the file and the line, counted from 1 with blank ones, for a line that is not a JSON object
     or not UTF-8.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             try:
                 # utf-8-sig strips the mark; past line 1 the same bytes are a character of the text.
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 row = json.loads(text) if text else None
+            except RecursionError as error:
+                raise UserError(f"{path}, line {number}: nested too deeply; a JSON object is needed") from error
             except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both ValueErrors
                 raise UserError(f"{path}, line {number}: {error}; a JSON object is needed") from error
             if not text:
                 continue
             if not isinstance(row, dict):
                 raise UserError(f"{path}, line {number}: {text[:80]} is not a JSON object; a JSON object is needed")
-            rows.append(row)
+            rows.append(Described(row, f"{path}, line {number}"))
     return rows
 
 

@@ -1,14 +1,16 @@
 """Where runs are stored: an MLflow tracking server or database, and how several processes share it."""
 
 import fcntl
+import itertools
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from sdtp.errors import UserError
+from sdtp.pipeline.locks import is_free, lock_file
 
 
 def tracking_uri(results_dir: Path, uri: str | None) -> str:
@@ -26,23 +28,30 @@ def tracking_uri(results_dir: Path, uri: str | None) -> str:
 
 
 class Store:
-    """An experiment in an MLflow store, both made where missing, and the one writer at a time that SQLite allows."""
+    """An experiment in an MLflow store, both made where missing, and the one writer at a time that SQLite allows.
+
+    Every run has a tag `sdtp.id`, given before the store knows of it: by it a run is found again whose making was not
+    answered, and is never made twice.
+    """
 
     def __init__(self, uri: str, experiment: str) -> None:
-        # No usage reports; and a server that is away costs seconds, not MLflow's several minutes.
+        # No usage reports, no addresses on standard output; and a server that is away costs seconds, not MLflow's
+        # several minutes.
         for name, value in {
             "MLFLOW_DISABLE_TELEMETRY": "true",
+            "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
             "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
             "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
         }.items():
             os.environ.setdefault(name, value)
         from mlflow.tracking import MlflowClient  # slow to import
 
+        self._uri = uri
         self._file = Path(uri.removeprefix("sqlite:///").partition("?")[0]) if uri.startswith("sqlite:///") else None
         with self.writing():
             if not uri.startswith(("http:", "https:", "databricks")):
                 _reach(uri)
-            self.client = MlflowClient(tracking_uri=uri)
+            self.client = MlflowClient(tracking_uri=uri, registry_uri=uri)
             self.experiment_id = self._find_or_create(experiment)
 
     @contextmanager
@@ -57,25 +66,90 @@ class Store:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
-    def create_run(self, label: str, output: Path, tags: dict[str, str]) -> str:
-        """Opens a run for what writes `output`, tagged with the latest one that did, and gives its id."""
-        place, host = str(output.resolve()), socket.gethostname()
+    @contextmanager
+    def named_by_the_environment(self) -> Iterator[None]:
+        """Held where MLflow looks for a store in MLFLOW_TRACKING_URI, whichever its client was made for."""
+        before = os.environ.get("MLFLOW_TRACKING_URI")
+        os.environ["MLFLOW_TRACKING_URI"] = self._uri
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ["MLFLOW_TRACKING_URI"]
+            else:
+                os.environ["MLFLOW_TRACKING_URI"] = before
+
+    def create_run(self, opening: Mapping[str, Any], *, alone: bool) -> str:
+        """Opens the run that `opening` describes, unless it is there already, and gives its id.
+
+        Runs that wrote the same output form a chain, in the order they began: each names the one it replaces
+        (`sdtp.supersedes`) and the one that replaced it (`sdtp.superseded_by`), also where it is opened only later.
+
+        opening: `id`, `label`, `tags` (`sdtp.output` among them: what the run writes), and `started`, milliseconds
+            since 1970.
+        alone: whether this process is known to be the one writer of the output, so that an earlier run that still goes
+            there was killed before it could say so, and is closed as KILLED.
+        """
         with self.writing():
-            earlier = self.client.search_runs(
-                [self.experiment_id], f"tags.`sdtp.output` = '{place}'", max_results=1, order_by=["start_time DESC"]
-            )
+            run_id = self.find(opening["id"]) or self._create(opening)
+            place = f"tags.`sdtp.output` = '{opening['tags']['sdtp.output']}' and attributes.start_time"
+            # Of two: this run is among those that began no later.
+            before = self.runs(f"{place} <= {opening['started']}", "attributes.start_time DESC", 2)
+            earlier = [run for run in before if run.info.run_id != run_id][:1]
+            later = self.runs(f"{place} > {opening['started']}", "attributes.start_time ASC", 1)
+            chain = [*(run.info.run_id for run in earlier), run_id, *(run.info.run_id for run in later)]
+            for old, new in itertools.pairwise(chain):
+                self.client.set_tag(new, "sdtp.supersedes", old)
+                self.client.set_tag(old, "sdtp.superseded_by", new)
             for run in earlier:
-                tags = {**tags, "sdtp.supersedes": run.info.run_id}
-                if run.info.status == "RUNNING" and run.data.tags.get("sdtp.host") == host:
-                    # Outputs have one writer at a time, so that one was killed before it could say so.
+                if alone and run.info.status == "RUNNING":
                     self.client.set_terminated(run.info.run_id, "KILLED")
-            tags = {**tags, "sdtp.output": place, "sdtp.host": host}
-            return str(self.client.create_run(self.experiment_id, tags=tags, run_name=label).info.run_id)
+        return run_id
+
+    def find(self, identity: str) -> str | None:
+        """The id of the run with this `sdtp.id`, None where there is none.
+
+        A server that made a run and could not say so was asked again, by MLflow itself: what it made beyond the first
+        one is deleted, empty as it is.
+        """
+        first, *extra = sorted(run.info.run_id for run in self.runs(f"tags.`sdtp.id` = '{identity}'")) or [None]
+        for run_id in extra:
+            self.client.delete_run(run_id)
+        return first
+
+    def runs(self, condition: str, order: str = "attributes.start_time ASC", count: int = 1000) -> list[Any]:
+        """Runs of the experiment that fulfil a condition in MLflow's search language, deleted ones left out."""
+        return list(self.client.search_runs([self.experiment_id], condition, max_results=count, order_by=[order]))
+
+    def close_abandoned(self) -> list[str]:
+        """Closes, as KILLED, the runs that still go although nobody writes their output any more; gives their names.
+
+        Whether somebody does, the lock beside the output says. Where it cannot be seen, a run of this host is taken for
+        dead, its results having been deleted, and one of another host is left alone.
+        """
+        closed = []
+        for run in self.runs("attributes.status = 'RUNNING'"):
+            place = run.data.tags.get("sdtp.output")
+            if place is None:
+                continue
+            free = is_free(lock_file(Path(place)))
+            if free or (free is None and run.data.tags.get("sdtp.host") == socket.gethostname()):
+                with self.writing():
+                    self.client.set_terminated(run.info.run_id, "KILLED")
+                closed.append(str(run.info.run_name))
+        return closed
 
     def log_batch(self, run_id: str, **batch: Any) -> None:
         """MlflowClient.log_batch, as the one writer."""
         with self.writing():
             self.client.log_batch(run_id, **batch)
+
+    def _create(self, opening: Mapping[str, Any]) -> str:
+        run = self.client.create_run(
+            self.experiment_id, start_time=opening["started"], tags=opening["tags"], run_name=opening["label"]
+        )
+        # Which of several there is, if MLflow asked more than once.
+        return self.find(opening["id"]) or str(run.info.run_id)
 
     def _find_or_create(self, experiment: str) -> str:
         from mlflow.exceptions import MlflowException

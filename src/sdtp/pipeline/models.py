@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import os
 import re
 import shutil
@@ -16,6 +17,9 @@ from sdtp.pipeline.architecture import check_architecture
 from sdtp.pipeline.config import Source
 from sdtp.pipeline.corpus import package_files
 from sdtp.pipeline.files import atomic_folder, sha256_file, sha256_files
+from sdtp.pipeline.gguf_file import check_gguf
+from sdtp.pipeline.prompts import render
+from sdtp.pipeline.reading import inside, read_json, reading
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +28,7 @@ if TYPE_CHECKING:
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
 # What transformers loads; some repositories hold the same weights once more under other names.
 _WEIGHTS = "model*.safetensors"
+_WHOLE_MODEL = "the whole weights of the model that config.json describes are needed, as safetensors"
 # Weights in pickles can run code when loaded: they are named in errors, and never fetched.
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -43,7 +48,7 @@ def fetch_model(source: Source, output: str | Path, *, trust_remote_code: bool =
 
     Raises:
         UserError: no such model, one the pruner does not support (no weight is downloaded or copied then), pickled
-            weights only, or a checksum other than the pinned one.
+            weights only, weights that are damaged or not all there, or a checksum other than the pinned one.
     """
     revision: str | None
     with atomic_folder(output) as folder:
@@ -77,23 +82,23 @@ def load_model(folder: str | Path, dtype: str, attention: str, device: torch.dev
         device: where the weights go.
 
     Raises:
-        UserError: `folder` is not a model folder, or `dtype` or `attention` is not one of these.
+        UserError: `folder` is not a model folder, or a damaged one, or `dtype` or `attention` is not one of these.
     """
-    from transformers import AutoModelForCausalLM
-
     if attention not in ATTENTION:
         raise UserError(f"model.attention: {attention!r} is not known; accepted: {', '.join(ATTENTION)}")
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        str(folder),
-        dtype=choose_dtype(dtype, device),
-        attn_implementation=attention,
-        use_safetensors=True,
-        local_files_only=True,
-        trust_remote_code=_trusted(folder),
-    )
-    model.to(device)  # type: ignore[arg-type]  # transformers declares a method of its own here
-    model.eval().requires_grad_(False)
-    return model
+    number_format, trusted = choose_dtype(dtype, device), _trusted(folder)
+    with reading(_weights_of(folder), _WHOLE_MODEL):
+        model, report = _load(
+            folder,
+            dtype=number_format,
+            attn_implementation=attention,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=trusted,
+        )
+    _check_loaded(folder, report)
+    loaded: PreTrainedModel = model.to(device).eval().requires_grad_(False)
+    return loaded
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -118,10 +123,19 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder. Raises UserError where `folder` is not one."""
     from transformers import AutoTokenizer
 
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        str(folder), local_files_only=True, trust_remote_code=_trusted(folder)
-    )
+    trusted = _trusted(folder)
+    with reading(f"tokenizer of {folder}", "whole tokenizer files, as save_pretrained writes them, are needed"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=trusted
+        )
     return tokenizer
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Raise UserError where the tokenizer of `folder` has a chat template that takes no user's message."""
+    if tokenizer.chat_template is not None:
+        with reading(f"chat template of {folder}", "a template that takes a lone user message is needed"):
+            render(tokenizer, "a")
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -129,8 +143,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / "manifest.json"
     if not path.is_file():
         raise UserError(f"{folder}: no manifest.json; a model folder made by `sdtp model` is needed")
-    manifest: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    return manifest
+    return read_json(path)
 
 
 def _trusted(folder: str | Path) -> bool:
@@ -144,6 +157,58 @@ def weights_sha256(folder: str | Path) -> str:
     `cd FOLDER && LC_ALL=C sha256sum model*.safetensors | sha256sum` prints the same.
     """
     return sha256_files(folder, Path(folder).glob(_WEIGHTS))
+
+
+def _weights_of(folder: str | Path) -> str:
+    """What to call a folder's weights in a message."""
+    names = sorted(path.name for path in Path(folder).glob(_WEIGHTS))
+    return f"{folder}/{names[0] if len(names) == 1 else _WEIGHTS}"
+
+
+def _check_weights(folder: Path, trust_remote_code: bool) -> None:
+    """Raise UserError unless the folder's weights are those of its config: all there, each of its shape.
+
+    A weight that is missing would be drawn at random, with no more than a warning. None is read.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    for path in sorted(folder.glob("*.safetensors.index.json")):
+        for name in sorted(set(map(str, read_json(path)["weight_map"].values()))):
+            if not inside(folder, name, path).is_file():
+                raise UserError(f"{path}: it names the file {name!r}, which is not there")
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.CRITICAL)  # the report would go on for pages
+    try:
+        with reading(_weights_of(folder), _WHOLE_MODEL):
+            _, report = _load(
+                folder,
+                device_map="meta",
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=trust_remote_code,
+                ignore_mismatched_sizes=True,
+            )
+    finally:
+        transformers_logging.set_verbosity(level)
+    _check_loaded(folder, report)
+
+
+def _load(folder: str | Path, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """A causal language model of transformers, and its report on what it found for which weight."""
+    from transformers import AutoModelForCausalLM
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(str(folder), output_loading_info=True, **options)
+    model, report = loaded
+    return model, report
+
+
+def _check_loaded(what: str | Path, report: dict[str, Any]) -> None:
+    """Raise UserError for what the library's report on a folder or a file says is missing or of another shape."""
+    for key, fault in (("missing_keys", "missing"), ("mismatched_keys", "of another shape than config.json says")):
+        if names := sorted(name if isinstance(name, str) else name[0] for name in report[key]):
+            more = f", and {len(names) - 1} more" if len(names) > 1 else ""
+            place = what if Path(what).is_file() else _weights_of(what)
+            raise UserError(f"{place}: weight {names[0]} is {fault}{more}; {_WHOLE_MODEL}")
 
 
 def _verify(name: str, expected: str | None, found: str) -> None:
@@ -163,7 +228,9 @@ def _from_package(source: Source, folder: Path) -> tuple[str, str, str]:
         )
     sha256 = sha256_file(paths[0])
     _verify(str(paths[0]), source.sha256, sha256)
-    licence = _convert_gguf(paths[0], folder)
+    check_gguf(paths[0])
+    with reading(paths[0], "a GGUF file of a model and its tokenizer is needed"):
+        licence = _convert_gguf(paths[0], folder)
     check_architecture(folder, trust_remote_code=False)
     return importlib.metadata.version(distribution), sha256, licence
 
@@ -172,9 +239,10 @@ def _convert_gguf(path: Path, folder: Path) -> str:
     """Writes a GGUF model as float32 safetensors with its tokenizer; returns the licence its header states."""
     import torch
     from gguf import GGUFReader
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    dequantised = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    dequantised, report = _load(path.parent, gguf_file=path.name, dtype=torch.float32)
+    _check_loaded(path, report)
     # A model that was quantised refuses to be saved, although its weights are plain now: move them into a plain one.
     del dequantised.config.quantization_config
     model = type(dequantised)(dequantised.config)
@@ -193,6 +261,7 @@ def _from_folder(source: Source, folder: Path, trust_remote_code: bool) -> tuple
     if not any(fnmatch(name, _WEIGHTS) for name in names):
         raise UserError(_no_safetensors(f"folder {source.ref!r}", names))
     check_architecture(path, trust_remote_code=trust_remote_code)
+    _check_weights(path, trust_remote_code)
     sha256 = weights_sha256(path)
     _verify(f"weights in {source.ref}", source.sha256, sha256)
     for name in names:
@@ -219,6 +288,7 @@ def _from_hub(source: Source, folder: Path, trust_remote_code: bool) -> tuple[st
             source.ref, revision=info.sha, allow_patterns=_patterns(trust_remote_code), ignore_patterns=["*/*"]
         )
     )
+    _check_weights(snapshot, trust_remote_code)
     sha256 = weights_sha256(snapshot)
     _verify(f"weights of {source.ref}", source.sha256, sha256)
     for file in snapshot.iterdir():
@@ -259,7 +329,7 @@ def _describe(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
 
     parameters, dtypes = 0, set()
     for path in sorted(folder.glob(_WEIGHTS)):
-        with safe_open(path, framework="pt") as tensors:
+        with reading(path, _WHOLE_MODEL), safe_open(path, framework="pt") as tensors:
             for name in sorted(tensors.keys()):
                 view = tensors.get_slice(name)
                 size = 1

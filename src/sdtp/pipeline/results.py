@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 from sdtp.errors import UserError
+from sdtp.pipeline.reading import reading
 
 # fmt: off
 LATENCY_COLUMNS = [
@@ -40,7 +41,8 @@ Pair = tuple[str, str, str, str, float]
 
 def read_table(path: Path, columns: list[str]) -> pd.DataFrame:
     """Reads a CSV that must have every one of `columns` and at least one row; other columns are left out."""
-    table = pd.read_csv(path)
+    with reading(path, "a table as the step tables or train writes it is needed"):
+        table = pd.read_csv(path)
     missing = [column for column in columns if column not in table.columns]
     if missing:
         raise UserError(f"{path}: no column {', '.join(missing)}; accepted: {', '.join(columns)}")

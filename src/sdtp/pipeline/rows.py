@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from sdtp.errors import UserError
 from sdtp.pipeline.config import Source
 from sdtp.pipeline.files import sha256_file, sha256_files
+from sdtp.pipeline.reading import inside, read_json, reading
 from sdtp.pipeline.sources import jsonl_file
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ PAIR_FIELDS = ("prompt", "response")
 # What is read of a table; its other columns may hold anything.
 _COLUMNS = ("id", "instruction", "context", "prompt", "response")
 _BATCH = 1000
+# Bytes of one row, which is in memory as a whole: more than the text of any model's context, by far.
+MOST_ROW_BYTES = 2**26
 
 
 @dataclass(frozen=True)
@@ -79,8 +82,10 @@ def read_rows(source: Source, key: str) -> Rows:
 
 def _json_rows(path: Path, name: str) -> Iterator[Row]:
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(lambda: file.readline(MOST_ROW_BYTES + 1), b""), 1):
             where = f"{name}, line {number}"
+            if len(line) > MOST_ROW_BYTES:
+                raise UserError(f"{where}: longer than {MOST_ROW_BYTES} bytes; a JSON object on a line is needed")
             # No JSON text begins with the mark: it is that of the file, or of one that was appended to it.
             content = line.removeprefix(codecs.BOM_UTF8).strip()
             if not content:
@@ -94,6 +99,8 @@ def _json_rows(path: Path, name: str) -> Iterator[Row]:
                 text = content.decode("utf-8", errors="replace")
             try:
                 fields = json.loads(text)
+            except RecursionError as error:
+                raise UserError(f"{where}: nested too deeply; a JSON object is needed") from error
             except ValueError as error:
                 # Not a record with a wrong byte but no record: of another file, or of one that was cut.
                 raise UserError(f"{where}: {not_utf8 or error}; a JSON object is needed") from error
@@ -104,7 +111,6 @@ def _json_rows(path: Path, name: str) -> Iterator[Row]:
 
 
 def _folder_rows(source: Source, key: str) -> Rows:
-    import datasets
 
     folder = Path(source.ref)
     if not folder.is_dir():
@@ -114,11 +120,26 @@ def _folder_rows(source: Source, key: str) -> Rows:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     digest = sha256_files(folder, files)
     if (folder / "state.json").exists():
-        return Rows(_dataset_rows(folder.name, datasets.load_from_disk(str(folder))), None, digest)
+        return Rows(_dataset_rows(folder.name, read_saved(folder)), None, digest)
     tables = [path for path in files if path.suffix in (".parquet", ".jsonl")]
     if not tables:
         raise UserError(f"{key}.ref: {source.ref} holds no state.json (save_to_disk), .parquet or .jsonl file")
     return Rows((row for path in tables for row in _file_rows(path, str(path.relative_to(folder)))), None, digest)
+
+
+def read_saved(folder: Path) -> datasets.Dataset:
+    """The data set that `save_to_disk` wrote to a folder; its tables are mapped, not read.
+
+    Raises:
+        UserError: a file is damaged or missing, or one outside the folder is named.
+    """
+    import datasets
+
+    state = folder / "state.json"
+    for file in read_json(state)["_data_files"]:
+        inside(folder, file.get("filename") if isinstance(file, dict) else file, state)
+    with reading(folder, "a data set of save_to_disk is needed"):
+        return datasets.load_from_disk(str(folder))
 
 
 def _file_rows(path: Path, name: str) -> Iterator[Row]:
@@ -129,9 +150,21 @@ def _file_rows(path: Path, name: str) -> Iterator[Row]:
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
+        _refuse_bombs(path, file.metadata)
         yield from _table_rows(name, file.iter_batches(_BATCH, columns=_columns(file.schema_arrow.names)))
     except pyarrow.ArrowException as error:
         raise UserError(f"{path}: {error}; a Parquet file is needed") from error
+
+
+def _refuse_bombs(path: Path, metadata: pyarrow.parquet.FileMetaData) -> None:
+    """Raise UserError where the rows of a table are larger, unpacked, than any row may be."""
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        if group.total_byte_size > MOST_ROW_BYTES * max(1, group.num_rows):
+            raise UserError(
+                f"{path}: row group {number + 1} unpacks to {group.total_byte_size} bytes for {group.num_rows} rows; "
+                f"at most {MOST_ROW_BYTES} bytes a row are accepted"
+            )
 
 
 def _hub_rows(source: Source, key: str) -> Rows:

@@ -8,7 +8,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from sdtp.errors import UserError
-from sdtp.evaluation.ruler import HeatMap
+from sdtp.evaluation.ruler.scoring import HeatMap
 from sdtp.pipeline.plotstyle import STYLE, name_of
 from sdtp.pipeline.results import smoke
 
@@ -23,8 +23,8 @@ def heat_maps(maps: Mapping[str, HeatMap]) -> Figure:
     """Depth against length, a panel a method, on one colour scale from 0 to 100%; the value stands in each cell.
 
     Args:
-        maps: method, or a text for one under several settings -> its scores, as `sdtp.evaluation.ruler.heat_map` gives
-            them, of the same depths and lengths.
+        maps: method, or a text for one under several settings -> its scores, of the same depths and lengths, as
+            `sdtp.evaluation.ruler.scoring.heat_map` gives them.
 
     Raises:
         UserError: no maps, or of different depths or lengths.

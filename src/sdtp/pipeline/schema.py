@@ -186,7 +186,8 @@ def manual(schema: Schema) -> str:
         "| `study.yaml` | quality with enough examples to tell methods apart (`make study`) |",
         "| `bench.yaml` | latency and memory up to 4096 tokens (`make bench`) |",
         "| `ablations/*.yaml` | variants of one configuration, compared by `snakemake ablation` |",
-        "| `paper/*.yaml` | the paper's scale, for 8 GPUs; every key stated |",
+        "| `paper/*-7b.yaml` | the paper's scale, for 8 GPUs; every key stated |",
+        "| `paper/smollm2-135m.yaml` | the paper on the default model, offline (`snakemake paper`) |",
         "",
         "<!-- The rest is generated from workflow/schemas/config.schema.yaml by `make config/README.md`. -->",
     ]
@@ -209,8 +210,16 @@ def _with_defaults(value: Any, node: Schema) -> Any:
     return filled
 
 
+def _kinds(node: Schema) -> list[str]:
+    """JSON Schema's names of the types a node may have."""
+    kind = node.get("type", [])
+    return [kind] if isinstance(kind, str) else list(kind)
+
+
 def _with_types(value: Any, node: Schema) -> Any:
-    kind = node.get("type")
+    kind = next((kind for kind in _kinds(node) if kind != "null"), None)
+    if value is None:
+        return None
     if kind == "object" and isinstance(node["additionalProperties"], Mapping):
         return {str(name): copy.deepcopy(child) for name, child in value.items()}  # names of the user's own
     if kind == "object":
@@ -254,8 +263,7 @@ def accepted(node: Schema) -> str:
     """What a schema node accepts, in words."""
     if "enum" in node:
         return "one of " + ", ".join(node["enum"])
-    kinds = node["type"] if isinstance(node["type"], list) else [node["type"]]
-    words = " or ".join(TYPES[kind] for kind in kinds)
+    words = " or ".join(TYPES[kind] for kind in _kinds(node))
     if node["type"] == "array":
         few = f" at least {node['minItems']}" if node.get("minItems") else ""
         words = f"a list of{few} distinct values, each {accepted(node['items'])}"
@@ -274,7 +282,7 @@ def accepted(node: Schema) -> str:
 
 
 def _objects(node: Schema, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Schema]]:
-    if node.get("type") == "object":
+    if "object" in _kinds(node):
         yield path, node
         for key, child in node["properties"].items():
             yield from _objects(child, (*path, key))

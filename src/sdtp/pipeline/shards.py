@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from sdtp.errors import UserError
 from sdtp.pipeline.files import canonical_json, sha256_file, write_atomically
+from sdtp.pipeline.reading import inside, read_json
 
 # The splits that have labels: those the scorer is trained on, and those that tell how well it learned.
 SPLITS = ("train", "heldout")
@@ -27,14 +28,14 @@ def metadata(model: Path, data: Path, layers: Sequence[int], reduction: str, tar
         "reduction": reduction,
         "target": target,
         "layers": list(layers),
-        "model_sha256": json.loads((model / "manifest.json").read_text(encoding="utf-8"))["sha256"],
+        "model_sha256": read_json(model / "manifest.json")["sha256"],
         "data_sha256": data_hash(data),
     }
 
 
 def data_hash(data: Path) -> str:
     """The content hash in a data folder's manifest."""
-    return str(json.loads((data / "manifest.json").read_text(encoding="utf-8"))["content_sha256"])
+    return str(read_json(data / "manifest.json")["content_sha256"])
 
 
 def write_labels(path: Path, labels: Mapping[str, torch.Tensor], description: Mapping[str, Any]) -> None:
@@ -128,14 +129,14 @@ class Labels:
     """
 
     def __init__(self, index: Path) -> None:
-        content = json.loads(index.read_text(encoding="utf-8"))
+        content = read_json(index)
         self.description = {
             key: content[key] for key in ("reduction", "target", "layers", "model_sha256", "data_sha256")
         }
         self._index = index
-        self._shard = {example["id"]: index.parent / example["shard"] for example in content["examples"]}
+        self._shard = {example["id"]: inside(index.parent, example["shard"], index) for example in content["examples"]}
         for shard in content["shards"]:
-            path = index.parent / shard["file"]
+            path = inside(index.parent, shard["file"], index)
             if not path.is_file() or sha256_file(path) != shard["sha256"]:
                 raise UserError(f"{path} is not the shard {index} was made of: run saliency-index again")
 

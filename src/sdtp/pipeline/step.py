@@ -1,28 +1,32 @@
 """What every workflow step does around its own work: one writer at a time, final metrics on disk, a tracked run."""
 
 import argparse
-import fcntl
 import logging
 import math
 import os
 import resource
 import signal
-import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from sdtp.errors import UserError
+from sdtp.disk import remove_temporaries
 from sdtp.pipeline.files import canonical_json, write_atomically
+from sdtp.pipeline.locks import only_writer
+from sdtp.pipeline.provenance import inputs
+from sdtp.pipeline.resources import resources_file
 from sdtp.pipeline.tracking import TrackedRun, open_run
 
 logger = logging.getLogger(__name__)
 
 # What the step itself adds to the metrics file.
 RESERVED = ("wall_seconds", "device", "peak_rss_bytes", "peak_cuda_bytes")
+# Seconds within which SIGTERM that comes again is still the first one.
+SAME_SIGNAL = 5.0
 
 
 class StepLog:
@@ -71,6 +75,10 @@ class StepLog:
         """Removes from the tracker's `folder` all but its last `count` entries, in the order of their names."""
         self._tracked.latest_artifacts(folder, count)
 
+    def register(self, name: str, model: Path, pruner: Path, evidence: Mapping[str, Any]) -> None:
+        """Registers a trained pruner in the tracker's model registry, see `registry.register`."""
+        self._tracked.register(name, model, pruner, evidence)
+
     @property
     def run_id(self) -> str:
         """Id of the tracked run; empty where the step is not tracked."""
@@ -86,7 +94,8 @@ def step(
 ) -> Iterator[StepLog]:
     """Runs one workflow step: `with step("train", args, outputs=[args.output]) as log: ...`.
 
-    args: the parsed command line; `args.settings` (JSON text) is logged as parameters, and `args.metrics`, where the
+    args: the parsed command line; `args.settings` (JSON text) is logged as parameters, hashes of the files and folders
+        that other arguments name as tags (see `provenance.inputs`), and `args.metrics`, where the
         step has it, names the file that gets the final metrics, the wall seconds, the device and the peak memory in
         bytes (JSON, flat; null for a number that is not finite). It is written only when the block ends well.
     outputs: what the step writes; a lock beside the first one refuses a second writer.
@@ -96,17 +105,33 @@ def step(
     use. The tracked run ends as FINISHED, as FAILED after an exception, as KILLED after SIGINT or SIGTERM; SIGTERM then
     goes on to the handler that was there before. Anything else that fails in the tracker is a warning, never an error.
     """
-    with _only_writer(Path(outputs[0])), _sigterm_raises():
-        tracked = open_run(name, dict(wildcards or {}), args.settings, Path(outputs[0]))
+    with only_writer(Path(outputs[0])), _sigterm_raises():
+        output, metrics_file = Path(outputs[0]), getattr(args, "metrics", None)
+        for path in (*map(Path, outputs), *([Path(metrics_file)] if metrics_file else [])):
+            remove_temporaries(path)  # of a writer that was killed
+        held = _HeldSignals()  # a run that is half opened could not be closed
+        try:
+            tracked = open_run(
+                name,
+                dict(wildcards or {}),
+                args.settings,
+                output,
+                inputs(vars(args), outputs),
+                resources_file(metrics_file and Path(metrics_file), output, name),
+            )
+        except BaseException:
+            held.release()
+            raise
         started = time.monotonic()
         status = "FAILED"
         try:
+            held.release()
             log = StepLog(tracked)
             yield log
             usage = {"wall_seconds": round(time.monotonic() - started, 3), **_peak_memory()}
-            if getattr(args, "metrics", None):
+            if metrics_file:
                 finite = {key: value if math.isfinite(value) else None for key, value in log.final.items()}
-                with write_atomically(args.metrics) as temporary:
+                with write_atomically(metrics_file) as temporary:
                     temporary.write_text(canonical_json({**finite, **usage, "device": _device()}) + "\n", "utf-8")
             for key, value in usage.items():
                 tracked.metric(key, value, None)
@@ -115,30 +140,29 @@ def step(
             status = "KILLED"
             raise
         finally:
-            tracked.close(status, device=_device())
+            tracked.tags({"sdtp.device": _device()})
+            tracked.close(status)
 
 
-@contextmanager
-def _only_writer(output: Path) -> Iterator[None]:
-    """Holds a lock on `output`, in a file beside it: inside, it would be deleted with the output before a rerun.
+class _HeldSignals:
+    """Keeps SIGINT and SIGTERM that Python handles, in the main thread, until they are let go."""
 
-    The lock goes with the last process that holds the file open, so one that was killed never leaves it behind, and
-    its orphaned workers still count as writers.
-    """
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with open(output.parent / f".{output.name}.lock", "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise UserError(
-                f"{output} is being written by {holder}: wait until it ends or stop it (kill PID), then run this again"
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        yield
+    def __init__(self) -> None:
+        self._came: list[int] = []
+        self._before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before = signal.getsignal(number)
+                if callable(before):
+                    self._before[number] = before
+                    signal.signal(number, lambda number, frame: self._came.append(number))
+
+    def release(self) -> None:
+        """Handles what came as it would have been."""
+        for number, before in self._before.items():
+            signal.signal(number, before)
+        for number in self._came:
+            os.kill(os.getpid(), number)
 
 
 class _Terminated(BaseException):
@@ -155,9 +179,17 @@ def _sigterm_raises() -> Iterator[None]:
         yield
         return
 
+    told: list[float] = []
+
     def terminate(number: int, frame: object) -> None:
-        signal.signal(signal.SIGTERM, previous)  # a second signal does not wait for the clean-up
-        raise _Terminated
+        told.append(time.monotonic())
+        if len(told) == 1:
+            raise _Terminated
+        # One that tells a whole group of processes, and one of them that passes it on, do not mean it twice; a second
+        # signal after that does not wait for the clean-up.
+        if told[-1] - told[0] > SAME_SIGNAL:
+            signal.signal(signal.SIGTERM, previous)
+            os.kill(os.getpid(), signal.SIGTERM)
 
     signal.signal(signal.SIGTERM, terminate)
     try:
@@ -165,6 +197,7 @@ def _sigterm_raises() -> Iterator[None]:
     except _Terminated:
         sys.stdout.flush()
         sys.stderr.flush()
+        signal.signal(signal.SIGTERM, previous)
         os.kill(os.getpid(), signal.SIGTERM)
         raise SystemExit(128 + signal.SIGTERM) from None  # reached where the previous handler returns
     finally:

@@ -126,6 +126,15 @@ class PrunedLayer(CacheLayerMixin):
         """[batch, slots] bool, True at real tokens, announced ones included; None if no slot is padding."""
         return self.positions >= 0 if self.padded else None
 
+    def takes_unprepared(self, tokens: int) -> bool:
+        """Whether the model, left to itself, hands so many new tokens to this layer as it should.
+
+        What the caller's own mask hides is not known here.
+        """
+        # A window as long as the keys gets a mask that hides none of them.
+        within = self.window is None or self.seen + tokens < self.window
+        return tokens == 1 and self.maskless and within and not self.padded
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -137,9 +146,7 @@ class PrunedLayer(CacheLayerMixin):
         """
         tokens = key_states.shape[-2]
         if self._expected != tokens:
-            # A window as long as the keys gets a mask that hides none of them.
-            within = self.window is None or self.seen + tokens < self.window
-            if tokens > 1 or self.padded or not self.maskless or not within:
+            if not self.takes_unprepared(tokens):
                 raise RuntimeError(
                     f"this cache holds a pruned prompt and got {tokens} tokens for {key_states.shape[0]} rows outside "
                     "a pruner's context: layers differ in length there, continue it inside `with pruner(model):`"

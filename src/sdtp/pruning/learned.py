@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -95,6 +96,20 @@ class Learned(nn.Module):
     def stages(self) -> int:
         """Number of stages the scorer has weights for."""
         return len(self.mlps)
+
+    def at_stages(self, stages: Sequence[int]) -> Learned:
+        """A scorer of some of the stages; their weights are this scorer's own, not copies.
+
+        Args:
+            stages: which of the stages, 0-based, in the new scorer's order.
+        """
+        part = Learned(
+            self.hidden_size, 0, self.width, self.position, self.question_rank, self.neighbours, self.recency
+        )
+        for own, chosen in ((self.mlps, part.mlps), (self.keys, part.keys), (self.queries, part.queries)):
+            if len(own):  # there are no keys and queries where nothing is compared
+                chosen.extend(own[stage] for stage in stages)
+        return part.train(self.training)
 
     def multiply_adds(self, tokens: int) -> int:
         """Multiply-adds that a stage takes to score so many tokens of one row."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,26 @@ class TokenPruner:
         """The same scorer under another schedule of as many stages."""
         return TokenPruner(schedule, self.scorer, self.trained_for)
 
+    def at_stages(self, stages: Sequence[int]) -> TokenPruner:
+        """A pruner with some of the stages alone: their layers and shares, see `PruningSchedule.at_stages`.
+
+        What decides at a stage decides there as before: a learned scorer's weights are shared, not copied, and the
+        oracle's labels are those of the stages' layers.
+
+        Args:
+            stages: which of the schedule's stages, 0-based, at least one, ascending.
+
+        Raises:
+            ValueError: stages that are not that.
+        """
+        schedule = self.schedule.at_stages(stages)
+        scorer = self.scorer
+        if isinstance(scorer, Learned):
+            scorer = scorer.at_stages(stages)
+        elif isinstance(scorer, Saliency):
+            scorer = Saliency(scorer.labels[list(stages)])
+        return TokenPruner(schedule, scorer, self.trained_for)
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `pruner.json` (schedule, scorer) and, for a learned scorer, `pruner.safetensors`.
 
@@ -73,6 +94,29 @@ class TokenPruner:
             ValueError: a file is damaged or does not fit the other; named with the fault.
         """
         return cls(*store.load(Path(folder)))
+
+    @classmethod
+    def from_mlflow(cls, uri: str) -> TokenPruner:
+        """Read a pruner that MLflow has, from the store that MLFLOW_TRACKING_URI names.
+
+        Args:
+            uri: of a registered version (`models:/NAME@champion`, `models:/NAME/3`), of a logged model
+                (`models:/m-ID`), or of artifacts of a run (`runs:/ID/pruner`).
+
+        Raises:
+            ImportError: MLflow is not installed; nothing else here needs it.
+            ValueError: no pruner is there, or more than one, or a damaged one.
+        """
+        try:
+            from mlflow.artifacts import download_artifacts
+        except ImportError as error:
+            raise ImportError("TokenPruner.from_mlflow needs MLflow: pip install mlflow") from error
+        with tempfile.TemporaryDirectory() as folder:
+            download_artifacts(artifact_uri=uri, dst_path=folder)
+            found = [path.parent for path in Path(folder).rglob(store.SETTINGS)]
+            if len(found) != 1:
+                raise ValueError(f"{uri}: {len(found)} pruners are there; accepted: a URI of one")
+            return cls.from_pretrained(found[0])
 
     @contextlib.contextmanager
     def __call__(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+import operator
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -132,6 +135,28 @@ class PruningSchedule:
             ValueError: a ratio outside (0, 1].
         """
         return dataclasses.replace(self, keep=_powers(ratio, self.stages), budget=None)
+
+    def at_stages(self, stages: Sequence[int]) -> PruningSchedule:
+        """Some of the stages alone, each keeping the share it kept of what reached it; a budget is reached with them.
+
+        A geometric schedule stays one of the same ratio, and leaves more tokens with fewer stages.
+
+        Args:
+            stages: which of the stages, 0-based, at least one, ascending.
+
+        Raises:
+            ValueError: stages that are not that.
+        """
+        if not stages or list(stages) != sorted(set(stages)) or not 0 <= stages[0] <= stages[-1] < self.stages:
+            raise ValueError(
+                f"stages is {list(stages)}: at least one of 0 to {self.stages - 1} is needed, in ascending order"
+            )
+        layers = tuple(self.layers[stage] for stage in stages)
+        if self.budget is not None:
+            return dataclasses.replace(self, layers=layers)
+        shares = [after / before for before, after in zip((1.0, *self.keep), self.keep, strict=False)]
+        keep = tuple(itertools.accumulate((shares[stage] for stage in stages), operator.mul))
+        return dataclasses.replace(self, layers=layers, keep=keep)
 
     @property
     def stages(self) -> int:

@@ -123,7 +123,12 @@ class Session:
         _check_mask(mask, shape, held)
         if held > 0:
             _check_rows(cache.layers[0], shape[0], mask)
-            self.call.forward = Continuation(self.architecture, mask, shape)
+            continuation = Continuation(self.architecture, mask, shape)
+            first = cache.layers[0]
+            # Most steps of decoding need nothing: a step takes the model as long to launch as to run, so that work at
+            # every layer would show.
+            plain = isinstance(first, PrunedLayer) and first.takes_unprepared(shape[1]) and continuation.mask is None
+            self.call.forward = None if plain else continuation
             return
         if labels is not None:
             raise ValueError("labels= is not supported under a pruner: logits of removed tokens do not exist")

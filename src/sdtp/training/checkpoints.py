@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from sdtp.disk import sync
+from sdtp.disk import naming, sync
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +45,15 @@ class Checkpoints:
         Returns:
             The checkpoint's folder.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         final = self.folder / f"step-{step:08d}"
+        with naming(final):
+            self._write(final, step, tensors, state)
+        for old in self._newest_first()[_KEPT:]:
+            shutil.rmtree(old)
+        return final
+
+    def _write(self, final: Path, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self.folder / f".tmp-{final.name}"
         shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed here
         temporary.mkdir()
@@ -60,9 +67,6 @@ class Checkpoints:
         shutil.rmtree(final, ignore_errors=True)  # damaged or of other settings, else it would have been resumed
         os.rename(temporary, final)
         sync(self.folder)
-        for old in self._newest_first()[_KEPT:]:
-            shutil.rmtree(old)
-        return final
 
     def load(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
         """Tensors and state of the newest checkpoint that is whole and of this fingerprint; None if there is none."""

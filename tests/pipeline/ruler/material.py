@@ -7,10 +7,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from sdtp.evaluation.ruler import RulerExample
+from sdtp.evaluation.ruler.tasks import RulerExample
+from sdtp.pipeline.config import RulerSettings
 from sdtp.pipeline.corpus import Document
 from sdtp.pipeline.ruler.examples import ruler_examples
-from sdtp.pipeline.ruler.settings import RulerSettings
 
 SETTINGS: dict[str, Any] = {
     "depths": (0.0, 0.25, 0.5, 0.75, 1.0),
@@ -22,12 +22,12 @@ SETTINGS: dict[str, Any] = {
     "common_words": 3,
     "common_repeats": 6,
     "rare_repeats": 2,
-    "passages": 3,
+    "distractors": 3,
 }
 
 
 def settings(**changes: Any) -> RulerSettings:
-    return RulerSettings(**{**SETTINGS, **changes})
+    return RulerSettings.from_mapping({**SETTINGS, **changes})
 
 
 def documents(count: int = 5, length: int = 60) -> list[Document]:

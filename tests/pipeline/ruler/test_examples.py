@@ -97,7 +97,7 @@ def test_a_length_is_met_or_refused_with_the_shortest_that_will_do(make_tokenize
             (example,) = examples(tokenizer, task, length=length, count=1)
         except UserError as error:
             message = str(error)
-            assert message.startswith(f"ruler.lengths: {length} is too short for task {task}: ")
+            assert message.startswith(f"suites.ruler.lengths: {length} is too short for task {task}: ")
             least = int(message.removesuffix(" tokens").split()[-1])
             assert length < least < 900
             outcomes.append("refused")

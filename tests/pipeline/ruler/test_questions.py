@@ -11,7 +11,6 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from sdtp.errors import UserError
-from sdtp.pipeline.config import Source
 from sdtp.pipeline.corpus import sentences
 from sdtp.pipeline.prompts import decode
 from sdtp.pipeline.ruler.profiles import _SURNAMES, _TRAITS, MOST_PEOPLE, Passage
@@ -58,7 +57,7 @@ def test_short_prompts_have_as_many_passages_as_fit(make_tokenizer: Make) -> Non
 
 
 def test_more_passages_than_there_are_people_are_as_many_as_there_are(make_tokenizer: Make) -> None:
-    (example,) = examples(make_tokenizer(), "qa", passages=5000, length=1500, count=1)
+    (example,) = examples(make_tokenizer(), "qa", distractors=5000, length=1500, count=1)
     parts = passages(example.prompt)
     assert sum(any(name in part for name in _SURNAMES) for part in parts) == 6
     assert len(example.prompt_ids) == 1500
@@ -111,16 +110,16 @@ def test_longest_way_to_write_the_answer_limits_the_reply(make_tokenizer: Make) 
     assert example.max_new_tokens == 2 * len(tokenizer(long)["input_ids"]) > 32
 
 
-def write(path: Path, *rows: Any) -> Source:
+def write(path: Path, *rows: Any) -> str:
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return Source(kind="jsonl", ref=str(path), revision=None, sha256=None)
+    return str(path)
 
 
 def test_rows_of_a_file_are_passages(tmp_path: Path) -> None:
     row = {"context": " Paris \n is here. ", "question": " Where? ", "answers": ["Paris ", "paris", "Paris"]}
     squad = {"id": 7, "context": "A b.", "question": "Q?", "answers": {"text": ["A"], "answer_start": [0]}}
     unanswered = {"context": "A b.", "question": "Q?", "answers": {"text": [], "answer_start": []}}
-    assert read_passages(write(tmp_path / "p.jsonl", row, squad, "", unanswered), "ruler.qa") == [
+    assert read_passages(write(tmp_path / "p.jsonl", row, squad, "", unanswered), "suites.ruler.passages") == [
         Passage("Paris is here.", "Where?", ("Paris", "paris"), "The answer is"),
         Passage("A b.", "Q?", ("A",), "The answer is"),
     ]
@@ -141,17 +140,17 @@ def test_rows_of_a_file_are_passages(tmp_path: Path) -> None:
 def test_malformed_rows_are_refused_by_line(tmp_path: Path, row: Any, message: str) -> None:
     good = {"context": "c", "question": "q", "answers": ["a"]}
     with pytest.raises(UserError, match=f"p.jsonl, line 2: {message}"):
-        read_passages(write(tmp_path / "p.jsonl", good, row), "ruler.qa")
+        read_passages(write(tmp_path / "p.jsonl", good, row), "suites.ruler.passages")
 
 
 def test_files_without_passages_are_refused(tmp_path: Path) -> None:
     unanswered = {"context": "c", "question": "q", "answers": []}
-    with pytest.raises(UserError, match=r"ruler\.qa\.ref: .*p.jsonl has no row with an answer"):
-        read_passages(write(tmp_path / "p.jsonl", unanswered), "ruler.qa")
-    with pytest.raises(UserError, match=r"ruler\.qa\.kind: 'hub' holds no passages; accepted: jsonl"):
-        read_passages(Source(kind="hub", ref="squad", revision=None, sha256=None), "ruler.qa")
+    with pytest.raises(UserError, match=r"suites\.ruler\.passages: .*p.jsonl has no row with an answer"):
+        read_passages(write(tmp_path / "p.jsonl", unanswered), "suites.ruler.passages")
+    with pytest.raises(UserError, match=r"suites\.ruler\.passages: no file '.*none.jsonl'; a JSON-lines file"):
+        read_passages(str(tmp_path / "none.jsonl"), "suites.ruler.passages")
 
 
 def test_empty_pool_is_refused(make_tokenizer: Make) -> None:
-    with pytest.raises(UserError, match=r"ruler\.qa: no passages"):
+    with pytest.raises(UserError, match=r"suites\.ruler\.passages: there are none"):
         examples(make_tokenizer(), "qa", pool=[], text=documents())

@@ -11,7 +11,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from sdtp.errors import UserError
-from sdtp.evaluation.ruler import RulerExample
+from sdtp.evaluation.ruler.tasks import RulerExample
 from sdtp.pipeline.corpus import Document
 from sdtp.pipeline.ruler.words import _counts, vocabulary
 from tests.pipeline.ruler.material import examples

@@ -60,7 +60,9 @@ def mlflow_store(results: Path, timeout: float) -> Finding:
     shown = re.sub(r"(//[^/@:]*):[^/@]*@", r"\1:…@", uri)
     if not uri.startswith(("http://", "https://")):
         return Finding(name, "ok", f"{shown}, not asked: a database other than SQLite, or a service")
-    advice = "steps run all the same and are not tracked; start the server, or correct the address"
+    advice = (
+        "steps run all the same, and their runs wait for `sdtp track sync`; start the server, or correct the address"
+    )
     address = re.sub(r"(?<=//)[^/@]*@", "", uri).rstrip("/")  # without name and password, which urllib does not take
     try:
         with urllib.request.urlopen(f"{address}/health", timeout=timeout) as answer:
@@ -73,6 +75,22 @@ def mlflow_store(results: Path, timeout: float) -> Finding:
     if status >= 500 or status == 404:  # something else answers there
         return Finding(name, "warning", f"{shown} answers with status {status}", advice)
     return Finding(name, "ok", f"{shown} answers")
+
+
+def check_shared(uri: str, mounts: Path = Path("/proc/self/mounts")) -> None:
+    """Refuses a store that several machines would damage: SQLite's locks do not hold over a network file system.
+
+    Raises UserError for an SQLite file on one; `mounts` is the kernel's table of what is mounted.
+    """
+    if not uri.startswith("sqlite:///"):
+        return
+    path = Path(uri.removeprefix("sqlite:///").partition("?")[0]).absolute()
+    kind = filesystem(path, mounts)
+    if kind in NETWORK_FILESYSTEMS:
+        raise UserError(
+            f"tracking.uri (or MLFLOW_TRACKING_URI): {path} is an SQLite file on a network file system ({kind}), and "
+            "jobs on several machines would write to it; accepted: a tracking server, see docs/cluster.md"
+        )
 
 
 def _sqlite(name: str, path: Path) -> Finding:

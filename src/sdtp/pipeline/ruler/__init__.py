@@ -23,6 +23,6 @@ What differs:
   frequencies of made-up words are exact, where RULER samples them and masks the most frequent one; the last few tokens
   of either list are filled by words that come up once;
 - passages of `qa` are profiles of invented people, or the rows of the caller's file (SQuAD's fields); after
-  `passages` of them the corpus fills up. RULER takes all of them from SQuAD or HotpotQA;
+  `distractors` of them the corpus fills up. RULER takes all of them from SQuAD or HotpotQA;
 - generation ends after twice the tokens of the references, since with containment longer replies score higher.
 """

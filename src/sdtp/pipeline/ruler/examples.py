@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from sdtp.errors import UserError
-from sdtp.evaluation.ruler import PART_MATCH, RulerExample
+from sdtp.evaluation.ruler.tasks import PART_MATCH, RulerExample
+from sdtp.pipeline.config import RulerSettings
 from sdtp.pipeline.corpus import Document, running_text
 from sdtp.pipeline.prompts import encode
 from sdtp.pipeline.ruler import needles, questions, variables, words
 from sdtp.pipeline.ruler.layout import Draft, Sheet
 from sdtp.pipeline.ruler.profiles import Passage
-from sdtp.pipeline.ruler.settings import RulerSettings, check
+from sdtp.pipeline.ruler.settings import check
 from sdtp.pipeline.tasks import document_order
 
 if TYPE_CHECKING:
@@ -57,10 +58,12 @@ def ruler_examples(
     """
     check(settings, task)
     if not any(document.text.strip() for document in documents):
-        raise UserError(f"ruler.source: {len(documents)} documents without text; at least one with text is needed")
+        raise UserError(
+            f"suites.ruler.source: {len(documents)} documents without text; at least one with text is needed"
+        )
     if task == "qa" and passages is not None:
         if not passages:
-            raise UserError("ruler.qa: no passages; at least one with a question is needed")
+            raise UserError("suites.ruler.passages: there are none; at least one with a question is needed")
         passages = random.Random(f"{seed}/qa/passages").sample(passages, len(passages))
     listed = words.vocabulary(documents) if task == "common_words" else []
     order = document_order(documents, f"{seed}/{task}")

@@ -10,7 +10,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from sdtp.errors import UserError
-from sdtp.evaluation.retrieval import found
+from sdtp.evaluation.references import found
 from sdtp.pipeline.prompts import Frame, encode_after, frame
 
 if TYPE_CHECKING:
@@ -96,8 +96,8 @@ def room(sheet: Sheet, asking: Asking, needed: int, what: str) -> int:
     left = sheet.length - len(asking.frame)
     if left < needed:
         raise UserError(
-            f"ruler.lengths: {sheet.length} is too short for task {sheet.task}: {what}, question and template need at "
-            f"least {needed + len(asking.frame)} tokens"
+            f"suites.ruler.lengths: {sheet.length} is too short for task {sheet.task}: {what}, question and template "
+            f"need at least {needed + len(asking.frame)} tokens"
         )
     return left
 

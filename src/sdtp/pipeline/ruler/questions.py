@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from sdtp.errors import UserError
-from sdtp.evaluation.retrieval import found
-from sdtp.pipeline.config import Source
+from sdtp.evaluation.references import found
+from sdtp.pipeline.config import RulerSettings, Source
 from sdtp.pipeline.rows import read_rows
 from sdtp.pipeline.ruler.layout import (
     MIN_TEXT_TOKENS,
@@ -20,7 +21,6 @@ from sdtp.pipeline.ruler.layout import (
     without,
 )
 from sdtp.pipeline.ruler.profiles import MOST_PEOPLE, Passage, profiles
-from sdtp.pipeline.ruler.settings import RulerSettings
 from sdtp.pipeline.tasks import cut_passage
 
 _OPENING = "One of these passages answers the question at the end.\n\nPassages:"
@@ -31,30 +31,30 @@ _REPLY = "The answer is"
 _FIELDS = ("context", "question", "answers")
 
 
-def read_passages(source: Source, key: str) -> list[Passage]:
+def read_passages(path: str, key: str) -> list[Passage]:
     """Passages with questions from a JSON-lines file: fields `context`, `question`, `answers`.
 
     `answers` is a list of texts, or, as in SQuAD, an object that has such a list as `text`. Rows without an answer (of
     SQuAD 2) are left out.
 
     Args:
-        source: of kind `jsonl`.
+        path: of the file.
         key: its config key, for messages.
 
     Raises:
-        UserError: another kind, no such file, a field that is missing, blank or of another type, no rows.
+        UserError: no such file, a field that is missing, blank or of another type, no rows.
     """
-    if source.kind != "jsonl":
-        raise UserError(f"{key}.kind: {source.kind!r} holds no passages; accepted: jsonl")
+    if not Path(path).is_file():
+        raise UserError(f"{key}: no file {path!r}; a JSON-lines file of passages is needed")
     passages = []
-    for row in read_rows(source, key).rows:
+    for row in read_rows(Source("jsonl", path, None, None), key).rows:
         if row.not_utf8:
             raise UserError(f"{row.where}: {row.not_utf8}")
         passage = _passage(row.fields, row.where)
         if passage.answers:
             passages.append(passage)
     if not passages:
-        raise UserError(f"{key}.ref: {source.ref} has no row with an answer; at least one is needed")
+        raise UserError(f"{key}: {path} has no row with an answer; at least one is needed")
     return passages
 
 
@@ -75,7 +75,7 @@ def _passage(fields: Mapping[str, Any], where: str) -> Passage:
 
 
 def qa(sheet: Sheet, settings: RulerSettings, pool: Sequence[Passage] | None) -> Draft:
-    """A question about one passage, at a drawn place among as many others as fit, up to `settings.passages`.
+    """A question about one passage, at a drawn place among as many others as fit, up to `settings.distractors`.
 
     What they leave is filled by the corpus, in passages of a few sentences. None but the one has any of the answers.
 
@@ -83,7 +83,7 @@ def qa(sheet: Sheet, settings: RulerSettings, pool: Sequence[Passage] | None) ->
         pool: passages, whose questions are asked in turn; None for profiles of invented people.
     """
     if pool is None:
-        pool = profiles(sheet.rng, min(settings.passages, MOST_PEOPLE - 1))
+        pool = profiles(sheet.rng, min(settings.distractors, MOST_PEOPLE - 1))
         asked, others = pool[0], iter(pool[1:])
     else:
         asked, others = pool[sheet.number % len(pool)], _others(sheet, pool)
@@ -93,7 +93,7 @@ def qa(sheet: Sheet, settings: RulerSettings, pool: Sequence[Passage] | None) ->
     left = room(sheet, asking, size(planted) + MIN_TEXT_TOKENS, what) - size(planted)
     for other in others:
         own = piece(sheet, _BEGINNING + other.text)
-        if len(planted) > settings.passages or len(own[1]) > left - MIN_TEXT_TOKENS:
+        if len(planted) > settings.distractors or len(own[1]) > left - MIN_TEXT_TOKENS:
             break
         planted.append(own)
         left -= len(own[1])

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 
 from sdtp.errors import UserError
+from sdtp.pipeline.config import RulerSettings
 from sdtp.pipeline.corpus import Document
 from sdtp.pipeline.ruler.layout import Asking, Draft, Piece, Sheet, ask, exactly, piece, room, size
-from sdtp.pipeline.ruler.settings import RulerSettings
 
 _OPENING = "The words in this list come up more or less often.\n\nList:"
 _QUESTION = "Which {count} words come up most often in the list?"
@@ -49,7 +49,7 @@ def common_words(sheet: Sheet, settings: RulerSettings, words: Sequence[str]) ->
     order = sheet.rng.sample(words, len(words))
     common = _apart(order, settings.common_words)
     if len(common) < settings.common_words:
-        raise UserError(f"ruler.common_words: {settings.common_words} is above {len(common)}, what the text has")
+        raise UserError(f"suites.ruler.common_words: {settings.common_words} is above {len(common)}, what the text has")
     asking = _asking(sheet, common)
     often = [own for word in common for own in [piece(sheet, word)] * settings.common_repeats]
     others = (piece(sheet, word) for word in order if not any(word in own or own in word for own in common))
@@ -64,9 +64,9 @@ def common_words(sheet: Sheet, settings: RulerSettings, words: Sequence[str]) ->
         left -= repeats * len(own[1])
     else:
         raise UserError(
-            f"ruler.lengths: {sheet.length} is too long for task common_words: the text has {len(words)} different "
-            f"words to fill it with; raise ruler.rare_repeats ({repeats}) or ruler.common_repeats "
-            f"({settings.common_repeats})"
+            f"suites.ruler.lengths: {sheet.length} is too long for task common_words: the text has {len(words)} "
+            f"different words to fill it with; raise suites.ruler.rare_repeats ({repeats}) or "
+            f"suites.ruler.common_repeats ({settings.common_repeats})"
         )
     once = list(islice(others, _TRIED))
     tries = []

@@ -2,19 +2,16 @@
 
 import argparse
 import json
-import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from sdtp.evaluation import latency
-from sdtp.evaluation.memory import cache_bytes, peak_memory
 from sdtp.evaluation.stats import paired_ratios, quartiles
 from sdtp.pipeline.config import BenchmarkSettings, Settings
 from sdtp.pipeline.data import BENCHMARK_FILE, benchmark_prompt
@@ -22,8 +19,10 @@ from sdtp.pipeline.devices import choose_device
 from sdtp.pipeline.files import sha256_file, write_atomically
 from sdtp.pipeline.limits import check_benchmark
 from sdtp.pipeline.models import load_model, read_manifest
+from sdtp.pipeline.pruners import read_pruner
 from sdtp.pipeline.schedules import build_schedule
 from sdtp.pipeline.step import step
+from sdtp.pipeline.timings import measured_on, memory, times
 from sdtp.pruning import flops
 from sdtp.pruning.pruner import TokenPruner
 from sdtp.pruning.scorers import Learned
@@ -46,7 +45,7 @@ def main(argv: list[str]) -> None:
         log.dataset("benchmark", args.data / BENCHMARK_FILE, sha256_file(args.data / BENCHMARK_FILE))
         model = load_model(args.model, settings.model.dtype, settings.model.attention, choose_device())
         schedule = build_schedule(settings.pruning, model.config.num_hidden_layers, args.keep_ratio)
-        pruner = TokenPruner.from_pretrained(args.pruner).with_schedule(schedule)
+        pruner = read_pruner(args.pruner).with_schedule(schedule)
         prompts = [benchmark_prompt(args.data, length) for length in settings.benchmark.prompt_tokens]
         rows: list[dict[str, Any]] = []
         for prompt_ids in tqdm(prompts, desc="benchmarking", unit="length"):
@@ -63,15 +62,7 @@ def main(argv: list[str]) -> None:
             )
         result = {
             "keep_ratio": args.keep_ratio,
-            "model": settings.model.source.ref,
-            "device": device_name(model.device),
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "attention": settings.model.attention,
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
+            **measured_on(model, settings.model),
             "warmup": settings.benchmark.warmup,
             "rows": rows,
         }
@@ -113,41 +104,3 @@ def measure(
         "scoring_flop": 0.0 if scorer is None else flops.scoring(length, schedule, scorer),
     }
     return unpruned, pruned
-
-
-def times(method: str, prompt_tokens: int, samples: latency.Samples) -> dict[str, Any]:
-    """The timings of one arm as they go into its row."""
-    return {
-        "method": method,
-        "prompt_tokens": prompt_tokens,
-        "new_tokens": samples.warm[0].new_tokens,
-        "prefill_s": [timing.prefill_s for timing in samples.warm],
-        "decode_s": [timing.decode_s for timing in samples.warm],
-        "end_to_end_s": [timing.end_to_end_s for timing in samples.warm],
-        "cold_s": samples.cold.prefill_s,
-    }
-
-
-@contextmanager
-def memory(model: PreTrainedModel) -> Iterator[dict[str, int | None]]:
-    """Fills in the peak of the block, and the bytes of the KV cache after the block's first forward, its prefill."""
-    measured: dict[str, int | None] = {}
-
-    def after_prefill(module: torch.nn.Module, args: Any, output: Any) -> None:
-        if not measured:
-            measured["kv_cache_bytes"] = cache_bytes(output.cache)
-
-    hook = model.register_forward_hook(after_prefill)
-    try:
-        with peak_memory(model.device) as peak:
-            yield measured
-    finally:
-        hook.remove()
-    measured["peak_memory_bytes"] = peak.bytes
-
-
-def device_name(device: torch.device) -> str:
-    """What the numbers were measured on, as a reader would name it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"

@@ -1,14 +1,14 @@
-"""Writes the test examples, each with the cache that a schedule leaves of it, for methods of other environments."""
+"""Writes prompts, each with the cache that a schedule leaves of it, for methods of other environments."""
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from sdtp.evaluation.peers.budgets import Budget, kept, mean_entries
 from sdtp.pipeline.config import Settings
-from sdtp.pipeline.data import load_split, split_hash
-from sdtp.pipeline.files import write_jsonl
+from sdtp.pipeline.data import BENCHMARK_FILE, benchmark_prompt, load_split, split_hash
+from sdtp.pipeline.files import sha256_file, write_jsonl
 from sdtp.pipeline.models import read_manifest
 from sdtp.pipeline.schedules import build_schedule
 from sdtp.pipeline.step import step
@@ -19,8 +19,11 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="sdtp budgets", description=__doc__)
     parser.add_argument("--settings", required=True, metavar="JSON", help="pruning settings")
     parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="model folder, for its manifest")
-    parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="data folder, of which test is used")
+    parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="data folder: its test split is used")
     parser.add_argument("--keep-ratio", required=True, type=float, help="fraction of tokens each stage keeps")
+    parser.add_argument(
+        "--timed", action="store_true", help="the prompts that methods are timed on, not the test split"
+    )
     parser.add_argument("--output", required=True, type=Path, metavar="JSONL", help="one row an example")
     parser.add_argument("--metrics", required=True, type=Path, metavar="FILE", help="metrics to write")
     args = parser.parse_args(argv)
@@ -28,10 +31,27 @@ def main(argv: list[str]) -> None:
     with step("budgets", args, outputs=[args.output], wildcards={"keep_ratio": args.keep_ratio}) as log:
         layers = read_manifest(args.model)["num_layers"]
         schedule = build_schedule(settings.pruning, layers, args.keep_ratio)
-        rows = budgeted(load_split(args.data, "test"), mean_entries(schedule, layers))
-        log.dataset("test", args.data / "test", split_hash(args.data, "test"))
+        if args.timed:
+            examples = timed_examples(args.data, settings.peers.prompt_tokens)
+            log.dataset("benchmark", args.data / BENCHMARK_FILE, sha256_file(args.data / BENCHMARK_FILE))
+        else:
+            examples = load_split(args.data, "test").to_list()
+            log.dataset("test", args.data / "test", split_hash(args.data, "test"))
+        rows = budgeted(examples, mean_entries(schedule, layers))
         write_jsonl(args.output, rows)
         log.metric("kept_share", sum(row["entries"] / len(row["prompt_ids"]) for row in rows) / len(rows))
+
+
+def timed_examples(data: Path, lengths: Sequence[int]) -> list[dict[str, Any]]:
+    """The benchmark's prompts in the form of test examples, without a task or a response.
+
+    Raises:
+        UserError: the benchmark's text is shorter than a length.
+    """
+    return [
+        {"id": str(length), "task": None, "prompt_ids": benchmark_prompt(data, length), "response_ids": []}
+        for length in lengths
+    ]
 
 
 def budgeted(examples: Iterable[dict[str, Any]], budget: Budget) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from sdtp.pipeline.config import Settings
 from sdtp.pipeline.data import SPLITS, build_dataset, longest_response
 from sdtp.pipeline.limits import check_context
-from sdtp.pipeline.models import load_tokenizer, read_manifest
+from sdtp.pipeline.models import check_template, load_tokenizer, read_manifest
 from sdtp.pipeline.records import REPAIRED, SKIPPED
 from sdtp.pipeline.step import step
 
@@ -27,7 +27,9 @@ def main(argv: list[str]) -> None:
         # Saliency and training run over prompt and response together.
         tokens = {"data.max_tokens": settings.data.max_tokens, "longest response": longest_response(settings.data)}
         check_context(tokens, read_manifest(args.model)["context_length"])
-        manifest = build_dataset(load_tokenizer(args.model), settings.data, settings.seed, args.output)
+        tokenizer = load_tokenizer(args.model)
+        check_template(tokenizer, args.model)
+        manifest = build_dataset(tokenizer, settings.data, settings.seed, args.output)
         for split in SPLITS:
             described = manifest["splits"][split]
             log.metric(f"{split}/examples", described["examples"])

@@ -2,24 +2,21 @@
 
 import argparse
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from sdtp.errors import UserError
-from sdtp.evaluation import continuation, methods, retrieval
+from sdtp.evaluation import continuation, methods, names, retrieval
 from sdtp.evaluation.teacher_forcing import Forced, force_batch
+from sdtp.pipeline.chosen import check_method, chosen_method
 from sdtp.pipeline.config import Settings
 from sdtp.pipeline.data import load_split, split_hash
 from sdtp.pipeline.devices import choose_device
 from sdtp.pipeline.files import write_jsonl
 from sdtp.pipeline.models import load_model
-from sdtp.pipeline.schedules import build_schedule
 from sdtp.pipeline.step import step
-from sdtp.pruning.pruner import TokenPruner
 from sdtp.training.batching import length_batches
-from sdtp.training.saliency import Reduction, Target
 
 
 def main(argv: list[str]) -> None:
@@ -28,16 +25,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--settings", required=True, metavar="JSON", help="model, pruning, the method's own settings")
     parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="model folder")
     parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="data folder, of which test is used")
-    parser.add_argument("--pruner", type=Path, metavar="DIR", help="trained pruner; needed for method sdtp")
-    parser.add_argument("--method", required=True, choices=methods.METHODS, help="what prunes")
+    parser.add_argument("--pruner", type=Path, metavar="DIR", help="trained pruner, for what uses it")
+    parser.add_argument("--method", required=True, choices=names.METHODS, help="what prunes")
     parser.add_argument("--keep-ratio", required=True, type=float, help="fraction of tokens each stage keeps")
     parser.add_argument("--output", required=True, type=Path, metavar="JSONL", help="one row an example and seed")
     parser.add_argument("--metrics", required=True, type=Path, metavar="FILE", help="metrics to write")
     args = parser.parse_args(argv)
-    if args.method == "sdtp" and args.pruner is None:
-        raise UserError("--pruner is missing: method sdtp needs the folder of a trained pruner")
-    if args.method == "unpruned" and args.keep_ratio != 1.0:
-        raise UserError(f"--keep-ratio is {args.keep_ratio}: method unpruned keeps everything, so 1.0 is accepted")
+    check_method(args.method, args.keep_ratio, args.pruner)
     settings = Settings.from_json(args.settings)
     wildcards = {"method": args.method, "keep_ratio": args.keep_ratio}
     with step("evaluate", args, outputs=[args.output], wildcards=wildcards) as log:
@@ -45,8 +39,8 @@ def main(argv: list[str]) -> None:
         examples = load_split(args.data, "test").to_list()
         log.dataset("test", args.data / "test", split_hash(args.data, "test"))
         rows = []
-        for seed in settings.evaluation.seeds if args.method in methods.SEEDED else (None,):
-            pruner_for = choose(args, settings, model, seed)
+        for seed in settings.evaluation.seeds if args.method in names.SEEDED else (None,):
+            pruner_for = chosen_method(args.method, settings, model, args.keep_ratio, args.pruner, seed or 0)
             identity = {"method": args.method, "keep_ratio": args.keep_ratio, "seed": seed}
             rows += [
                 {**row, **identity} for row in evaluate(model, examples, pruner_for, settings.evaluation.batch_tokens)
@@ -59,20 +53,6 @@ def main(argv: list[str]) -> None:
             if task == "retrieval":
                 log.metric(f"{task}/accuracy", sum(row["correct"] for row in own) / len(own))
         log.artifact(args.output)
-
-
-def choose(args: argparse.Namespace, settings: Settings, model: PreTrainedModel, seed: int | None) -> methods.PrunerFor:
-    """What prunes each example under `args.method`; `seed` is None for methods without random choices."""
-    if args.method == "unpruned":
-        return methods.unpruned
-    schedule = build_schedule(settings.pruning, model.config.num_hidden_layers, args.keep_ratio)
-    if args.method == "sdtp":
-        return methods.Fixed(TokenPruner.from_pretrained(args.pruner).with_schedule(schedule))
-    if args.method == "oracle":
-        # `saliency` itself refuses other words.
-        reduction = cast(Reduction, settings.saliency.reduction)
-        return methods.oracle(model, schedule, reduction, cast(Target, settings.saliency.target))
-    return methods.baseline(args.method, schedule, 0 if seed is None else seed)
 
 
 def evaluate(

@@ -1,7 +1,6 @@
 """Draws the figures of a run, as SVG and PNG."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from sdtp.pipeline.figures import FIGURES
 from sdtp.pipeline.files import read_jsonl
 from sdtp.pipeline.models import load_tokenizer
 from sdtp.pipeline.plotstyle import save
+from sdtp.pipeline.reading import read_json
 from sdtp.pipeline.results import read_history, read_latency, read_quality
 from sdtp.pipeline.shards import SPLITS, Labels
 from sdtp.pipeline.step import step
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder of the figures")
     args = parser.parse_args(argv)
     with step("figures", args, outputs=[args.output]) as log:
-        index, labels = json.loads(args.saliency.read_text("utf-8")), Labels(args.saliency)
+        index, labels = read_json(args.saliency), Labels(args.saliency)
         scores = {example["id"]: labels[example["id"]].numpy() for example in index["examples"]}
         latency, quality = read_latency(args.latency), read_quality(args.quality)
         lengths = [len(ids) for ids in load_split(args.data, "test")["prompt_ids"]]

@@ -7,16 +7,16 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from sdtp.evaluation.generation import generate_batch
-from sdtp.evaluation.retrieval import found
+from sdtp.evaluation.references import found
 from sdtp.pipeline.config import Settings
 from sdtp.pipeline.data import load_split, split_hash
 from sdtp.pipeline.devices import choose_device
 from sdtp.pipeline.files import write_jsonl
 from sdtp.pipeline.limits import check_context
 from sdtp.pipeline.models import load_model, load_tokenizer, read_manifest
+from sdtp.pipeline.pruners import read_pruner
 from sdtp.pipeline.schedules import build_schedule
 from sdtp.pipeline.step import step
-from sdtp.pruning.pruner import TokenPruner
 
 # Prompts generated from together. They differ in length, so that larger batches mostly add padding.
 BATCH = 4
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
         model = load_model(args.model, settings.model.dtype, settings.model.attention, choose_device())
         tokenizer = load_tokenizer(args.model)
         schedule = build_schedule(settings.pruning, model.config.num_hidden_layers, args.keep_ratio)
-        pruner = TokenPruner.from_pretrained(args.pruner).with_schedule(schedule)
+        pruner = read_pruner(args.pruner).with_schedule(schedule)
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         rows = []
         for start in tqdm(range(0, len(examples), BATCH), desc="generating", unit="batch"):

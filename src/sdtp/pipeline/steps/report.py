@@ -12,11 +12,12 @@ from sdtp.errors import UserError
 from sdtp.pipeline.data import load_split
 from sdtp.pipeline.files import read_jsonl, write_atomically
 from sdtp.pipeline.models import load_tokenizer
+from sdtp.pipeline.pruners import read_pruner
+from sdtp.pipeline.reading import read_json
 from sdtp.pipeline.report import Run, render
 from sdtp.pipeline.results import read_comparisons, read_history, read_latency, read_quality
 from sdtp.pipeline.step import step
 from sdtp.pipeline.token_view import token_texts
-from sdtp.pruning import store
 
 PACKAGES = ("sdtp", "torch", "transformers", "datasets", "safetensors", "numpy", "pandas", "matplotlib", "snakemake")
 
@@ -65,9 +66,9 @@ def read_run(args: argparse.Namespace) -> Run:
     machine, warmup = timed_on(args.benchmarks)
     return Run(
         settings=json.loads(args.settings),
-        model=json.loads((args.model / "manifest.json").read_text("utf-8")),
-        data=json.loads((args.data / "manifest.json").read_text("utf-8")),
-        layers=store.load(args.pruner)[0].layers,
+        model=read_json(args.model / "manifest.json"),
+        data=read_json(args.data / "manifest.json"),
+        layers=read_pruner(args.pruner).schedule.layers,
         tests=tests,
         latency=read_latency(args.latency),
         quality=quality,
@@ -79,7 +80,7 @@ def read_run(args: argparse.Namespace) -> Run:
         figures={path.stem: path.read_bytes() for path in args.figures.glob("*.svg")},
         timed_on=machine,
         warmup=warmup,
-        reduction=json.loads(args.saliency.read_text("utf-8"))["reduction"],
+        reduction=read_json(args.saliency)["reduction"],
         versions=versions(),
     )
 
@@ -92,7 +93,7 @@ def timed_on(benchmarks: Sequence[Path]) -> tuple[str, int]:
     """
     facts = []
     for path in benchmarks:
-        timing = json.loads(path.read_text("utf-8"))
+        timing = read_json(path)
         parts = [timing["device"], timing["dtype"], f"{timing['attention']} attention"]
         parts += [f"{name} {number}" for name, number in timing["versions"].items()]
         facts.append((", ".join(parts), timing["warmup"]))

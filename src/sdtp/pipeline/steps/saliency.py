@@ -99,7 +99,7 @@ def main(argv: list[str]) -> None:
                     continue
                 labels: dict[str, torch.Tensor] = {}
                 for batch in chunk:
-                    labels |= _labels(model, examples, batch, layers, settings.saliency)
+                    labels |= batch_labels(model, examples, batch, layers, settings.saliency)
                     done += len(batch)
                     progress.set_postfix_str(f"{done}/{len(lengths)} examples", refresh=False)
                     progress.update(sum(lengths[i] for i in batch))
@@ -144,7 +144,7 @@ def _token_counts(examples: Dataset) -> tuple[list[int], list[int]]:
     return prompts, responses
 
 
-def _labels(
+def batch_labels(
     model: PreTrainedModel,
     examples: Dataset,
     batch: Sequence[int],
@@ -170,7 +170,8 @@ def _labels(
             settings.gradient_checkpointing,
         )
     except NotFiniteError as error:
-        raise UserError(f"example {rows[error.row]['id']!r}: {error}") from error
+        weights = f"if it stays so, the weights of {model.name_or_path} are not finite themselves"
+        raise UserError(f"example {rows[error.row]['id']!r}: {error}; {weights}") from error
     except RuntimeError as error:
         raise RuntimeError(f"examples {', '.join(repr(row['id']) for row in rows)}: {error}") from error
     return {row["id"]: label.cpu() for row, label in zip(rows, found, strict=True)}

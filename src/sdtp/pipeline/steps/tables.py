@@ -1,7 +1,6 @@
 """Gathers the benchmark and evaluation jobs into latency.csv, quality.csv and comparisons.csv."""
 
 import argparse
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from sdtp.errors import UserError
 from sdtp.pipeline.config import Settings
 from sdtp.pipeline.data import load_split
 from sdtp.pipeline.files import read_jsonl, write_atomically
+from sdtp.pipeline.reading import read_json
 from sdtp.pipeline.step import step
 from sdtp.pipeline.tables import comparison_table, efficiency, latency_table, quality_cells, quality_table
 
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
     settings = Settings.from_json(args.settings)
     ratios = sorted(settings.pruning.keep_ratios, reverse=True)
     with step("tables", args, outputs=[args.latency, args.quality, args.comparisons]) as log:
-        benchmarks = {job["keep_ratio"]: job for job in (json.loads(path.read_text()) for path in args.benchmarks)}
+        benchmarks = {job["keep_ratio"]: job for job in map(read_json, args.benchmarks)}
         if sorted(benchmarks, reverse=True) != ratios:
             raise UserError(f"--benchmarks are of keep ratios {sorted(benchmarks)}: {sorted(ratios)} are needed")
         jobs = [benchmarks[ratio] for ratio in ratios]

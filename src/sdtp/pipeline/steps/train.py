@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import csv
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from sdtp.pipeline.config import Settings
 from sdtp.pipeline.data import load_split, split_hash
 from sdtp.pipeline.devices import choose_device
 from sdtp.pipeline.files import atomic_folder, canonical_json, sha256_file, write_atomically
-from sdtp.pipeline.launch import end_with_launcher, launch, launched
+from sdtp.pipeline.launch import end_with_launcher, launch, launched, slurm_tasks
 from sdtp.pipeline.learned import build_scorer
 from sdtp.pipeline.models import choose_dtype, load_model
 from sdtp.pipeline.schedules import build_schedule
@@ -67,8 +68,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--history", required=True, type=Path, metavar="CSV", help="learning curves to write")
     parser.add_argument("--metrics", required=True, type=Path, metavar="FILE", help="metrics to write")
     args = parser.parse_args(argv)
-    processes = min(args.processes, torch.cuda.device_count())
-    if processes > 1 and not launched():
+    processes = max(1, min(args.processes, torch.cuda.device_count()))
+    if processes * slurm_tasks(os.environ) > 1 and not launched():
         launch(processes, sys.argv[1:])
         return
     if launched():

@@ -1,0 +1,103 @@
+"""A mean over groups of examples, each with a weight of its own, its interval, and two methods compared by it.
+
+LongBench's categories are such means: of their tasks' means, whatever each task's number of examples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import stats as scipy_stats
+
+from sdtp.evaluation import stats
+from sdtp.evaluation.stats import LEVEL, RESAMPLES, SEED, PairedDifference
+
+# The values of each group's examples.
+Groups = Sequence[Sequence[float]]
+
+
+def mean(groups: Groups, weights: Sequence[float]) -> float:
+    """The weighted mean of the groups' means.
+
+    Args:
+        groups: at least one, each of at least one value.
+        weights: of the groups, summing to 1.
+
+    Raises:
+        ValueError: groups or weights that are not that.
+    """
+    _check(groups, weights)
+    return math.fsum(weight * math.fsum(values) / len(values) for weight, values in zip(weights, groups, strict=True))
+
+
+def interval(groups: Groups, weights: Sequence[float]) -> tuple[float, float]:
+    """95% bootstrap interval of `mean`, every group resampled within itself; (nan, nan) where one has a single value.
+
+    Of one group it is `stats.mean_interval`; of several the percentile interval.
+
+    Raises:
+        ValueError: as `mean`.
+    """
+    _check(groups, weights)
+    if len(groups) == 1:
+        return stats.mean_interval(groups[0])
+    if any(len(values) == 1 for values in groups):
+        return math.nan, math.nan
+    rng = np.random.default_rng(SEED)
+    means = np.zeros(RESAMPLES)
+    for weight, values in zip(weights, groups, strict=True):
+        sample = np.asarray(values, dtype=np.float64)
+        means += weight * sample[rng.integers(sample.size, size=(RESAMPLES, sample.size))].mean(axis=1)
+    tail = (1 - LEVEL) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def paired_difference(first: Groups, second: Groups, weights: Sequence[float]) -> PairedDifference:
+    """Compare two methods by `mean`, example by example.
+
+    Args:
+        first, second: the values of each group's examples, the same examples in the same order.
+        weights: of the groups, summing to 1.
+
+    Returns:
+        The difference of the means, its interval, and the p-value of the sign-flip permutation test, in which a group's
+        examples weigh as much as they do in the mean.
+
+    Raises:
+        ValueError: the groups differ in number or length; as `mean`.
+    """
+    if [len(values) for values in first] != [len(values) for values in second]:
+        raise ValueError(
+            f"groups of {[len(values) for values in first]} and {[len(values) for values in second]} values: a paired "
+            "comparison needs the same examples"
+        )
+    _check(first, weights)
+    if len(first) == 1:
+        return stats.paired_difference(first[0], second[0])
+    differences = [[a - b for a, b in zip(*pair, strict=True)] for pair in zip(first, second, strict=True)]
+    low, high = interval(differences, weights)
+    count = sum(len(values) for values in differences)
+    weighted = np.array(
+        [
+            value * count * weight / len(values)
+            for weight, values in zip(weights, differences, strict=True)
+            for value in values
+        ]
+    )
+    p_value = 1.0
+    if np.any(weighted != 0.0):
+        test = scipy_stats.permutation_test(
+            (weighted,), np.mean, permutation_type="samples", vectorized=True, n_resamples=RESAMPLES, rng=SEED
+        )
+        p_value = float(test.pvalue)
+    return PairedDifference(mean(differences, weights), low, high, p_value, count)
+
+
+def _check(groups: Groups, weights: Sequence[float]) -> None:
+    if not groups or not all(len(values) for values in groups):
+        raise ValueError(f"groups of {[len(values) for values in groups]} values: each of at least one needs some")
+    if len(weights) != len(groups) or not math.isclose(math.fsum(weights), 1.0):
+        raise ValueError(f"weights {list(weights)} of {len(groups)} groups: one each, summing to 1, is needed")

@@ -1,0 +1,207 @@
+"""Tables 1, 3 and 6 of the paper: long-context tasks, multiple-choice tasks, and compressed caches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from sdtp.errors import UserError
+from sdtp.pipeline.paper.part import Part, Value, part
+from sdtp.pipeline.paper.published import Numbers
+from sdtp.pipeline.suite_tables import ALL, suite_cells, suite_table
+
+# What a table of scores has of each cell, whichever suite it is of.
+SCORED = [
+    "task",
+    "method",
+    "keep_ratio",
+    "value",
+    "low",
+    "high",
+    "n",
+    "difference",
+    "difference_low",
+    "difference_high",
+]
+SCORE = Value("value", "Score", interval=True)
+DIFFERENCE = Value("difference", "Minus unpruned, paired", "signed", interval=True, published=False)
+PREFILL, END_TO_END = Value("prefill_speedup", "Prefill speedup ×"), Value("end_to_end_speedup", "End-to-end speedup ×")
+# The paper's eight tasks, each with five examples before the question, as lm-evaluation-harness names them.
+HARNESS_TASKS = ("copa", "piqa", "winogrande", "mathqa", "boolq", "cb", "wic", "wsc")
+
+LLMLINGUA = "llmlingua2"
+# (method, keep ratio) -> measured prefill and end-to-end speedup.
+Speeds = Mapping[tuple[str, float], tuple[float, float]]
+# Of a method and keep ratio the prompt's tokens over the mean that a layer sees; None for what has no stages.
+LayerMean = Callable[[str, float], float | None]
+
+
+def scored(table: pd.DataFrame, name: str, more: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The rows of a table of scores by the names that a part has, `n` included; `more` columns are kept as they are.
+
+    Raises:
+        UserError: a column is missing.
+    """
+    missing = [column for column in (*SCORED, *more) if column not in table.columns]
+    if missing:
+        raise UserError(f"{name}: no column {', '.join(missing)}; accepted: {', '.join((*SCORED, *more))}")
+    renamed = table.rename(columns={"low": "value_low", "high": "value_high"})
+    return [{str(key): value for key, value in row.items()} for row in renamed.to_dict("records")]
+
+
+def table_1(
+    suites: Mapping[str, pd.DataFrame],
+    speeds: Speeds,
+    layer_mean: LayerMean,
+    missing: Sequence[dict[str, Any]],
+    published: Numbers,
+) -> Part:
+    """A row each category of each suite, method and keep ratio, and a suite's average, which the paper calls so.
+
+    Args:
+        suites: `longbench` and `ruler`, those that were run, as `sdtp.pipeline.suite_tables.suite_table` gives them.
+        speeds: what was timed.
+        layer_mean: the compression as the mean over layers.
+        missing: rows of `not_run`.
+        published: the paper's numbers.
+    """
+    keys = {"suite": "Suite", "category": "Category", "method": "Method", "keep_ratio": "Keep ratio"}
+    last = Value("last_compression", "Compression at the last layer ×", published=False)
+    values = (SCORE, DIFFERENCE, Value("compression", "Compression, mean of layers ×"), last, PREFILL, END_TO_END)
+    rows = []
+    for name, table in suites.items():
+        for row in scored(categories(table), f"{name}.csv", ("category", "compression")):
+            arm = row["method"], row["keep_ratio"]
+            prefill, end_to_end = speeds.get(arm, (None, None))
+            rows.append(
+                {
+                    **row,
+                    "suite": name,
+                    "category": "average" if row["category"] == ALL else row["category"],
+                    # A shortened text is as short for every layer.
+                    "compression": row["compression"] if arm[0] == LLMLINGUA else layer_mean(*arm),
+                    "last_compression": row["compression"],
+                    "prefill_speedup": prefill,
+                    "end_to_end_speedup": end_to_end,
+                }
+            )
+    # The paper's numbers are LongBench's.
+    return part(
+        "table-1",
+        "The paper scores LongBench's English tasks by category: the unpruned model, its pruner with ten stages and "
+        "with five, and LLMLingua-2, which shortens the prompt's text. RULER-style tasks over local text are the "
+        "analogue that needs no download; sdtp-half is the trained pruner at every second of its stages. Speedups were "
+        "measured of the method and keep ratio, at a length of their own.",
+        keys,
+        values,
+        [*rows, *missing],
+        published,
+        lambda row: str(row["category"]) if row["suite"] == "longbench" else "",
+    )
+
+
+def categories(table: pd.DataFrame) -> pd.DataFrame:
+    """Of a suite's table the rows of whole categories and of their average, over all lengths."""
+    return table[(table["task"] == ALL) & table["length"].isna()]
+
+
+def table_3(harness: pd.DataFrame | None, missing: Sequence[dict[str, Any]], published: Numbers) -> Part:
+    """A row each task, method and keep ratio, the paper's tasks that were not run last.
+
+    Args:
+        harness: a table of scores in percent; None where none was run.
+        missing: rows of `not_run`.
+        published: the paper's numbers.
+    """
+    rows = [] if harness is None else scored(harness, "harness.csv", ("chance",))
+    rows = [{**row, "task": "average"} if row["task"] == ALL else row for row in rows]
+    return part(
+        "table-3",
+        "The paper scores eight multiple-choice tasks of lm-evaluation-harness, five examples before each question, "
+        "unpruned and pruned. Multiple-choice questions over local text, in the same harness and with as many "
+        "examples, are the analogue that needs no download.",
+        {"task": "Task", "method": "Method", "keep_ratio": "Keep ratio"},
+        (Value("value", "Accuracy, %", interval=True), DIFFERENCE, Value("chance", "By guessing, %", published=False)),
+        [*rows, *missing],
+        published,
+        lambda row: str(row["task"]),
+    )
+
+
+def with_llmlingua(
+    table: pd.DataFrame, unpruned: Sequence[Mapping[str, Any]], own: Mapping[float, Sequence[Mapping[str, Any]]]
+) -> pd.DataFrame:
+    """A suite's table with rows of LLMLingua-2 below: the unpruned model's scores on prompts that it shortened.
+
+    Args:
+        table: as `sdtp.pipeline.suite_tables.suite_table` gives it.
+        unpruned: scores of the unpruned model on the whole prompts.
+        own: the same on the shortened ones, by the keep ratio whose survivors they have.
+
+    Raises:
+        UserError: other examples than the unpruned model's.
+    """
+    tokens = {(row["task"], row["id"]): row["prompt_tokens"] for row in unpruned}
+    renamed = [
+        {
+            **row,
+            "method": LLMLINGUA,
+            "keep_ratio": ratio,
+            # All that is left reaches the last layer.
+            "kept_tokens": row["prompt_tokens"],
+            "prompt_tokens": tokens.get((row["task"], row["id"]), row["prompt_tokens"]),
+        }
+        for ratio, rows in own.items()
+        for row in rows
+    ]
+    below = suite_table(suite_cells([*unpruned, *renamed]))
+    return pd.concat([table, below[below["method"] == LLMLINGUA]], ignore_index=True)
+
+
+def table_6(compression: pd.DataFrame | None, missing: Sequence[dict[str, Any]], published: Numbers) -> Part:
+    """A row each task, metric, method and keep ratio: what a rule on top of a method costs, and what it saves.
+
+    Args:
+        compression: as `sdtp.pipeline.tradeoff.compression_table` gives it; None where nothing was compressed.
+        missing: rows of `not_run`.
+        published: the paper's numbers.
+    """
+    keys = {"task": "Task", "metric": "Metric", "method": "Method", "keep_ratio": "Keep ratio"}
+    values = (
+        Value("value", "Mean", interval=True),
+        Value("difference", "Minus the same without, paired", "signed", interval=True, published=False),
+        Value("cache_share", "Cache, share of the whole prompt's"),
+        PREFILL,
+        Value("decode_speedup", "Decode speedup ×"),
+        END_TO_END,
+        Value("peak_memory_bytes", "Peak memory", "memory", published=False),
+    )
+    more = ("metric", *(value.name for value in values[2:]))
+    rows = [] if compression is None else scored(compression, "cache-compression.csv", more)
+    return part(
+        "table-6",
+        "The paper compresses the cache of the pruned prompt further, as H2O does, and keeps 40% of it. A rule drops "
+        "cache entries after the prefill, which saves decoding and memory, and no prefill; the first token of a "
+        "response comes from before it, so that only responses of two tokens or more count. peers.cache_keep is the "
+        "share kept.",
+        keys,
+        values,
+        [*rows, *missing],
+        published,
+        lambda row: str(row["task"]),
+    )
+
+
+def speeds_of(tradeoff: pd.DataFrame) -> Speeds:
+    """What was timed of each method and keep ratio, at the longest of its lengths.
+
+    Args:
+        tradeoff: as `sdtp.pipeline.tradeoff.tradeoff_table` gives it.
+    """
+    timed = tradeoff.dropna(subset=["prefill_speedup"]).sort_values("timed_tokens", kind="stable")
+    return {
+        (row["method"], row["keep_ratio"]): (row["prefill_speedup"], row["end_to_end_speedup"])
+        for row in timed.to_dict("records")
+    }

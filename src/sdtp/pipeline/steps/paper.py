@@ -1,0 +1,257 @@
+"""Puts the paper's tables and figures together: each as CSV and figure, and all on one page."""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from tqdm.auto import tqdm
+from transformers import AutoConfig
+
+from sdtp.pipeline import plots, sweep_plot
+from sdtp.pipeline.config import Settings
+from sdtp.pipeline.files import read_jsonl, write_atomically
+from sdtp.pipeline.models import read_manifest
+from sdtp.pipeline.paper import drawing, missing, page, published
+from sdtp.pipeline.paper.ablation import VARIANTS, ablation
+from sdtp.pipeline.paper.names import PARTS
+from sdtp.pipeline.paper.part import Part
+from sdtp.pipeline.paper.quality import speeds_of, table_1, table_3, table_6, with_llmlingua
+from sdtp.pipeline.paper.saliency import figure_1, figure_2
+from sdtp.pipeline.paper.speed import table_2
+from sdtp.pipeline.paper.sweep import HORIZONTAL, swept
+from sdtp.pipeline.plotstyle import save
+from sdtp.pipeline.results import read_latency
+from sdtp.pipeline.schedules import build_schedule
+from sdtp.pipeline.shards import Labels
+from sdtp.pipeline.step import step
+from sdtp.pipeline.steps.figures import shown_example
+from sdtp.pipeline.steps.tables import write_csv
+from sdtp.pruning import flops
+from sdtp.pruning.schedule import PruningSchedule
+
+# What is on the page beside the paper's own figures: title by file name.
+FURTHER = {
+    "tradeoff": "Quality against measured prefill speedup, all methods",
+    "tradeoff-memory": "Quality against peak memory, all methods",
+    "suite-ruler": "RULER-style tasks, task by task",
+    "ruler-heatmap": "Facts found, by their depth and the prompt's length",
+}
+
+
+def main(argv: list[str]) -> None:
+    """Run the step; `argv` are its arguments."""
+    parser = argparse.ArgumentParser(prog="sdtp paper", description=__doc__)
+    parser.add_argument("--settings", required=True, metavar="JSON", help="the configuration; shown on the page")
+    parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="model folder")
+    parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="data folder")
+    parser.add_argument("--saliency", required=True, type=Path, metavar="JSON", help="index of the saliency shards")
+    parser.add_argument("--latency", required=True, type=Path, metavar="CSV", help="latency table")
+    parser.add_argument(
+        "--unpruned", required=True, type=Path, metavar="JSONL", help="evaluation of the unpruned model"
+    )
+    parser.add_argument("--full", required=True, nargs="+", type=Path, metavar="JSONL", help="of the run's pruner")
+    parser.add_argument(
+        "--variants",
+        required=True,
+        nargs="+",
+        type=Path,
+        metavar="JSONL",
+        help="of those without a loss, Table 4's first",
+    )
+    parser.add_argument("--ruler", required=True, type=Path, metavar="CSV", help="table of the RULER-style tasks")
+    parser.add_argument("--longbench", type=Path, metavar="CSV", help="table of LongBench, where it was run")
+    parser.add_argument("--harness", required=True, type=Path, metavar="CSV", help="table of the multiple-choice tasks")
+    parser.add_argument("--stage-position", required=True, type=Path, metavar="CSV", help="table of single stages")
+    parser.add_argument("--stage-count", required=True, type=Path, metavar="CSV", help="table of numbers of stages")
+    parser.add_argument("--cache-compression", type=Path, metavar="CSV", help="table of it on top of others")
+    parser.add_argument("--tradeoff", required=True, type=Path, metavar="CSV", help="quality and speed of all methods")
+    parser.add_argument(
+        "--suite-scores", nargs="+", default=[], type=Path, metavar="JSONL", help="of the unpruned model"
+    )
+    parser.add_argument(
+        "--llmlingua", nargs="+", default=[], type=Path, metavar="JSONL", help="scores-RATIO.jsonl on shortened prompts"
+    )
+    parser.add_argument(
+        "--figures", required=True, nargs="+", type=Path, metavar="SVG", help="shown beyond the paper's"
+    )
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder of page, tables and figures")
+    parser.add_argument("--metrics", required=True, type=Path, metavar="FILE", help="metrics to write")
+    args = parser.parse_args(argv)
+    with step("paper", args, outputs=[args.output / "paper.html"]) as log:
+        settings = Settings.from_json(args.settings)
+        known = published.load()
+        parts = read_parts(args, settings, known)
+        for part in tqdm(parts, desc="parts", unit="part"):
+            write_csv(part.rows, args.output / f"{part.name}.csv")
+            save(figure(part, args), args.output / part.name)
+            log.artifact(args.output / f"{part.name}.csv", "paper")
+            log.artifact(args.output / f"{part.name}.png", "paper")
+        shown = page.Paper(
+            run=settings.run,
+            model=settings.model.source.ref,
+            known=published.model_of(settings.model.source.ref),
+            parts=parts,
+            figures={path.stem: path.read_bytes() for path in [*args.figures, *own_figures(args.output)]},
+            further={path.stem: FURTHER[path.stem] for path in args.figures},
+            further_notes=notes(settings),
+            published=known,
+            settings=json.loads(args.settings),
+        )
+        for name, text in (("paper.html", page.render_html(shown)), ("paper.md", page.render_markdown(shown))):
+            with write_atomically(args.output / name) as temporary:
+                temporary.write_text(text, "utf-8")
+            log.artifact(args.output / name, "paper")
+        log.metric("rows", sum(len(part.measured) for part in parts))
+        log.metric("rows_not_run", sum(len(part.rows) - len(part.measured) for part in parts))
+
+
+def own_figures(output: Path) -> list[Path]:
+    """The figures of the paper's parts, as they were just drawn."""
+    return [output / f"{name}.svg" for name in PARTS]
+
+
+def read_parts(args: argparse.Namespace, settings: Settings, known: pd.DataFrame) -> list[Part]:
+    """The paper's tables and figures from the files of `args`, in the order of `PARTS`."""
+
+    def of_paper(name: str) -> published.Numbers:
+        return published.numbers(name, settings.model.source.ref, known)
+
+    schedules = Schedules(settings, AutoConfig.from_pretrained(args.model))
+    command = missing.again(settings.run)
+    index, labels = json.loads(args.saliency.read_text("utf-8")), Labels(args.saliency)
+    scores = {example["id"]: labels[example["id"]].numpy() for example in index["examples"]}
+    shown, tokens = shown_example(args.data, args.model, list(scores))
+    context = read_manifest(args.model)["context_length"]
+    harness = pd.read_csv(args.harness)
+    unpruned = read_jsonl(args.unpruned)
+    full = [row for path in args.full for row in read_jsonl(path)]
+    each = len(args.variants) // len(VARIANTS)
+    parts = [
+        figure_1(scores[shown], index["layers"], tokens, of_paper("figure-1")),
+        figure_2(list(scores.values()), index["layers"], of_paper("figure-2")),
+        table_1(
+            read_suites(args),
+            speeds_of(pd.read_csv(args.tradeoff)),
+            schedules.layer_mean,
+            [
+                *([] if args.longbench else missing.longbench(settings.run)),
+                *([] if args.llmlingua else missing.llmlingua(settings.run)),
+            ],
+            of_paper("table-1"),
+        ),
+        table_2(read_latency(args.latency), schedules.decode_tflop, context, command, of_paper("table-2")),
+        table_3(harness, missing.harness(settings.run, list(harness["task"])), of_paper("table-3")),
+        *(
+            ablation(
+                name,
+                unpruned,
+                full,
+                [row for path in args.variants[each * place : each * (place + 1)] for row in read_jsonl(path)],
+                of_paper(name),
+            )
+            for place, name in enumerate(VARIANTS)
+        ),
+        table_6(
+            pd.read_csv(args.cache_compression) if args.cache_compression else None,
+            [] if args.cache_compression else missing.compression(settings.run),
+            of_paper("table-6"),
+        ),
+        swept("figure-4", pd.read_csv(args.stage_position), of_paper("figure-4")),
+        swept("figure-5", pd.read_csv(args.stage_count), of_paper("figure-5")),
+    ]
+    return sorted(parts, key=lambda part: list(PARTS).index(part.name))
+
+
+def read_suites(args: argparse.Namespace) -> dict[str, pd.DataFrame]:
+    """The tables of the suites that were run, LongBench first, with LLMLingua-2's rows where it was."""
+    tables = {"longbench": args.longbench, "ruler": args.ruler}
+    suites = {name: pd.read_csv(path) for name, path in tables.items() if path is not None}
+    if not args.llmlingua:
+        return suites
+    unpruned = [row for path in args.suite_scores for row in read_jsonl(path)]
+    own: dict[str, dict[float, list[dict[str, Any]]]] = {}
+    for path in args.llmlingua:
+        for row in read_jsonl(path):
+            own.setdefault(row["suite"], {}).setdefault(float(path.stem.rpartition("-")[2]), []).append(row)
+    return {
+        name: with_llmlingua(table, [row for row in unpruned if row["suite"] == name], own[name])
+        if name in own
+        else table
+        for name, table in suites.items()
+    }
+
+
+class Schedules:
+    """What the run's schedules make of lengths: arithmetic only."""
+
+    def __init__(self, settings: Settings, config: Any) -> None:
+        self._settings = settings
+        self._config = config
+
+    def _schedule(self, ratio: float) -> PruningSchedule:
+        return build_schedule(self._settings.pruning, self._config.num_hidden_layers, ratio)
+
+    def decode_tflop(self, prompt_tokens: int, new_tokens: int, ratio: float) -> float:
+        """Arithmetic of decoding after a prompt, in TFLOP; ratio 1.0 is the unpruned model."""
+        schedule = None if ratio == 1.0 else self._schedule(ratio)
+        return flops.decode(self._config, prompt_tokens, new_tokens, schedule) / 1e12
+
+    def layer_mean(self, method: str, ratio: float) -> float | None:
+        """A prompt's tokens over the mean that a layer sees, at the longest RULER-style ones; None without stages."""
+        if method == "unpruned":
+            return 1.0
+        if method not in ("sdtp", "sdtp-half"):
+            return None
+        schedule = self._schedule(ratio)
+        if method == "sdtp-half":
+            schedule = schedule.at_stages(range(0, schedule.stages, 2))
+        tokens = max(self._settings.suites.ruler.lengths)
+        return tokens / float(np.mean(schedule.layer_lengths(tokens, self._config.num_hidden_layers)))
+
+
+def figure(part: Part, args: argparse.Namespace) -> Figure:
+    """The figure of one part."""
+    if part.name == "figure-1":
+        index = json.loads(args.saliency.read_text("utf-8"))
+        scores = part.rows.pivot(index="layer", columns="position", values="saliency")
+        tokens = part.rows[part.rows["layer"] == scores.index[0]].sort_values("position")["token"]
+        return plots.saliency(scores.to_numpy(), list(scores.index), list(tokens), index["reduction"])
+    if part.name == "figure-2":
+        return drawing.sparsity(part)
+    if part.name in HORIZONTAL:
+        table = args.stage_position if part.name == "figure-4" else args.stage_count
+        return sweep_plot.sweep(pd.read_csv(table), HORIZONTAL[part.name])
+    if part.name == "table-2":
+        values = [("prefill_speedup", "prefill speedup (×)"), ("end_to_end_speedup", "end-to-end speedup (×)")]
+        return drawing.lines(part, "prompt_tokens", values, "keep_ratio", logarithmic=True)
+    panel, line, label = DOTS[part.name]
+    return drawing.dots(part, panel, line, "value", label)
+
+
+# Of each table the columns that its panels are, those that name a line in them, and the horizontal axis.
+DOTS: Mapping[str, tuple[Sequence[str], Sequence[str], str]] = {
+    "table-1": (("suite", "category"), ("method", "keep_ratio"), "score"),
+    "table-3": (("task",), ("method", "keep_ratio"), "accuracy (%)"),
+    "table-4": (("task", "metric"), ("variant", "keep_ratio"), "mean"),
+    "table-5": (("task", "metric"), ("variant", "keep_ratio"), "mean"),
+    "table-6": (("task", "metric"), ("method", "keep_ratio"), "mean"),
+}
+
+
+def notes(settings: Settings) -> list[str]:
+    """What is to be said of the figures that the paper does not have."""
+    found = [
+        "Methods that one would use instead, measured in the same run: speeds side by side in one process, quality on "
+        "the same examples."
+    ]
+    if not settings.peers.kvpress:
+        found.append(
+            "NVIDIA's kvpress is not in them: it has an environment of its own (make kvpress), and peers.kvpress names "
+            "none of its presses here."
+        )
+    return found

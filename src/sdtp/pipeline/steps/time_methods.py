@@ -1,0 +1,133 @@
+"""Times methods at one keep ratio against the unpruned model, all interleaved in one process, and measures memory."""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from sdtp.errors import UserError
+from sdtp.evaluation import latency, names
+from sdtp.evaluation.peers.peer import Peer
+from sdtp.evaluation.stats import paired_ratios
+from sdtp.pipeline.chosen import check_method, chosen_method
+from sdtp.pipeline.config import BenchmarkSettings, Settings
+from sdtp.pipeline.data import BENCHMARK_FILE, benchmark_prompt
+from sdtp.pipeline.devices import choose_device
+from sdtp.pipeline.files import sha256_file, write_atomically
+from sdtp.pipeline.limits import check_context
+from sdtp.pipeline.models import load_model, read_manifest
+from sdtp.pipeline.schedules import stage_layers
+from sdtp.pipeline.step import step
+from sdtp.pipeline.timings import measured_on, peaks, times
+from sdtp.pruning import flops
+from sdtp.pruning.pruner import TokenPruner
+from sdtp.pruning.scorers import Learned
+
+# What is timed: no examples, whose saliency the oracle looks up, and nothing that is the unpruned model itself.
+TIMED = [method for method in names.METHODS if method not in ("unpruned", "oracle")]
+
+
+def main(argv: list[str]) -> None:
+    """Run the step; `argv` are its arguments."""
+    parser = argparse.ArgumentParser(prog="sdtp time-methods", description=__doc__)
+    parser.add_argument("--settings", required=True, metavar="JSON", help="model, benchmark and the methods' settings")
+    parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="model folder")
+    parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="data folder: benchmark.json is used")
+    parser.add_argument("--pruner", type=Path, metavar="DIR", help="trained pruner, for what uses it")
+    parser.add_argument("--methods", required=True, nargs="+", choices=TIMED, help="what is timed")
+    parser.add_argument("--keep-ratio", required=True, type=float, help="fraction of tokens each stage keeps")
+    parser.add_argument(
+        "--output", required=True, type=Path, metavar="DIR", help="folder for METHOD-RATIO.json of each"
+    )
+    parser.add_argument("--metrics", required=True, type=Path, metavar="FILE", help="metrics to write")
+    args = parser.parse_args(argv)
+    for method in args.methods:
+        check_method(method, args.keep_ratio, args.pruner)
+    settings = Settings.from_json(args.settings)
+    outputs = {method: args.output / f"{method}-{args.keep_ratio}.json" for method in args.methods}
+    with step("time-methods", args, list(outputs.values()), wildcards={"keep_ratio": args.keep_ratio}) as log:
+        for length in settings.peers.prompt_tokens:
+            tokens = {"peers.prompt_tokens": length, "benchmark.new_tokens": settings.benchmark.new_tokens}
+            check_context(tokens, read_manifest(args.model)["context_length"])
+        log.dataset("benchmark", args.data / BENCHMARK_FILE, sha256_file(args.data / BENCHMARK_FILE))
+        model = load_model(args.model, settings.model.dtype, settings.model.attention, choose_device())
+        prompts = [benchmark_prompt(args.data, length) for length in settings.peers.prompt_tokens]
+        attached = {
+            method: _attached(chosen_method(method, settings, model, args.keep_ratio, args.pruner)(prompts[0], []))
+            for method in args.methods
+        }
+        rows = [
+            measure(model, attached, prompt, settings.benchmark)
+            for prompt in tqdm(prompts, desc="timing methods", unit="length")
+        ]
+        for method, path in outputs.items():
+            own = [row for by_method in rows for row in (by_method["unpruned"], by_method[method])]
+            result = {
+                "method": method,
+                "keep_ratio": args.keep_ratio,
+                **measured_on(model, settings.model),
+                "stages": stages(method, settings, model.config.num_hidden_layers),
+                "warmup": settings.benchmark.warmup,
+                "rows": own,
+            }
+            with write_atomically(path) as temporary:
+                temporary.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+            log.artifact(path)
+            for unpruned, timed in zip(own[::2], own[1::2], strict=True):
+                speedup = paired_ratios(unpruned["prefill_s"], timed["prefill_s"])[1]
+                log.metric(f"prefill_speedup/{method.replace('+', '-on-')}/{timed['prompt_tokens']}", speedup)
+
+
+def stages(method: str, settings: Settings, num_layers: int) -> list[int]:
+    """The 0-based layers of the stages that a method prunes at, or whose survivors it matches."""
+    if "schedule" not in names.needs(method):
+        return []
+    layers = stage_layers(settings.pruning, num_layers)
+    return list(layers[::2] if method == "sdtp-half" else layers)
+
+
+def _attached(pruner: TokenPruner | Peer | None) -> TokenPruner | Peer:
+    if pruner is None:
+        raise UserError(f"--methods: nothing to time; one of {', '.join(TIMED)} is accepted")
+    return pruner
+
+
+def measure(
+    model: PreTrainedModel,
+    methods: Mapping[str, TokenPruner | Peer],
+    prompt_ids: Sequence[int],
+    settings: BenchmarkSettings,
+) -> dict[str, dict[str, Any]]:
+    """A row of `unpruned` and of each method for one prompt; lists hold one number a round, in the order they ran.
+
+    In every round each of them runs once, in turn, so that the numbers of one round were measured side by side. Rounds
+    that measure memory come after those that measure time.
+    """
+    prompt = torch.tensor([list(prompt_ids)], device=model.device)
+    watch = latency.Stopwatch(prompt.device)
+    arms = latency.methods_arms(model, methods, prompt, settings.new_tokens, watch)
+    samples = latency.interleave(arms, settings.repeats, settings.warmup)
+    held = peaks(model, latency.methods_arms(model, methods, prompt, 1, watch))
+    return {
+        name: {
+            **times(name, len(prompt_ids), samples[name]),
+            **held[name],
+            "prefill_flop": prefill_flops(model.config, methods.get(name), len(prompt_ids)),
+        }
+        for name in arms
+    }
+
+
+def prefill_flops(config: Any, method: TokenPruner | Peer | None, prompt_tokens: int) -> float:
+    """Operations of the prefill of a prompt under a method, None being the unpruned model; see `sdtp.pruning.flops`."""
+    if isinstance(method, Peer):
+        return method.prefill_flops(config, prompt_tokens)
+    if method is None:
+        return flops.prefill(config, prompt_tokens)
+    scorer = method.scorer if isinstance(method.scorer, Learned) else None  # the baselines' scoring is no product
+    return flops.prefill(config, prompt_tokens, method.schedule, scorer)

@@ -1,0 +1,47 @@
+"""Sets each method's quality beside its own measured speed and memory: tables and figures."""
+
+import argparse
+import json
+from pathlib import Path
+
+from sdtp.evaluation import names
+from sdtp.pipeline import tradeoff_plot
+from sdtp.pipeline.files import read_jsonl, write_atomically
+from sdtp.pipeline.plotstyle import save
+from sdtp.pipeline.step import step
+from sdtp.pipeline.tradeoff import Timed, compression_table, read_timed, tradeoff_table
+
+
+def main(argv: list[str]) -> None:
+    """Run the step; `argv` are its arguments."""
+    parser = argparse.ArgumentParser(prog="sdtp tradeoff", description=__doc__)
+    parser.add_argument("--settings", required=True, metavar="JSON", help="logged; the tables depend on no setting")
+    parser.add_argument("--evaluations", required=True, nargs="+", type=Path, metavar="JSONL", help="one a job")
+    parser.add_argument("--timings", required=True, nargs="+", type=Path, metavar="JSON", help="one a method and ratio")
+    parser.add_argument("--table", required=True, type=Path, metavar="CSV", help="trade-off to write")
+    parser.add_argument("--compression", type=Path, metavar="CSV", help="cache compression on top of others to write")
+    parser.add_argument("--figures", required=True, type=Path, metavar="DIR", help="folder of the figures")
+    parser.add_argument("--metrics", required=True, type=Path, metavar="FILE", help="metrics to write")
+    args = parser.parse_args(argv)
+    outputs = [args.table, *([args.compression] if args.compression else [])]
+    with step("tradeoff", args, outputs=outputs) as log:
+        rows = [row for path in args.evaluations for row in read_jsonl(path)]
+        timings = [read(path) for path in args.timings]
+        table = tradeoff_table(rows, timings)
+        tables = {args.table: table}
+        if args.compression:
+            tables[args.compression] = compression_table(rows, timings)
+        for path, content in tables.items():
+            with write_atomically(path) as temporary:
+                content.to_csv(temporary, index=False)
+            log.artifact(path)
+        drawn = table[~table["method"].map(names.unpruned_ratio) | (table["method"] == "unpruned")]
+        for name, draw in (("tradeoff", tradeoff_plot.tradeoff), ("tradeoff-memory", tradeoff_plot.memory)):
+            save(draw(drawn), args.figures / name)
+            log.artifact(args.figures / f"{name}.png", "figures")
+        log.metric("rows", len(table))
+
+
+def read(path: Path) -> Timed:
+    """A file of `timings/`."""
+    return read_timed(json.loads(path.read_text("utf-8")), str(path))

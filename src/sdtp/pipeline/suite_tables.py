@@ -1,0 +1,166 @@
+"""A suite's table: mean scores of tasks, categories and the whole, each method held against the unpruned model."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from sdtp.errors import UserError
+from sdtp.evaluation import strata
+from sdtp.evaluation.stats import wilson_interval
+
+# fmt: off
+SUITE_COLUMNS = [
+    "suite", "category", "task", "length", "method", "keep_ratio", "value", "low", "high", "n", "difference",
+    "difference_low", "difference_high", "p_value", "compression",
+]
+# fmt: on
+# Stands for a category or task in a row that is over all of them.
+ALL = "all"
+UNPRUNED = ("unpruned", 1.0)
+
+# A method at a keep ratio, and an example of a suite.
+Cell = tuple[str, float]
+Example = tuple[str, str]
+# Of each cell the examples' rows, seeds averaged within the example.
+Cells = dict[Cell, dict[Example, dict[str, Any]]]
+
+
+def suite_cells(rows: Iterable[Mapping[str, Any]]) -> Cells:
+    """The rows of `sdtp score`, of one suite, as one row per example and cell: of score and kept tokens seeds' means.
+
+    Raises:
+        UserError: more than one suite; an example twice with one seed; a method with other examples or seeds than due:
+            those of the unpruned model, each with every seed that the method was run with.
+    """
+    collected: dict[Cell, dict[Example, dict[Any, Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(dict))
+    suites = set()
+    for row in rows:
+        suites.add(row["suite"])
+        cell, example = (row["method"], row["keep_ratio"]), (row["task"], row["id"])
+        if row["seed"] in collected[cell][example]:
+            raise UserError(f"{cell[0]} at keep ratio {cell[1]} has two scores of {example[0]} {example[1]!r}")
+        collected[cell][example][row["seed"]] = row
+    if len(suites) != 1:
+        raise UserError(f"scores of the suites {sorted(suites)}: those of one are needed")
+    due = collected.get(UNPRUNED, {}).keys()
+    for (method, ratio), examples in collected.items():
+        seeds = set().union(*examples.values())
+        if examples.keys() != due or any(own.keys() != seeds for own in examples.values()):
+            raise UserError(
+                f"{method} at keep ratio {ratio} has scores of {len(examples)} examples and unpruned of {len(due)}, "
+                f"{len(examples.keys() & due)} of them shared: all must be the same, with each seed"
+            )
+    return {cell: {example: _mean(list(collected[cell][example].values())) for example in due} for cell in collected}
+
+
+def _mean(rows: list[Mapping[str, Any]]) -> dict[str, Any]:
+    means = {name: math.fsum(row[name] for row in rows) / len(rows) for name in ("score", "kept_tokens")}
+    return {**rows[0], **means}
+
+
+def check_complete(cells: Cells, methods: Sequence[str], ratios: Sequence[float]) -> None:
+    """Raise UserError unless there are scores of each method at each ratio, of unpruned at 1.0, and of no other."""
+    wanted = {UNPRUNED} | {(method, ratio) for method in methods for ratio in ratios}
+    if cells.keys() != wanted:
+        raise UserError(f"--scores hold (method, keep ratio) {sorted(cells)}: {sorted(wanted)} are needed")
+
+
+def suite_table(cells: Cells) -> pd.DataFrame:
+    """One row per group of examples and cell, columns `SUITE_COLUMNS`.
+
+    Groups are the whole, each category and each task; of RULER also each of these at each length. A category's value is
+    the mean over its tasks' means; the whole's is that over the tasks of RULER and of the harness, and over the
+    categories' means of LongBench, as in its official tables. `low` and `high` are the value's 95% interval: Wilson's
+    for shares of right answers (RULER, harness) where each task has as many examples, else by bootstrap within each
+    task. `difference` is the value minus unpruned's on the same examples, with its paired interval and p-value;
+    `compression` prompt tokens over those that the last layer keeps. Numbers that do not exist are missing: a length of
+    rows over all lengths, differences of unpruned, intervals of a single example.
+
+    Args:
+        cells: as `suite_cells` gives them.
+    """
+    order = sorted(cells, key=lambda cell: cell != UNPRUNED)  # stable
+    table = []
+    for group in _groups(cells[UNPRUNED]):
+        baseline = _scores(cells[UNPRUNED], group)
+        for cell in order:
+            own = [cells[cell][example] for examples in group.tasks for example in examples]
+            scores = _scores(cells[cell], group)
+            pair = None if cell == UNPRUNED else strata.paired_difference(scores, baseline, group.weights)
+            low, high = _interval(group, scores)
+            table.append(
+                {
+                    "suite": group.suite,
+                    "category": group.category,
+                    "task": group.task,
+                    "length": group.length,
+                    "method": cell[0],
+                    "keep_ratio": cell[1],
+                    "value": strata.mean(scores, group.weights),
+                    "low": low,
+                    "high": high,
+                    "n": len(own),
+                    "difference": math.nan if pair is None else pair.mean,
+                    "difference_low": math.nan if pair is None else pair.low,
+                    "difference_high": math.nan if pair is None else pair.high,
+                    "p_value": math.nan if pair is None else pair.p_value,
+                    "compression": sum(row["prompt_tokens"] for row in own) / sum(row["kept_tokens"] for row in own),
+                }
+            )
+    return pd.DataFrame(table, columns=SUITE_COLUMNS).astype({"length": "Int64"})
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Examples that a row of the table is about: those of each task, and what each task's mean weighs."""
+
+    suite: str
+    category: str
+    task: str
+    length: int | None
+    tasks: list[list[Example]]
+    weights: list[float]
+
+
+def _groups(rows: Mapping[Example, Mapping[str, Any]]) -> list[_Group]:
+    """All lengths together, then each: the whole, then each category with its tasks, in the order of the examples."""
+    lengths = sorted({row["length"] for row in rows.values() if "length" in row})
+    groups = []
+    for length in (None, *lengths):
+        # category -> task -> its examples
+        parts: dict[str, dict[str, list[Example]]] = {}
+        for example, row in rows.items():
+            if length in (None, row.get("length")):
+                parts.setdefault(row["category"], {}).setdefault(row["task"], []).append(example)
+        suite = next(iter(rows.values()))["suite"]
+        count = sum(map(len, parts.values()))
+        shares = [
+            1 / (len(parts) * len(tasks)) if suite == "longbench" else 1 / count
+            for tasks in parts.values()
+            for _ in tasks
+        ]
+        every = [examples for tasks in parts.values() for examples in tasks.values()]
+        groups.append(_Group(suite, ALL, ALL, length, every, shares))
+        for category, tasks in parts.items():
+            equal = [1 / len(tasks)] * len(tasks)
+            groups.append(_Group(suite, category, ALL, length, list(tasks.values()), equal))
+            groups += [_Group(suite, category, task, length, [own], [1.0]) for task, own in tasks.items()]
+    return groups
+
+
+def _scores(rows: Mapping[Example, Mapping[str, Any]], group: _Group) -> list[list[float]]:
+    return [[float(rows[example]["score"]) for example in examples] for examples in group.tasks]
+
+
+def _interval(group: _Group, scores: list[list[float]]) -> tuple[float, float]:
+    # Shares of right answers; a mean over tasks is one over examples where each task has as many of them.
+    if group.suite == "longbench" or len({len(task) for task in scores}) > 1:
+        return strata.interval(scores, group.weights)
+    low, high = wilson_interval([score / 100 for task in scores for score in task])
+    return 100 * low, 100 * high

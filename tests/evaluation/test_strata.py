@@ -1,0 +1,71 @@
+"""Means over groups that count by weight: values, intervals and paired tests by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from sdtp.evaluation import stats, strata
+
+HALVES = [0.5, 0.5]
+
+
+def test_groups_count_by_weight_whatever_their_size() -> None:
+    groups = [[0.0, 0.0, 0.0, 0.0], [100.0]]
+    assert strata.mean(groups, HALVES) == 50.0
+    assert strata.mean(groups, [0.25, 0.75]) == 75.0
+
+
+def test_one_group_has_the_interval_and_test_of_its_examples() -> None:
+    first, second = [3.0, 5.0, 9.0, 2.0], [1.0, 5.0, 4.0, 3.0]
+    assert strata.interval([first], [1.0]) == stats.mean_interval(first)
+    assert strata.paired_difference([first], [second], [1.0]) == stats.paired_difference(first, second)
+
+
+def test_interval_is_as_wide_as_the_spread_within_groups_says() -> None:
+    rng = np.random.default_rng(1)
+    groups = [list(rng.normal(0, 1, 400)), list(rng.normal(50, 2, 100))]
+    low, high = strata.interval(groups, HALVES)
+    # Var of the mean: (1/400 + 4/100) / 4; the 50 between the groups is no part of it.
+    half = 1.96 * math.sqrt((np.var(groups[0]) / 400 + np.var(groups[1]) / 100) / 4)
+    middle = strata.mean(groups, HALVES)
+    assert (low, high) == pytest.approx((middle - half, middle + half), abs=0.02)
+    # Three quarters on the group of less spread.
+    half = 1.96 * math.sqrt(np.var(groups[0]) / 400 * 9 / 16 + np.var(groups[1]) / 100 / 16)
+    low, high = strata.interval(groups, [0.75, 0.25])
+    assert high - low == pytest.approx(2 * half, abs=0.03)
+
+
+def test_a_group_of_one_says_nothing_of_its_spread() -> None:
+    assert all(map(math.isnan, strata.interval([[1.0, 2.0], [3.0]], HALVES)))
+
+
+def test_paired_difference_weighs_examples_as_the_mean_does() -> None:
+    # Six examples better by 4, one worse by 10 in a group of its own that counts as much.
+    first, second = [[4.0] * 6, [0.0]], [[0.0] * 6, [10.0]]
+    found = strata.paired_difference(first, second, HALVES)
+    assert (found.mean, found.n) == (pytest.approx(-3.0), 7)
+    # Whichever way the six point, the one decides: half of all sign patterns are as low. Were all seven to weigh alike,
+    # 23 of 128 would be as high as what was seen.
+    assert found.p_value == pytest.approx(1.0)
+    assert stats.paired_difference([4.0] * 6 + [0.0], [0.0] * 6 + [10.0]).p_value == pytest.approx(46 / 128)
+    same = strata.paired_difference(second, second, HALVES)
+    assert (same.mean, same.p_value) == (0.0, 1.0)
+    better = strata.paired_difference([[1.0] * 6, [1.0] * 6], [[0.0] * 6, [0.0] * 6], HALVES)
+    assert better.p_value == pytest.approx(2 / 2**12, rel=0.5)
+    assert (better.low, better.high) == (1.0, 1.0)
+
+
+def test_wrong_groups_and_weights_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"groups of \[1, 0\] values"):
+        strata.mean([[1.0], []], HALVES)
+    with pytest.raises(ValueError, match=r"groups of \[\] values"):
+        strata.interval([], [])
+    with pytest.raises(ValueError, match="one each, summing to 1"):
+        strata.mean([[1.0], [2.0]], [0.5, 0.6])
+    with pytest.raises(ValueError, match="one each, summing to 1"):
+        strata.mean([[1.0], [2.0]], [1.0])
+    with pytest.raises(ValueError, match="the same examples"):
+        strata.paired_difference([[1.0]], [[1.0, 2.0]], [1.0])

@@ -1,0 +1,298 @@
+"""Every part of the paper from small inputs whose numbers are easy to check by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from sdtp.errors import UserError
+from sdtp.pipeline.paper import missing
+from sdtp.pipeline.paper.ablation import ablation
+from sdtp.pipeline.paper.part import Part
+from sdtp.pipeline.paper.published import load, numbers
+from sdtp.pipeline.paper.quality import speeds_of, table_1, table_3, table_6, with_llmlingua
+from sdtp.pipeline.paper.saliency import figure_1, figure_2, salient
+from sdtp.pipeline.paper.speed import LENGTHS, table_2
+from sdtp.pipeline.paper.sweep import swept
+from sdtp.pipeline.suite_tables import suite_cells, suite_table
+from tests.pipeline import synthetic_run
+
+MISTRAL = "mistralai/Mistral-7B-Instruct-v0.2"
+RUN_AGAIN = "snakemake paper --configfile FILE"
+
+
+def row(part: Part, **keys: Any) -> dict[str, Any]:
+    """The one row with these keys."""
+    rows = part.rows
+    for key, value in keys.items():
+        rows = rows[rows[key] == value]
+    [found] = rows.to_dict("records")
+    return {str(name): value for name, value in found.items()}
+
+
+def speed(lengths: dict[int, int] | None = None, context: int | None = 8192) -> Part:
+    """Table 2 of the made-up run, its lengths renamed."""
+    latency = synthetic_run.latency()
+    latency["prompt_tokens"] = latency["prompt_tokens"].replace(lengths or {})
+    # 2 TFLOP a decoded token, a quarter less when pruned.
+    return table_2(
+        latency,
+        lambda tokens, new, ratio: 2.0 * new * (1.0 if ratio == 1.0 else 0.75),
+        context,
+        RUN_AGAIN,
+        numbers("table-2", MISTRAL, load()),
+    )
+
+
+def test_speeds_are_the_latency_tables_and_arithmetic_ends_with_decoding() -> None:
+    part = speed()
+    unpruned, pruned = row(part, prompt_tokens=2048, keep_ratio=1.0), row(part, prompt_tokens=2048, keep_ratio=0.9)
+    assert unpruned["prefill_tflop"] == pytest.approx(2048 * 2.7e-4)
+    assert unpruned["end_to_end_tflop"] == pytest.approx(2048 * 2.7e-4 + 32)
+    assert pruned["end_to_end_tflop"] == pytest.approx(2048 * 2.7e-4 / (1.52 * 1.05) + 24)
+    assert pruned["flop_change"] == pytest.approx(pruned["end_to_end_tflop"] / unpruned["end_to_end_tflop"] - 1)
+    assert (unpruned["flop_change"], unpruned["memory_change"], unpruned["prefill_speedup"]) == (0.0, 0.0, 1.0)
+    assert pruned["memory_change"] == pytest.approx(-0.1 / 1.2)
+    assert pruned["prefill_speedup"] == pytest.approx(1.52 * 1.05)
+    assert pruned["end_to_end_speedup"] == pytest.approx(0.9 * 1.52 * 1.05)
+    assert list(part.measured["prompt_tokens"]) == [length for length in (512, 1024, 2048) for _ in range(4)]
+    assert list(part.measured["keep_ratio"])[:4] == [1.0, 0.9, 0.8, 0.7]
+
+
+def test_papers_number_stands_beside_its_own_length_method_and_ratio_only() -> None:
+    # 3,968 of 4,096 positions: the rest are new tokens.
+    part = speed({1024: 3968})
+    assert row(part, prompt_tokens=3968, keep_ratio=0.9)["prefill_speedup_paper"] == 1.52
+    assert row(part, prompt_tokens=3968, keep_ratio=0.9)["end_to_end_speedup_paper"] == 1.08
+    assert row(part, prompt_tokens=3968, keep_ratio=0.9)["memory_change_paper"] == -0.03
+    assert row(part, prompt_tokens=3968, keep_ratio=1.0)["prefill_tflop_paper"] == 72.51
+    others = part.rows[~((part.rows["prompt_tokens"] == 3968) & part.rows["keep_ratio"].isin([0.9, 1.0]))]
+    assert others[others["why"].isna()]["prefill_speedup_paper"].isna().all()
+    # Seconds of another machine are no reference.
+    assert "prefill_s_paper" not in part.rows
+    assert "peak_memory_bytes_paper" not in part.rows
+
+
+def test_lengths_of_the_paper_that_were_not_timed_say_why() -> None:
+    part = speed({1024: 3968})
+    left = part.rows[part.rows["why"].notna()]
+    assert list(left["prompt_tokens"]) == list(LENGTHS[1:])
+    assert list(left["prefill_speedup_paper"]) == [1.58, 1.67, 1.79, 1.87, 2.15]
+    assert left["prefill_speedup"].isna().all()
+    assert set(left["command"]) == {RUN_AGAIN}
+    # 8,192 and 128 new ones are one too many for 8,192 positions.
+    assert "8,192 and 128 new tokens are more than the model's 8,192 positions" in left["why"].iloc[0]
+    assert "not among benchmark.prompt_tokens" in row(speed(context=None), prompt_tokens=131072)["why"]
+    assert "not among benchmark.prompt_tokens" in row(speed(context=8320), prompt_tokens=8192)["why"]
+    assert "more than the model's 8,319 positions" in row(speed(context=8319), prompt_tokens=8192)["why"]
+
+
+def test_salient_tokens_are_those_above_a_tenth_of_the_layers_largest() -> None:
+    # 1.0 is a tenth of 10, and not above it; magnitudes count.
+    scores = np.array([[10.0, 1.0, -1.1, 0.0], [1.0, 1.0, 1.0, 1.0]])
+    assert salient(scores).tolist() == [0.5, 1.0]
+    with pytest.raises(UserError, match="zero everywhere or not finite"):
+        salient(np.array([[1.0, 2.0], [0.0, 0.0]]))
+    with pytest.raises(UserError, match="zero everywhere or not finite"):
+        salient(np.array([[1.0, np.nan]]))
+
+
+def test_sparsity_is_the_mean_of_the_examples_with_its_interval_and_quartiles() -> None:
+    shares = [0.25, 0.5, 0.5, 0.75]
+    examples = [np.array([[10.0] * round(4 * share) + [0.5] * round(4 - 4 * share)]) for share in shares]
+    [found] = figure_2(examples, [7], {}).rows.to_dict("records")
+    assert found["layer"] == 7
+    assert (found["salient"], found["q25"], found["q75"], found["n"]) == (0.5, 0.4375, 0.5625, 4)
+    assert 0.25 <= found["salient_low"] < 0.5 < found["salient_high"] <= 0.75
+
+
+def test_map_has_every_token_of_every_layer_with_its_share_of_the_layers_saliency() -> None:
+    part = figure_1(np.array([[3.0, -1.0], [0.0, 2.0]]), [4, 7], ["a", "b"], {})
+    assert part.rows[["layer", "position", "token", "saliency", "share"]].to_numpy().tolist() == [
+        [4, 0, "a", 3.0, 0.75],
+        [4, 1, "b", 1.0, 0.25],
+        [7, 0, "a", 0.0, 0.0],
+        [7, 1, "b", 2.0, 1.0],
+    ]
+    with pytest.raises(UserError, match="one above zero a layer"):
+        figure_1(np.zeros((1, 2)), [4], ["a", "b"], {})
+    with pytest.raises(UserError, match=r"shape \(1, 2\) for 1 layers and 3 tokens"):
+        figure_1(np.ones((1, 2)), [4], ["a", "b", "c"], {})
+
+
+def evaluation(method: str, ratio: float, losses: list[float], kept: int = 40) -> list[dict[str, Any]]:
+    return [
+        {
+            "id": f"c-{number}", "task": "continuation", "prompt_tokens": 80, "kept_tokens": kept, "correct": None,
+            "loss": loss, "response_tokens": 4, "method": method, "keep_ratio": ratio, "seed": None,
+        }
+        for number, loss in enumerate(losses)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "trained"), [("table-4", "without-rank"), ("table-5", "without-rank-and-mse")])
+def test_ablation_is_paired_with_the_runs_own_pruner(name: str, trained: str) -> None:
+    part = ablation(
+        name,
+        evaluation("unpruned", 1.0, [2.0, 3.0, 4.0]),
+        evaluation("sdtp", 0.8, [2.5, 3.5, 4.5]),
+        evaluation("sdtp", 0.8, [2.75, 3.75, 4.75]),
+        {},
+    )
+    assert list(part.rows["variant"]) == ["unpruned", "full", trained]
+    left_out = row(part, variant=trained)
+    assert (left_out["value"], left_out["difference"], left_out["n"]) == (3.75, 0.25, 3)
+    assert (left_out["difference_low"], left_out["difference_high"]) == (0.25, 0.25)
+    assert np.isnan(row(part, variant="full")["difference"])
+    assert row(part, variant="unpruned")["value"] == 3.0
+
+
+def scores(suite: str) -> pd.DataFrame:
+    """A suite of two categories: one row each of a task, a category and the whole, and one of a single length."""
+    rows = []
+    for method, ratio, value in (("unpruned", 1.0, 50.0), ("sdtp", 0.9, 40.0), ("sdtp-half", 0.9, 45.0)):
+        for category, task, length in (
+            ("qa", "qa-1", None),
+            ("qa", "all", None),
+            ("qa", "all", 512),
+            ("all", "all", None),
+        ):
+            own = value + (1.0 if category == "all" else 0.0) + (7.0 if length or task != "all" else 0.0)
+            rows.append(
+                {
+                    "suite": suite, "category": category, "task": task, "length": length, "method": method,
+                    "keep_ratio": ratio, "value": own, "low": own - 5, "high": own + 5, "n": 12,
+                    "difference": own - 50, "difference_low": own - 53, "difference_high": own - 47, "p_value": 0.01,
+                    "compression": 1.0 if ratio == 1.0 else 2.5,
+                }
+            )  # fmt: skip
+    return pd.DataFrame(rows).astype({"length": "Int64"})
+
+
+def test_categories_of_a_suite_stand_with_compression_speed_and_the_papers_average() -> None:
+    part = table_1(
+        {"longbench": scores("longbench"), "ruler": scores("ruler")},
+        {("sdtp", 0.9): (1.5, 1.2)},
+        lambda method, ratio: 1.6 if method == "sdtp" else None,
+        [{"suite": "longbench", "category": "average", "method": "llmlingua2", "why": "no weights", "command": "x"}],
+        numbers("table-1", MISTRAL, load()),
+    )
+    assert list(part.rows["category"])[:6] == ["qa", "average"] * 3
+    pruned = row(part, suite="longbench", category="average", method="sdtp")
+    assert (pruned["value"], pruned["value_low"], pruned["value_high"], pruned["n"]) == (41.0, 36.0, 46.0, 12)
+    assert (pruned["difference"], pruned["difference_low"]) == (-9.0, -12.0)
+    assert (pruned["compression"], pruned["last_compression"]) == (1.6, 2.5)
+    assert (pruned["prefill_speedup"], pruned["end_to_end_speedup"]) == (1.5, 1.2)
+    assert (pruned["value_paper"], pruned["compression_paper"]) == (39.82, 1.61)
+    assert row(part, suite="longbench", category="average", method="unpruned")["value_paper"] == 42.34
+    half = row(part, suite="longbench", category="average", method="sdtp-half")
+    assert (half["value_paper"], half["compression_paper"]) == (40.98, 1.32)
+    assert np.isnan(half["prefill_speedup"])
+    assert np.isnan(half["compression"])
+    # The paper's numbers are of LongBench, and of its average.
+    assert part.rows["value_paper"].notna().sum() == 3
+    assert row(part, method="llmlingua2")["why"] == "no weights"
+
+
+def test_table_without_a_column_is_refused_by_name() -> None:
+    with pytest.raises(UserError, match=r"ruler\.csv: no column n, difference; accepted: task"):
+        table_1({"ruler": scores("ruler").drop(columns=["n", "difference"])}, {}, lambda *_: None, [], {})
+
+
+def test_tasks_of_the_paper_that_were_not_run_follow_the_local_ones() -> None:
+    left = [{"task": "copa", "method": "sdtp", "keep_ratio": 0.9, "why": "hub data", "command": "sdtp-lm-eval"}]
+    part = table_3(scores("harness").assign(chance=25.0), left, {("sdtp", 0.9, "qa-1", "value"): 51.0})
+    assert row(part, task="qa-1", method="sdtp")["value"] == 47.0
+    assert row(part, task="qa-1", method="sdtp")["value_paper"] == 51.0
+    assert row(part, task="copa")["why"] == "hub data"
+    assert list(table_3(None, left, {}).rows["task"]) == ["copa"]
+
+
+def sweep_rows() -> pd.DataFrame:
+    common = {"task": "continuation", "metric": "loss", "n": 6, "retained": 1.0, "p_value": 0.5, "p_holm": 1.0}
+    unpruned = {"method": "unpruned", "stages": 0, "layers": "", "keep_ratio": 1.0, "value": 3.0}
+    pruned = {"method": "sdtp", "stages": 2, "layers": "4 7", "keep_ratio": 0.9, "value": 3.5}
+    rows = [
+        {**common, **own, "low": own["value"] - 0.5, "high": own["value"] + 0.25, "compression": speed,
+         "flop_speedup": speed, **dict.fromkeys(("difference", "difference_low", "difference_high"), difference)}
+        for own, difference, speed in ((unpruned, np.nan, 1.0), (pruned, 0.5, 1.25))
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize(("name", "by", "place"), [("figure-4", "layers", "4 7"), ("figure-5", "stages", "2")])
+def test_sweep_has_its_place_in_words_and_none_without_stages(name: str, by: str, place: str) -> None:
+    part = swept(name, sweep_rows(), {("sdtp", 0.9, "continuation", "value"): 3.25})
+    assert list(part.rows[by]) == ["", place]
+    pruned = row(part, method="sdtp")
+    assert (pruned["value"], pruned["value_low"], pruned["value_high"], pruned["value_paper"]) == (3.5, 3.0, 3.75, 3.25)
+    assert (pruned["difference"], pruned["compression"], pruned["flop_speedup"], pruned["n"]) == (0.5, 1.25, 1.25, 6)
+    with pytest.raises(UserError, match=f"{name}: no column layers, p_holm"):
+        swept(name, sweep_rows().drop(columns=["layers", "p_holm"]), {})
+
+
+def compression() -> pd.DataFrame:
+    common = {"task": "continuation", "metric": "loss", "keep_ratio": 0.8, "n": 12, "low": 3.0, "high": 4.0}
+    common |= dict.fromkeys(("difference", "difference_low", "difference_high"), 0.25)
+    rows = [
+        {"method": "sdtp", "value": 3.5, "cache_share": 0.5, "prefill_speedup": 2.0},
+        {"method": "sdtp+h2o", "value": 3.75, "cache_share": 0.2, "prefill_speedup": 1.9},
+    ]
+    measured = {"decode_speedup": 1.1, "end_to_end_speedup": 1.5, "peak_memory_bytes": 1e9}
+    return pd.DataFrame([{**common, **measured, **own} for own in rows])
+
+
+def test_compression_on_top_stands_with_the_cache_that_is_left() -> None:
+    part = table_6(compression(), [], {("sdtp+h2o", 0.8, "continuation", "cache_share"): 0.4})
+    on_top = row(part, method="sdtp+h2o")
+    assert (on_top["value"], on_top["difference"], on_top["cache_share"], on_top["cache_share_paper"]) == (
+        3.75, 0.25, 0.2, 0.4,
+    )  # fmt: skip
+    assert (on_top["decode_speedup"], on_top["end_to_end_speedup"], on_top["prefill_speedup"]) == (1.1, 1.5, 1.9)
+    [left] = table_6(None, missing.compression("tiny"), {}).rows.to_dict("records")
+    assert (left["method"], left["why"][:13]) == ("sdtp+h2o", "peers.methods")
+
+
+def test_speeds_are_those_at_the_longest_timed_length() -> None:
+    timed = pd.DataFrame(
+        [
+            ("sdtp", 0.9, 512, 1.5, 1.2), ("sdtp", 0.9, 256, 1.4, 1.1), ("oracle", 0.9, np.nan, np.nan, np.nan),
+            ("unpruned", 1.0, 512, 1.0, 1.0),
+        ],
+        columns=["method", "keep_ratio", "timed_tokens", "prefill_speedup", "end_to_end_speedup"],
+    )  # fmt: skip
+    assert speeds_of(timed) == {("sdtp", 0.9): (1.5, 1.2), ("unpruned", 1.0): (1.0, 1.0)}
+
+
+def score(id_: str, value: float, tokens: int, **changes: Any) -> dict[str, Any]:
+    return {
+        "suite": "ruler", "task": "qa", "category": "questions", "id": id_, "method": "unpruned", "keep_ratio": 1.0,
+        "seed": None, "score": value, "prompt_tokens": tokens, "kept_tokens": tokens, "length": 512, "depth": None,
+        **changes,
+    }  # fmt: skip
+
+
+def test_llmlingua_is_the_unpruned_model_on_shorter_prompts() -> None:
+    unpruned = [score("a", 100.0, 100), score("b", 50.0, 100)]
+    sdtp = [score(id_, 50.0, 100, method="sdtp", keep_ratio=0.8, kept_tokens=40) for id_ in ("a", "b")]
+    table = suite_table(suite_cells([*unpruned, *sdtp]))
+    own = {0.8: [score("a", 0.0, 30), score("b", 50.0, 50)]}
+    both = with_llmlingua(table, unpruned, own)
+    assert len(both) == len(table) + len(table) // 2
+    part = table_1({"ruler": both}, {}, lambda method, ratio: 1.5 if method == "sdtp" else None, [], {})
+    found = row(part, method="llmlingua2", category="average")
+    assert (found["keep_ratio"], found["value"], found["difference"], found["n"]) == (0.8, 25.0, -50.0, 2)
+    # 200 tokens of which 80 were left, before the first layer.
+    assert (found["compression"], found["last_compression"]) == (2.5, 2.5)
+    assert row(part, method="sdtp", category="average")["compression"] == 1.5
+    with pytest.raises(UserError, match=r"llmlingua2 at keep ratio 0\.8 has scores of 1 examples and unpruned of 2"):
+        with_llmlingua(table, unpruned, {0.8: own[0.8][:1]})
+
+
+def test_papers_tasks_are_left_out_of_those_not_run_once_they_ran() -> None:
+    left = missing.harness("tiny", ["copa", "sdtp_fact"])
+    assert [one["task"] for one in left] == ["piqa", "winogrande", "mathqa", "boolq", "cb", "wic", "wsc"]
+    assert "--tasks piqa --num_fewshot 5 --model_args pretrained=results/tiny/model" in left[0]["command"]
