@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from sdtp.errors import UserError
+from sdtp.evaluation.names import BASELINES
 from sdtp.pipeline import plots
 from sdtp.pipeline.plotstyle import METHODS, REDUCTIONS, label_ends, save, shades
 from sdtp.training.saliency import Reduction
@@ -240,10 +241,12 @@ def test_labels_that_are_apart_stay_at_their_lines() -> None:
     assert {text.get_text(): text.xy[1] for text in labels} == pytest.approx({"low": 0.2, "high": 0.8})
 
 
-def test_shades_differ_and_methods_have_colours_and_markers_of_their_own() -> None:
+def test_shades_differ_and_methods_have_looks_of_their_own() -> None:
     assert len(set(shades(8))) == 8
-    assert len({colour for _, colour, _ in METHODS.values()}) == len(METHODS)
-    assert len({marker for _, _, marker in METHODS.values()}) == len(METHODS)
+    assert len({label for label, _, _ in METHODS.values()}) == len(METHODS)
+    assert len({(colour, marker) for _, colour, marker in METHODS.values()}) == len(METHODS)
+    scored = [METHODS[method] for method in ("unpruned", "sdtp", *BASELINES, "oracle")]  # what most figures show
+    assert len({colour for _, colour, _ in scored}) == len({marker for _, _, marker in scored}) == len(scored)
 
 
 @pytest.mark.parametrize("name", FIGURES)
