@@ -76,6 +76,8 @@ UNPRUNED_RATIO = "1.0"
 METHODS = config["evaluation"]["methods"]
 # What the variants of an ablation are compared with; each of them has a pruner of its own in place of the run's.
 REFERENCES = [method for method in METHODS if method != "sdtp"]
+# What decides nothing of the run that `all` makes.
+OF_OTHER_TARGETS = ("variants", "tracking", "suites", "sweep", "harness", "peers", "paper")
 SHARDS = [str(shard) for shard in range(config["saliency"]["shards"])]
 
 # Snakemake looks for the file in the bucket, where it is not yet: without the check it gets there.

@@ -105,7 +105,7 @@ rule report:
     resources:
         gpu=0,
     params:
-        settings=settings(*(key for key in config if key not in ("variants", "tracking"))),
+        settings=settings(*(key for key in config if key not in OF_OTHER_TARGETS)),
         results=subpath(input.latency, ancestor=2),
         code=code_hash("sdtp.pipeline.steps.report"),
     message:
