@@ -95,8 +95,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# A test is skipped for want of a GPU or of an optional package, its reason printed; more skips than that are a fault.
-MOST_SKIPPED = 32
+# A test is skipped for want of a GPU, of an optional package or environment, of Slurm, or of the right to mount and to
+# make control groups, its reason printed; more skips than that are a fault.
+MOST_SKIPPED = 56
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
