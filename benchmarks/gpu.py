@@ -49,7 +49,7 @@ from transformers import (
 import sdtp
 from sdtp.pipeline.devices import choose_device
 from sdtp.pipeline.files import write_atomically
-from sdtp.pipeline.steps.benchmark import device_name
+from sdtp.pipeline.timings import device_name
 from sdtp.pruning.pruner import TokenPruner
 from sdtp.pruning.schedule import PruningSchedule
 from sdtp.pruning.scorers import Learned

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from sdtp.evaluation import latency
 from sdtp.evaluation.latency import Samples, Stopwatch, Timing
-from sdtp.pipeline.steps.benchmark import memory
+from sdtp.pipeline.timings import memory
 from sdtp.pruning import flops
 from sdtp.pruning.adapter import decoder_layers
 from sdtp.pruning.pruner import TokenPruner

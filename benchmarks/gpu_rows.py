@@ -12,7 +12,7 @@ from gpu_measure import Bench, Measured
 from sdtp.evaluation import latency
 from sdtp.evaluation.latency import Samples, Timing
 from sdtp.evaluation.stats import paired_ratios
-from sdtp.pipeline.steps.benchmark import times
+from sdtp.pipeline.timings import times
 from sdtp.pipeline.tables import efficiency, latency_table
 
 OUT_OF_MEMORY = "out of memory"
