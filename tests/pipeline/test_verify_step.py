@@ -138,10 +138,10 @@ def test_faults_in_the_input(saved: Path, tmp_path: Path) -> None:
     assert other == f"{saved}: the scorer was trained for hidden size 16, LlamaForCausalLM has 32"
     assert "512" in fault(*model, "--prompt-tokens", "481")
     assert "removes nothing from a prompt of 12 tokens" in fault(*model, "--prompt-tokens", "12")
-    assert fault("--model", str(tmp_path / "none")).startswith(f"--model {tmp_path / 'none'}: ")
+    assert f"{tmp_path / 'none'}: " in fault("--model", str(tmp_path / "none"))
     GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=20)).save_pretrained(tmp_path / "gpt2")
     refused = fault("--model", str(tmp_path / "gpt2"))
-    assert refused.startswith(f"--model: {tmp_path / 'gpt2'}: GPT2LMHeadModel is not supported: ")
+    assert f"{tmp_path / 'gpt2'}: GPT2LMHeadModel is not supported: " in refused
     pickled = tmp_path / "pickled"
     pickled.mkdir()
     (pickled / "config.json").write_text((saved / "config.json").read_text())
