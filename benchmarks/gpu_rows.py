@@ -12,8 +12,8 @@ from gpu_measure import Bench, Measured
 from sdtp.evaluation import latency
 from sdtp.evaluation.latency import Samples, Timing
 from sdtp.evaluation.stats import paired_ratios
-from sdtp.pipeline.timings import times
 from sdtp.pipeline.tables import efficiency, latency_table
+from sdtp.pipeline.timings import times
 
 OUT_OF_MEMORY = "out of memory"
 # Columns of latency.csv that are known without running anything; an arm that ran out of memory has no others.
