@@ -7,7 +7,8 @@ import typing
 
 import pytest
 
-from sdtp.pipeline.config import Block, Settings, Source
+from sdtp.pipeline.block import Block, Source
+from sdtp.pipeline.config import Settings
 from tests.workflow.golden import SCHEMA, resolved
 
 # What no step is ever given: where it is tracked, and other variants than its own.

@@ -16,7 +16,7 @@ import pytest
 
 from sdtp.errors import UserError
 from sdtp.evaluation.longbench.scoring import Reference
-from sdtp.pipeline.config import Source
+from sdtp.pipeline.block import Source
 from sdtp.pipeline.longbench_data import Example, LongBench, read_longbench
 from tests.pipeline.hub import COMMIT, serve
 
@@ -156,7 +156,7 @@ def test_a_pinned_checksum_is_verified(tmp_path: Path) -> None:
 READ_HUB = """
 import json, sys
 from sdtp.errors import UserError
-from sdtp.pipeline.config import Source
+from sdtp.pipeline.block import Source
 from sdtp.pipeline.longbench_data import read_longbench
 ref, revision, *tasks = sys.argv[1:]
 try:

@@ -16,7 +16,7 @@ import torch
 from transformers import GPT2Config, PreTrainedModel, PreTrainedTokenizerBase
 
 from sdtp.errors import UserError
-from sdtp.pipeline.config import Source
+from sdtp.pipeline.block import Source
 from sdtp.pipeline.corpus import package_files
 from sdtp.pipeline.models import choose_dtype, fetch_model, load_model, load_tokenizer, weights_sha256
 from sdtp.pipeline.prompts import encode

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdtp.errors import UserError
-from sdtp.pipeline.config import Source
+from sdtp.pipeline.block import Source
 from sdtp.pipeline.records import Records, read_records
 from tests.pipeline.hub import COMMIT, serve
 
@@ -402,7 +402,7 @@ def test_faults_of_a_folder_name_the_file_in_it(tmp_path: Path) -> None:
 READ_HUB = """
 import json, sys
 from sdtp.errors import UserError
-from sdtp.pipeline.config import Source
+from sdtp.pipeline.block import Source
 from sdtp.pipeline.records import read_records
 source = {"kind": "hub", "ref": "someone/rows", "revision": "v1", "sha256": None}
 try:

@@ -14,7 +14,7 @@ from matplotlib.container import ErrorbarContainer
 
 from sdtp.errors import UserError
 from sdtp.evaluation.stats import mean_interval, paired_difference, wilson_interval
-from sdtp.pipeline.config import PruningSettings, SweepSettings
+from sdtp.pipeline.config import PruningSettings
 from sdtp.pipeline.plotstyle import save
 from sdtp.pipeline.sweep_plot import sweep
 from sdtp.pipeline.sweeps import (
@@ -26,6 +26,7 @@ from sdtp.pipeline.sweeps import (
     sweep_table,
     swept_layers,
 )
+from sdtp.pipeline.target_settings import SweepSettings
 
 SWEEP = {"layers": [7, 1], "layer_ratios": [0.7, 0.9], "counts": [3, 1], "count_ratios": [0.9], "examples": 4}
 PRUNING = PruningSettings.from_mapping({"start": 4, "step": 3})

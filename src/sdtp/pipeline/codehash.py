@@ -23,6 +23,7 @@ NEUTRAL = frozenset(
         f"{PACKAGE}.cli",
         f"{PACKAGE}.errors",
         f"{PACKAGE}.pipeline.architecture",
+        f"{PACKAGE}.pipeline.block",
         f"{PACKAGE}.pipeline.config",
         f"{PACKAGE}.pipeline.devices",
         f"{PACKAGE}.pipeline.gguf_file",
@@ -30,6 +31,7 @@ NEUTRAL = frozenset(
         f"{PACKAGE}.pipeline.limits",
         f"{PACKAGE}.pipeline.reading",
         f"{PACKAGE}.pipeline.step",
+        f"{PACKAGE}.pipeline.target_settings",
         f"{PACKAGE}.pipeline.tracking",
     }
 )

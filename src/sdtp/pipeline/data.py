@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from sdtp.errors import UserError
-from sdtp.pipeline.config import DataSettings, Source
+from sdtp.pipeline.block import Source
+from sdtp.pipeline.config import DataSettings
 from sdtp.pipeline.corpus import Corpus, read_corpus, split_documents
 from sdtp.pipeline.facts import TEST, TRAIN
 from sdtp.pipeline.files import atomic_folder, canonical_json

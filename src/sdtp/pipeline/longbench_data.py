@@ -14,7 +14,7 @@ from sdtp.errors import UserError
 from sdtp.evaluation.longbench import metrics
 from sdtp.evaluation.longbench.scoring import Key, Reference
 from sdtp.evaluation.longbench.tasks import Metric, Task, task
-from sdtp.pipeline.config import Source
+from sdtp.pipeline.block import Source
 from sdtp.pipeline.files import sha256_file, sha256_files
 from sdtp.pipeline.rows import Row, read_rows
 

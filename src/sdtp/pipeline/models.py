@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdtp.errors import UserError
 from sdtp.pipeline.architecture import check_architecture
-from sdtp.pipeline.config import Source
+from sdtp.pipeline.block import Source
 from sdtp.pipeline.corpus import package_files
 from sdtp.pipeline.files import atomic_folder, sha256_file, sha256_files
 from sdtp.pipeline.gguf_file import check_gguf

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from sdtp.errors import UserError
-from sdtp.pipeline.config import Source
+from sdtp.pipeline.block import Source
 from sdtp.pipeline.rows import INSTRUCTION_FIELDS, PAIR_FIELDS, Row, read_rows
 
 # Why a row can be left out.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdtp.errors import UserError
-from sdtp.pipeline.config import Source
+from sdtp.pipeline.block import Source
 from sdtp.pipeline.files import sha256_file, sha256_files
 from sdtp.pipeline.reading import inside, read_json, reading
 from sdtp.pipeline.sources import jsonl_file

@@ -12,8 +12,9 @@ import pandas as pd
 
 from sdtp.errors import UserError
 from sdtp.evaluation.stats import holm, paired_difference
-from sdtp.pipeline.config import PruningSettings, SweepSettings
+from sdtp.pipeline.config import PruningSettings
 from sdtp.pipeline.tables import quality_cells, quality_table
+from sdtp.pipeline.target_settings import SweepSettings
 
 SWEEP_COLUMNS = [
     "task", "metric", "method", "stages", "layers", "keep_ratio", "value", "low", "high", "n", "retained",

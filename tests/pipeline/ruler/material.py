@@ -8,9 +8,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from sdtp.evaluation.ruler.tasks import RulerExample
-from sdtp.pipeline.config import RulerSettings
 from sdtp.pipeline.corpus import Document
 from sdtp.pipeline.ruler.examples import ruler_examples
+from sdtp.pipeline.target_settings import RulerSettings
 
 SETTINGS: dict[str, Any] = {
     "depths": (0.0, 0.25, 0.5, 0.75, 1.0),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sdtp.errors import UserError
-from sdtp.pipeline.config import Source
+from sdtp.pipeline.block import Source
 from sdtp.pipeline.corpus import read_corpus, split_documents
 from sdtp.pipeline.files import sha256_files
 from sdtp.pipeline.ruler.texts import read_documents

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 from sdtp.errors import UserError
 from sdtp.evaluation.ruler.tasks import PART_MATCH, RulerExample
-from sdtp.pipeline.config import RulerSettings
 from sdtp.pipeline.corpus import Document, running_text
 from sdtp.pipeline.prompts import encode
 from sdtp.pipeline.ruler import needles, questions, variables, words
 from sdtp.pipeline.ruler.layout import Draft, Sheet
 from sdtp.pipeline.ruler.profiles import Passage
 from sdtp.pipeline.ruler.settings import check
+from sdtp.pipeline.target_settings import RulerSettings
 from sdtp.pipeline.tasks import document_order
 
 if TYPE_CHECKING:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sdtp.pipeline.config import RulerSettings
 from sdtp.pipeline.facts import TEST, Phrasing
 from sdtp.pipeline.ruler.layout import (
     MIN_TEXT_TOKENS,
@@ -18,6 +17,7 @@ from sdtp.pipeline.ruler.layout import (
     size,
     without,
 )
+from sdtp.pipeline.target_settings import RulerSettings
 from sdtp.pipeline.tasks import cut_passage
 
 _KIND = "pass number"

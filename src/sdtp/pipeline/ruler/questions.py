@@ -8,7 +8,7 @@ from typing import Any
 
 from sdtp.errors import UserError
 from sdtp.evaluation.references import found
-from sdtp.pipeline.config import RulerSettings, Source
+from sdtp.pipeline.block import Source
 from sdtp.pipeline.rows import read_rows
 from sdtp.pipeline.ruler.layout import (
     MIN_TEXT_TOKENS,
@@ -21,6 +21,7 @@ from sdtp.pipeline.ruler.layout import (
     without,
 )
 from sdtp.pipeline.ruler.profiles import MOST_PEOPLE, Passage, profiles
+from sdtp.pipeline.target_settings import RulerSettings
 from sdtp.pipeline.tasks import cut_passage
 
 _OPENING = "One of these passages answers the question at the end.\n\nPassages:"

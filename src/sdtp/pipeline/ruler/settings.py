@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from sdtp.errors import UserError
-from sdtp.pipeline.config import RulerSettings
 from sdtp.pipeline.facts import TEST
+from sdtp.pipeline.target_settings import RulerSettings
 
 TASKS = (
     "single",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sdtp.errors import UserError
-from sdtp.pipeline.config import Source
+from sdtp.pipeline.block import Source
 from sdtp.pipeline.corpus import Document, read_corpus, split_documents
 from sdtp.pipeline.files import sha256_files
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from sdtp.pipeline.config import RulerSettings
 from sdtp.pipeline.ruler.layout import MIN_TEXT_TOKENS, Draft, Sheet, ask, piece, plant, room, size, without
+from sdtp.pipeline.target_settings import RulerSettings
 from sdtp.pipeline.tasks import cut_passage
 
 _OPENING = "Here and there this text sets a variable. Keep track of their values.\n\nText:"

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 
 from sdtp.errors import UserError
-from sdtp.pipeline.config import RulerSettings
 from sdtp.pipeline.corpus import Document
 from sdtp.pipeline.ruler.layout import Asking, Draft, Piece, Sheet, ask, exactly, piece, room, size
+from sdtp.pipeline.target_settings import RulerSettings
 
 _OPENING = "The words in this list come up more or less often.\n\nList:"
 _QUESTION = "Which {count} words come up most often in the list?"

@@ -13,13 +13,14 @@ from sdtp.errors import UserError
 from sdtp.evaluation.longbench.predicting import Prompt
 from sdtp.evaluation.longbench.tasks import task
 from sdtp.evaluation.longbench.templates import TEMPLATES
-from sdtp.pipeline.config import LongBenchSettings, Settings
+from sdtp.pipeline.config import Settings
 from sdtp.pipeline.files import write_jsonl
 from sdtp.pipeline.limits import check_context
 from sdtp.pipeline.longbench_data import Example, read_longbench
 from sdtp.pipeline.longbench_prompts import longbench_prompt, read_templates
 from sdtp.pipeline.models import load_tokenizer, read_manifest
 from sdtp.pipeline.step import step
+from sdtp.pipeline.target_settings import LongBenchSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from sdtp.evaluation.ruler.tasks import CATEGORIES, RulerExample
-from sdtp.pipeline.config import RulerSettings, Settings
+from sdtp.pipeline.config import Settings
 from sdtp.pipeline.files import sha256_file, write_jsonl
 from sdtp.pipeline.limits import check_context
 from sdtp.pipeline.models import load_tokenizer, read_manifest
@@ -17,6 +17,7 @@ from sdtp.pipeline.ruler.examples import ruler_examples
 from sdtp.pipeline.ruler.questions import read_passages
 from sdtp.pipeline.ruler.texts import read_documents
 from sdtp.pipeline.step import step
+from sdtp.pipeline.target_settings import RulerSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
