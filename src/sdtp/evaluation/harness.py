@@ -35,9 +35,6 @@ from sdtp.pruning.pruner import TokenPruner
 from sdtp.pruning.schedule import PruningSchedule
 from sdtp.pruning.wrappers import unwrap
 
-# The tasks of the paper's Table 3 (all 5-shot) under their names in lm-eval 0.4.13.
-PAPER_TASKS = ("copa", "piqa", "winogrande", "mathqa", "boolq", "cb", "wic", "wsc")
-
 LOGGER = logging.getLogger(__name__)
 
 # As lm-eval hands them over: ((context, continuation) or None, context ids, continuation ids).

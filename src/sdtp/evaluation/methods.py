@@ -98,7 +98,7 @@ def make(
     plan = _given(schedule, "schedule", method)
     if base in names.LEARNED:
         learned = _given(pruner, "pruner", method).with_schedule(plan)
-        return Fixed(learned if base == "sdtp" else learned.at_stages(range(0, plan.stages, 2)))
+        return Fixed(learned if base == "sdtp" else learned.at_stages(names.half(plan.stages)))
     if base == "oracle":
         return oracle(model, plan, reduction, target)
     if base in BASELINES:

@@ -13,6 +13,8 @@ LEARNED = ("sdtp", "sdtp-half")
 # A rule on top of what another method leaves; `unpruned+h2o` compresses the whole prompt's cache.
 COMPRESSED = tuple(f"{base}+{rule}" for base in ("unpruned", "sdtp") for rule in RULES)
 METHODS = ("unpruned", *LEARNED, *BASELINES, "oracle", *PEERS, *COMPRESSED)
+# The tasks of the paper's Table 3 (all 5-shot) under their names in lm-eval 0.4.13.
+PAPER_TASKS = ("copa", "piqa", "winogrande", "mathqa", "boolq", "cb", "wic", "wsc")
 # Methods that choose at random, and so are run once per seed.
 SEEDED = ("random",)
 
@@ -48,6 +50,11 @@ def needs(method: str) -> frozenset[str]:
     if base in ("gemfilter", "fastkv"):
         found.add("layer")
     return frozenset(found)
+
+
+def half(stages: int) -> range:
+    """Of so many stages those that `sdtp-half` prunes at, 0-based: every second one."""
+    return range(0, stages, 2)
 
 
 def compresses(method: str) -> bool:

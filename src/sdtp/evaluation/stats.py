@@ -103,13 +103,18 @@ def paired_difference(first: Sequence[float], second: Sequence[float]) -> Paired
         raise ValueError(f"{len(first)} and {len(second)} values: a paired comparison needs the same examples")
     differences = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
     low, high = mean_interval(differences.tolist())
-    p_value = 1.0  # also of one example: with its sign flipped it is as far from 0
-    if differences.size > 1 and np.any(differences != 0.0):
-        test = stats.permutation_test(
-            (differences,), np.mean, permutation_type="samples", vectorized=True, n_resamples=RESAMPLES, rng=SEED
-        )
-        p_value = float(test.pvalue)
-    return PairedDifference(float(differences.mean()), low, high, p_value, len(first))
+    return PairedDifference(float(differences.mean()), low, high, sign_flip_p_value(differences), len(first))
+
+
+def sign_flip_p_value(differences: np.ndarray) -> float:
+    """Two-sided p-value of the sign-flip permutation test that a mean of paired differences [n] is 0."""
+    # One example's sign flipped leaves it as far from 0.
+    if differences.size < 2 or not np.any(differences != 0.0):
+        return 1.0
+    test = stats.permutation_test(
+        (differences,), np.mean, permutation_type="samples", vectorized=True, n_resamples=RESAMPLES, rng=SEED
+    )
+    return float(test.pvalue)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -16,7 +16,12 @@ from sdtp.training.saliency import Reduction, Target
 
 
 def chosen_method(
-    method: str, settings: Settings, model: PreTrainedModel, keep_ratio: float, pruner: Path | None, seed: int = 0
+    method: str,
+    settings: Settings,
+    model: PreTrainedModel,
+    keep_ratio: float,
+    pruner: Path | None,
+    seed: int | None = None,
 ) -> methods.PrunerFor:
     """What prunes under a name of `names.METHODS`.
 
@@ -26,7 +31,7 @@ def chosen_method(
         model: eval mode, unhooked.
         keep_ratio: the fraction that each stage keeps.
         pruner: folder of the trained pruner, for what needs one.
-        seed: of random choices.
+        seed: one of `seeds_of` the method.
 
     Raises:
         UserError: the pruner is missing, is not for this model or cannot be read; the model has no layer to prune at;
@@ -45,7 +50,12 @@ def chosen_method(
     if "labels" in needed:  # `saliency` itself refuses other words
         given["reduction"] = cast(Reduction, settings.saliency.reduction)
         given["target"] = cast(Target, settings.saliency.target)
-    return methods.make(method, model, seed=seed, **given)
+    return methods.make(method, model, seed=seed or 0, **given)
+
+
+def seeds_of(method: str, settings: Settings) -> tuple[int | None, ...]:
+    """The seeds that a method is run with, once each; None for one without random choices, which is run once."""
+    return settings.evaluation.seeds if method in names.SEEDED else (None,)
 
 
 def check_method(method: str, keep_ratio: float, pruner: Path | None) -> None:

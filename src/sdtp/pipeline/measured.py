@@ -17,7 +17,7 @@ from sdtp.pipeline.results import read_latency
 from sdtp.pipeline.tables import TASK_METRICS, quality_cells
 from sdtp.pruning import flops, store
 from sdtp.pruning.schedule import PruningSchedule
-from sdtp.pruning.scorers import Learned
+from sdtp.pruning.scorer import Scorer
 
 ROW_KEYS = {"id", "task", "prompt_tokens", "kept_tokens", "correct", "loss", "method", "keep_ratio"}
 
@@ -110,11 +110,11 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _check_timed(run: Path, latency: pd.DataFrame, schedule: PruningSchedule, scorer: object) -> None:
+def _check_timed(run: Path, latency: pd.DataFrame, schedule: PruningSchedule, scorer: Scorer) -> None:
     """Timings must be of a pruner that keeps as many tokens and computes as much: its weights do not matter to them."""
     for row in latency[latency["method"] == "sdtp"].to_dict("records"):
         own, length = schedule.with_ratio(row["keep_ratio"]), int(row["prompt_tokens"])
-        scoring = flops.scoring(length, own, scorer) / 1e12 if isinstance(scorer, Learned) else 0.0
+        scoring = flops.scoring(length, own, scorer) / 1e12
         for what, found, expected in (
             ("kept tokens", row["kept_tokens"], own.surviving(length)[-1]),
             ("TFLOP of scoring", row["scoring_tflop"], scoring),

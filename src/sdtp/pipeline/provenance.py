@@ -40,11 +40,11 @@ def origin(facts: Mapping[str, Any]) -> dict[str, str]:
 
 
 def variant(output: Path, run: str) -> dict[str, str]:
-    """The tag of an output in a folder <run>/variants/<variant>/, no tag for any other."""
-    parts = output.parts
-    for at in range(len(parts) - 3):
-        if parts[at : at + 2] == (run, "variants"):
-            return {"sdtp.variant": parts[at + 2]}
+    """The tag of an output below variants/<variant>/ of a run's folder, or of its paper/; no tag for any other."""
+    folders = output.parts[:-1]
+    for at, folder in enumerate(folders[:-1]):
+        if folder == "variants" and (folders[:at][-1:] == (run,) or folders[:at][-2:] == (run, "paper")):
+            return {"sdtp.variant": folders[at + 1]}
     return {}
 
 

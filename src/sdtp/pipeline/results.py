@@ -5,6 +5,7 @@ to a method and a ratio. Figures and report join the two here, so that both say 
 same examples only: by the intervals of paired differences, never by whether two rows' own intervals overlap.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from itertools import product
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import pandas as pd
 
 from sdtp.errors import UserError
+from sdtp.evaluation.stats import PairedDifference
 from sdtp.pipeline.reading import reading
 
 # fmt: off
@@ -37,6 +39,18 @@ LOWER_IS_BETTER = frozenset({"loss"})
 Cell = tuple[str, str, str, float]
 # What a row of comparisons.csv compares: task, metric, method, other method, keep ratio.
 Pair = tuple[str, str, str, str, float]
+
+
+def difference_columns(pair: PairedDifference | None) -> dict[str, float]:
+    """A paired comparison as columns of a table, all missing where there is none, as of what is compared with."""
+    if pair is None:
+        return dict.fromkeys(("difference", "difference_low", "difference_high", "p_value"), math.nan)
+    return {
+        "difference": pair.mean,
+        "difference_low": pair.low,
+        "difference_high": pair.high,
+        "p_value": pair.p_value,
+    }
 
 
 def read_table(path: Path, columns: list[str]) -> pd.DataFrame:

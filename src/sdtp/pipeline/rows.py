@@ -111,7 +111,6 @@ def _json_rows(path: Path, name: str) -> Iterator[Row]:
 
 
 def _folder_rows(source: Source, key: str) -> Rows:
-
     folder = Path(source.ref)
     if not folder.is_dir():
         raise UserError(

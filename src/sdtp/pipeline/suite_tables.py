@@ -13,6 +13,7 @@ import pandas as pd
 from sdtp.errors import UserError
 from sdtp.evaluation import strata
 from sdtp.evaluation.stats import wilson_interval
+from sdtp.pipeline.results import difference_columns
 
 # fmt: off
 SUITE_COLUMNS = [
@@ -106,10 +107,7 @@ def suite_table(cells: Cells) -> pd.DataFrame:
                     "low": low,
                     "high": high,
                     "n": len(own),
-                    "difference": math.nan if pair is None else pair.mean,
-                    "difference_low": math.nan if pair is None else pair.low,
-                    "difference_high": math.nan if pair is None else pair.high,
-                    "p_value": math.nan if pair is None else pair.p_value,
+                    **difference_columns(pair),
                     "compression": sum(row["prompt_tokens"] for row in own) / sum(row["kept_tokens"] for row in own),
                 }
             )

@@ -1,8 +1,7 @@
-"""Where and how often to prune: the cells of the paper's Fig. 4 and 5, and their tables."""
+"""Where and how often to prune: which examples that is measured on, and the tables."""
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,60 +11,14 @@ import pandas as pd
 
 from sdtp.errors import UserError
 from sdtp.evaluation.stats import holm, paired_difference
-from sdtp.pipeline.config import PruningSettings
+from sdtp.pipeline.results import difference_columns
+from sdtp.pipeline.sweep_cells import SweepCell
 from sdtp.pipeline.tables import quality_cells, quality_table
-from sdtp.pipeline.target_settings import SweepSettings
 
 SWEEP_COLUMNS = [
     "task", "metric", "method", "stages", "layers", "keep_ratio", "value", "low", "high", "n", "retained",
     "difference", "difference_low", "difference_high", "p_value", "p_holm", "compression", "flop_speedup",
 ]  # fmt: skip
-
-# Decoder layers of the stages, and what each keeps of the tokens that reach it.
-SweepCell = tuple[tuple[int, ...], float]
-
-
-def position_cells(sweep: SweepSettings) -> list[SweepCell]:
-    """One stage, before each of the layers in turn (paper, Fig. 4)."""
-    return [((layer,), ratio) for layer, ratio in itertools.product(sorted(sweep.layers), _falling(sweep.layer_ratios))]
-
-
-def count_cells(sweep: SweepSettings, pruning: PruningSettings) -> list[SweepCell]:
-    """The run's first so many stages, each with the same ratio (paper, Fig. 5): more stages keep fewer tokens."""
-    return [
-        (_first_stages(pruning, count), ratio)
-        for count, ratio in itertools.product(sorted(sweep.counts), _falling(sweep.count_ratios))
-    ]
-
-
-def _first_stages(pruning: PruningSettings, count: int) -> tuple[int, ...]:
-    return tuple(pruning.start + pruning.step * stage for stage in range(count))
-
-
-def _falling(ratios: Sequence[float]) -> list[float]:
-    return sorted(ratios, reverse=True)
-
-
-def swept_layers(sweep: SweepSettings, pruning: PruningSettings, num_layers: int) -> tuple[int, ...]:
-    """Every layer that a stage of either sweep stands before, ascending.
-
-    Raises:
-        UserError: one that a model of `num_layers` layers does not have, or a layer 0, naming the key.
-    """
-    for layer in sweep.layers:
-        if not 1 <= layer < num_layers:
-            raise UserError(
-                f"sweep.layers: {layer} is no layer to prune at; the model has {num_layers} layers, so that 1 to "
-                f"{num_layers - 1} are accepted"
-            )
-    most = len(range(pruning.start, num_layers, pruning.step))
-    for count in sweep.counts:
-        if not 1 <= count <= most:
-            raise UserError(
-                f"sweep.counts: {count} stages at layers {pruning.start}, {pruning.start + pruning.step}, ... (see "
-                f"pruning.start and pruning.step) do not fit a model of {num_layers} layers; 1 to {most} are accepted"
-            )
-    return tuple(sorted({*sweep.layers, *_first_stages(pruning, max(sweep.counts))}))
 
 
 def first_of_each_task(examples: Sequence[Mapping[str, Any]], count: int) -> list[dict[str, Any]]:
@@ -119,16 +72,8 @@ def sweep_table(
         layers = named.get(name, ())
         examples = [one for one in own if (one["task"], one["method"], one["keep_ratio"]) == (task, name, ratio)]
         reference = values[task, metric, "unpruned", 1.0]
-        difference = dict.fromkeys(("difference", "difference_low", "difference_high", "p_value"), math.nan)
-        if layers:
-            of = values[task, metric, name, ratio]
-            pair = paired_difference([of[id_] for id_ in reference], list(reference.values()))
-            difference = {
-                "difference": pair.mean,
-                "difference_low": pair.low,
-                "difference_high": pair.high,
-                "p_value": pair.p_value,
-            }
+        of = values[task, metric, name, ratio]
+        pair = paired_difference([of[id_] for id_ in reference], list(reference.values())) if layers else None
         table.append(
             row
             | {
@@ -140,7 +85,7 @@ def sweep_table(
                 "compression": _ratio(examples, "prompt_tokens", "kept_tokens"),
                 "flop_speedup": _ratio(examples, "unpruned_flop", "flop"),
             }
-            | difference
+            | difference_columns(pair)
         )
     result = pd.DataFrame(table)
     pruned = result["method"] == "sdtp"

@@ -14,6 +14,7 @@ import pandas as pd
 from sdtp.errors import UserError
 from sdtp.evaluation import names
 from sdtp.evaluation.stats import paired_difference, paired_ratios
+from sdtp.pipeline.results import difference_columns
 from sdtp.pipeline.tables import Cells, quality_cells, quality_table
 
 logger = logging.getLogger(__name__)
@@ -156,7 +157,7 @@ def compression_table(rows: Sequence[Mapping[str, Any]], timings: Sequence[Timed
                 "rule": rule or "none",
                 "low": row["ci_low"],
                 "high": row["ci_high"],
-                **_difference(change),
+                **difference_columns(change),
                 "timed_tokens": length,
                 "cache_share": speed["kv_cache_bytes"] / reference["kv_cache_bytes"],
                 **speed,
@@ -175,17 +176,6 @@ def compression_table(rows: Sequence[Mapping[str, Any]], timings: Sequence[Timed
         )
     )
     return pd.DataFrame(found, columns=COMPRESSION_COLUMNS)
-
-
-def _difference(change: Any) -> dict[str, float]:
-    if change is None:
-        return {}
-    return {
-        "difference": change.mean,
-        "difference_low": change.low,
-        "difference_high": change.high,
-        "p_value": change.p_value,
-    }
 
 
 def _of_two_tokens(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sdtp.pruning.adapter import architecture
 from sdtp.pruning.schedule import PruningSchedule
-from sdtp.pruning.scorers import Learned
+from sdtp.pruning.scorers import Learned, Scorer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +156,7 @@ def _lengths(size: Dimensions, prompt_tokens: int, schedule: PruningSchedule | N
 
 
 def prefill(
-    config: Any, prompt_tokens: int, schedule: PruningSchedule | None = None, scorer: Learned | None = None
+    config: Any, prompt_tokens: int, schedule: PruningSchedule | None = None, scorer: Scorer | None = None
 ) -> float:
     """Operations to prefill a prompt and get the logits of its last position.
 
@@ -166,7 +166,7 @@ def prefill(
         config: a transformers config of a decoder; see `Dimensions.of` for what is refused.
         prompt_tokens: `N` >= 1.
         schedule: the pruning schedule; None for the unpruned model.
-        scorer: the learned scorer; None leaves scoring out, of which the baselines need next to nothing.
+        scorer: who decides, see `scoring`; None leaves scoring out.
     """
     size = Dimensions.of(config)
     lengths = _lengths(size, prompt_tokens, schedule)
@@ -177,8 +177,13 @@ def prefill(
     return float(total)
 
 
-def scoring(prompt_tokens: int, schedule: PruningSchedule, scorer: Learned) -> float:
-    """Operations of the learned scorer over the tokens entering each stage that removes some; others do not score."""
+def scoring(prompt_tokens: int, schedule: PruningSchedule, scorer: Scorer) -> float:
+    """Operations of the learned scorer over the tokens entering each stage that removes some; others do not score.
+
+    Of any other scorer 0: the baselines need next to nothing, and no product.
+    """
+    if not isinstance(scorer, Learned):
+        return 0.0
     counts = [prompt_tokens, *schedule.surviving(prompt_tokens)]
     return float(sum(2 * scorer.multiply_adds(n) for n, left in itertools.pairwise(counts) if left < n))
 

@@ -19,7 +19,6 @@ from sdtp.evaluation.peers.trace import Prefilled
 from sdtp.pruning.adapter import Architecture
 from sdtp.pruning.cache import PrunedLayer
 from sdtp.pruning.pruner import TokenPruner
-from sdtp.pruning.scorers import Learned
 
 
 class Rule(Protocol):
@@ -107,5 +106,4 @@ class Compression(Peer):
         """See `Peer.prefill_flops`."""
         schedule = None if self.pruner is None else self.pruner.schedule
         scorer = None if self.pruner is None else self.pruner.scorer
-        learned = scorer if isinstance(scorer, Learned) else None
-        return operations.compression(config, prompt_tokens, self.rule.queries, schedule, learned)
+        return operations.compression(config, prompt_tokens, self.rule.queries, schedule, scorer)

@@ -9,7 +9,7 @@ from typing import Any
 
 from sdtp.pruning import flops
 from sdtp.pruning.schedule import PruningSchedule
-from sdtp.pruning.scorers import Learned
+from sdtp.pruning.scorers import Scorer
 
 
 def reading(config: Any, prompt_tokens: int, queries: int | None, schedule: PruningSchedule | None = None) -> float:
@@ -38,7 +38,7 @@ def compression(
     prompt_tokens: int,
     queries: int | None,
     schedule: PruningSchedule | None = None,
-    scorer: Learned | None = None,
+    scorer: Scorer | None = None,
 ) -> float:
     """Operations of a prefill whose cache is compressed after it: the whole prefill, and reading the attention.
 

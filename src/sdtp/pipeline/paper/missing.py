@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from sdtp.evaluation.names import PAPER_TASKS
 from sdtp.pipeline.paper.part import not_run
-from sdtp.pipeline.paper.quality import HARNESS_TASKS
 
 LLMLINGUA = "microsoft/llmlingua-2-xlm-roberta-large-meetingbank"
 
@@ -51,6 +51,6 @@ def harness(run: str, ran: Sequence[str]) -> list[dict[str, Any]]:
             task=task,
             method="sdtp",
         )
-        for task in HARNESS_TASKS
+        for task in PAPER_TASKS
         if task not in ran
     ]

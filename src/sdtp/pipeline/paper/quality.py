@@ -28,8 +28,6 @@ SCORED = [
 SCORE = Value("value", "Score", interval=True)
 DIFFERENCE = Value("difference", "Minus unpruned, paired", "signed", interval=True, published=False)
 PREFILL, END_TO_END = Value("prefill_speedup", "Prefill speedup ×"), Value("end_to_end_speedup", "End-to-end speedup ×")
-# The paper's eight tasks, each with five examples before the question, as lm-evaluation-harness names them.
-HARNESS_TASKS = ("copa", "piqa", "winogrande", "mathqa", "boolq", "cb", "wic", "wsc")
 
 LLMLINGUA = "llmlingua2"
 # (method, keep ratio) -> measured prefill and end-to-end speedup.

@@ -25,7 +25,6 @@ from sdtp.pipeline.step import step
 from sdtp.pipeline.timings import measured_on, memory, times
 from sdtp.pruning import flops
 from sdtp.pruning.pruner import TokenPruner
-from sdtp.pruning.scorers import Learned
 
 
 def main(argv: list[str]) -> None:
@@ -77,7 +76,6 @@ def measure(
     """The unpruned and the pruned row of one prompt length; lists hold one number a repeat, in the order they ran."""
     prompt = torch.tensor([list(prompt_ids)], device=model.device)
     length, schedule = len(prompt_ids), pruner.schedule
-    scorer = pruner.scorer if isinstance(pruner.scorer, Learned) else None  # the baselines' scoring is no product
     held: dict[str, dict[str, int | None]] = {}
 
     @contextmanager
@@ -100,7 +98,7 @@ def measure(
         **held["sdtp"],
         "ideal_s": [timing.prefill_s for timing in samples["ideal"].warm],
         "kept_tokens": schedule.surviving(length)[-1],
-        "prefill_flop": flops.prefill(model.config, length, schedule, scorer),
-        "scoring_flop": 0.0 if scorer is None else flops.scoring(length, schedule, scorer),
+        "prefill_flop": flops.prefill(model.config, length, schedule, pruner.scorer),
+        "scoring_flop": flops.scoring(length, schedule, pruner.scorer),
     }
     return unpruned, pruned

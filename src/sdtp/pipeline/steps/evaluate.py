@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from sdtp.evaluation import continuation, methods, names, retrieval
 from sdtp.evaluation.teacher_forcing import Forced, force_batch
-from sdtp.pipeline.chosen import check_method, chosen_method
+from sdtp.pipeline.chosen import check_method, chosen_method, seeds_of
 from sdtp.pipeline.config import Settings
 from sdtp.pipeline.data import load_split, split_hash
 from sdtp.pipeline.devices import choose_device
@@ -39,8 +39,8 @@ def main(argv: list[str]) -> None:
         examples = load_split(args.data, "test").to_list()
         log.dataset("test", args.data / "test", split_hash(args.data, "test"))
         rows = []
-        for seed in settings.evaluation.seeds if args.method in names.SEEDED else (None,):
-            pruner_for = chosen_method(args.method, settings, model, args.keep_ratio, args.pruner, seed or 0)
+        for seed in seeds_of(args.method, settings):
+            pruner_for = chosen_method(args.method, settings, model, args.keep_ratio, args.pruner, seed)
             identity = {"method": args.method, "keep_ratio": args.keep_ratio, "seed": seed}
             rows += [
                 {**row, **identity} for row in evaluate(model, examples, pruner_for, settings.evaluation.batch_tokens)

@@ -10,7 +10,7 @@ from sdtp.evaluation import names
 from sdtp.evaluation.harness import PrunedLM
 from sdtp.evaluation.harness_scores import evaluate, rows
 from sdtp.evaluation.methods import Fixed
-from sdtp.pipeline.chosen import check_method, chosen_method
+from sdtp.pipeline.chosen import check_method, chosen_method, seeds_of
 from sdtp.pipeline.config import Settings
 from sdtp.pipeline.devices import choose_device
 from sdtp.pipeline.files import write_atomically, write_jsonl
@@ -42,8 +42,8 @@ def main(argv: list[str]) -> None:
         truncated = 0
         scored: list[dict[str, Any]] = []
         results: list[dict[str, Any]] = []
-        for seed in settings.evaluation.seeds if args.method in names.SEEDED else (None,):
-            chosen = chosen_method(args.method, settings, model, args.keep_ratio, args.pruner, seed or 0)
+        for seed in seeds_of(args.method, settings):
+            chosen = chosen_method(args.method, settings, model, args.keep_ratio, args.pruner, seed)
             pruner = chosen.pruner if isinstance(chosen, Fixed) else chosen
             if not isinstance(pruner, TokenPruner | None):
                 raise UserError(f"--method {args.method} is no pruner of contexts: sdtp and its like are accepted")

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 from transformers import AutoConfig
 
+from sdtp.evaluation import names
 from sdtp.pipeline import plots, sweep_plot
 from sdtp.pipeline.config import Settings
 from sdtp.pipeline.files import read_jsonl, write_atomically
@@ -25,6 +26,7 @@ from sdtp.pipeline.paper.saliency import figure_1, figure_2
 from sdtp.pipeline.paper.speed import table_2
 from sdtp.pipeline.paper.sweep import HORIZONTAL, swept
 from sdtp.pipeline.plotstyle import save
+from sdtp.pipeline.reading import read_json
 from sdtp.pipeline.results import read_latency
 from sdtp.pipeline.schedules import build_schedule
 from sdtp.pipeline.shards import Labels
@@ -123,7 +125,7 @@ def read_parts(args: argparse.Namespace, settings: Settings, known: pd.DataFrame
 
     schedules = Schedules(settings, AutoConfig.from_pretrained(args.model))
     command = missing.again(settings.run)
-    index, labels = json.loads(args.saliency.read_text("utf-8")), Labels(args.saliency)
+    index, labels = read_json(args.saliency), Labels(args.saliency)
     scores = {example["id"]: labels[example["id"]].numpy() for example in index["examples"]}
     shown, tokens = shown_example(args.data, args.model, list(scores))
     context = read_manifest(args.model)["context_length"]
@@ -205,11 +207,11 @@ class Schedules:
         """A prompt's tokens over the mean that a layer sees, at the longest RULER-style ones; None without stages."""
         if method == "unpruned":
             return 1.0
-        if method not in ("sdtp", "sdtp-half"):
+        if method not in names.LEARNED:
             return None
         schedule = self._schedule(ratio)
         if method == "sdtp-half":
-            schedule = schedule.at_stages(range(0, schedule.stages, 2))
+            schedule = schedule.at_stages(names.half(schedule.stages))
         tokens = max(self._settings.suites.ruler.lengths)
         return tokens / float(np.mean(schedule.layer_lengths(tokens, self._config.num_hidden_layers)))
 
@@ -217,10 +219,10 @@ class Schedules:
 def figure(part: Part, args: argparse.Namespace) -> Figure:
     """The figure of one part."""
     if part.name == "figure-1":
-        index = json.loads(args.saliency.read_text("utf-8"))
         scores = part.rows.pivot(index="layer", columns="position", values="saliency")
         tokens = part.rows[part.rows["layer"] == scores.index[0]].sort_values("position")["token"]
-        return plots.saliency(scores.to_numpy(), list(scores.index), list(tokens), index["reduction"])
+        reduction = read_json(args.saliency)["reduction"]
+        return plots.saliency(scores.to_numpy(), list(scores.index), list(tokens), reduction)
     if part.name == "figure-2":
         return drawing.sparsity(part)
     if part.name in HORIZONTAL:

@@ -17,7 +17,7 @@ from sdtp.evaluation.longbench import predicting as longbench
 from sdtp.evaluation.ruler import predicting as ruler
 from sdtp.evaluation.ruler.tasks import RulerExample
 from sdtp.evaluation.suites import COUNTS, KEPT, SUITES
-from sdtp.pipeline.chosen import check_method, chosen_method
+from sdtp.pipeline.chosen import check_method, chosen_method, seeds_of
 from sdtp.pipeline.config import Settings
 from sdtp.pipeline.devices import choose_device
 from sdtp.pipeline.files import sha256_file, write_jsonl
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
         done = Predictions(args.checkpoint)
         loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
         rows, taken = [], 0
-        for seed in settings.evaluation.seeds if args.method in names.SEEDED else (None,):
+        for seed in seeds_of(args.method, settings):
             hashes = keys(examples, made_from, seed)
             missing = [(key, example) for key, example in zip(hashes, examples, strict=True) if key not in done]
             taken += len(examples) - len(missing)
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
                 if loaded is None:
                     model = load_model(args.model, settings.model.dtype, settings.model.attention, choose_device())
                     loaded = model, load_tokenizer(args.model)
-                pruner_for = chosen_method(args.method, settings, loaded[0], args.keep_ratio, args.pruner, seed or 0)
+                pruner_for = chosen_method(args.method, settings, loaded[0], args.keep_ratio, args.pruner, seed)
                 due = [example for _, example in missing]
                 answers = predict(*loaded, pruner_for, due, settings.suites.batch_tokens)
                 for (key, _), answer in tqdm(

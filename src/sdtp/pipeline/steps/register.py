@@ -13,7 +13,9 @@ import pandas as pd
 from sdtp.errors import UserError
 from sdtp.pipeline.config import Settings
 from sdtp.pipeline.files import sha256_files, write_atomically
+from sdtp.pipeline.models import read_manifest
 from sdtp.pipeline.packaging import save_model
+from sdtp.pipeline.reading import read_json
 from sdtp.pipeline.results import read_latency, read_quality
 from sdtp.pipeline.step import step
 
@@ -33,8 +35,8 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     settings = Settings.from_json(args.settings)
     with step("register", args, outputs=[args.output]) as log:
-        manifest = json.loads((args.model / "manifest.json").read_text("utf-8"))
-        data = json.loads((args.data / "manifest.json").read_text("utf-8"))
+        manifest = read_manifest(args.model)
+        data = read_json(args.data / "manifest.json")
         files = [path for path in args.pruner.iterdir() if path.is_file()]
         evidence = {
             "pruner_sha256": sha256_files(args.pruner, files),
@@ -81,7 +83,7 @@ def measured(quality: pd.DataFrame, latency: pd.DataFrame, keep_ratio: float) ->
 
 def timed_on(benchmarks: Sequence[Path]) -> str:
     """The device, dtype and attention that the timings were taken with; the report checks that all agree."""
-    timing = json.loads(benchmarks[0].read_text("utf-8"))
+    timing = read_json(benchmarks[0])
     return f"{timing['device']}, {timing['dtype']}, {timing['attention']} attention"
 
 

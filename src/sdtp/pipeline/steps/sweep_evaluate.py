@@ -17,7 +17,6 @@ from sdtp.pipeline.steps.evaluate import evaluate
 from sdtp.pipeline.sweeps import first_of_each_task
 from sdtp.pruning import flops
 from sdtp.pruning.pruner import TokenPruner
-from sdtp.pruning.scorers import Learned
 
 
 def main(argv: list[str]) -> None:
@@ -42,8 +41,7 @@ def main(argv: list[str]) -> None:
 
         @functools.cache  # counting builds the model without storage
         def operations(prompt_tokens: int) -> dict[str, float]:
-            scorer = pruner.scorer if isinstance(pruner.scorer, Learned) else None
-            pruned = flops.prefill(model.config, prompt_tokens, pruner.schedule, scorer)
+            pruned = flops.prefill(model.config, prompt_tokens, pruner.schedule, pruner.scorer)
             return {"flop": pruned, "unpruned_flop": flops.prefill(model.config, prompt_tokens)}
 
         identity = {"method": "sdtp", "layers": args.layers, "keep_ratio": args.keep_ratio, "seed": None}

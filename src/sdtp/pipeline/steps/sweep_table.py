@@ -10,8 +10,9 @@ from sdtp.pipeline.files import read_jsonl
 from sdtp.pipeline.plotstyle import save
 from sdtp.pipeline.step import step
 from sdtp.pipeline.steps.tables import write_csv
+from sdtp.pipeline.sweep_cells import count_cells, position_cells
 from sdtp.pipeline.sweep_plot import sweep
-from sdtp.pipeline.sweeps import check_complete, count_cells, first_of_each_task, position_cells, sweep_table
+from sdtp.pipeline.sweeps import check_complete, first_of_each_task, sweep_table
 
 
 def main(argv: list[str]) -> None:
@@ -21,11 +22,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="data folder: which examples were due")
     parser.add_argument("--unpruned", required=True, type=Path, metavar="JSONL", help="the unpruned model's evaluation")
     parser.add_argument("--evaluations", required=True, nargs="+", type=Path, metavar="JSONL", help="one a cell")
-    for name in ("position", "count"):
-        parser.add_argument(f"--{name}", required=True, type=Path, metavar="CSV", help=f"table by {name} to write")
-        parser.add_argument(
-            f"--{name}-figure", required=True, type=Path, metavar="SVG", help="its figure; a PNG goes beside it"
-        )
+    parser.add_argument(
+        "--position", required=True, type=Path, metavar="CSV", help="table by one stage's layer to write"
+    )
+    parser.add_argument(
+        "--position-figure", required=True, type=Path, metavar="SVG", help="its figure; a PNG beside it"
+    )
+    parser.add_argument("--count", required=True, type=Path, metavar="CSV", help="table by number of stages to write")
+    parser.add_argument("--count-figure", required=True, type=Path, metavar="SVG", help="its figure; a PNG beside it")
     parser.add_argument("--metrics", required=True, type=Path, metavar="FILE", help="metrics to write")
     args = parser.parse_args(argv)
     settings = Settings.from_json(args.settings)

@@ -18,7 +18,7 @@ from sdtp.pipeline.learned import build_scorer
 from sdtp.pipeline.models import load_model
 from sdtp.pipeline.step import step
 from sdtp.pipeline.steps.saliency import batch_labels
-from sdtp.pipeline.sweeps import swept_layers
+from sdtp.pipeline.sweep_cells import swept_layers
 from sdtp.pruning import store
 from sdtp.pruning.fingerprint import fingerprint
 from sdtp.pruning.schedule import PruningSchedule

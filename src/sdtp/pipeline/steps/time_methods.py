@@ -26,7 +26,6 @@ from sdtp.pipeline.step import step
 from sdtp.pipeline.timings import measured_on, peaks, times
 from sdtp.pruning import flops
 from sdtp.pruning.pruner import TokenPruner
-from sdtp.pruning.scorers import Learned
 
 # What is timed: no examples, whose saliency the oracle looks up, and nothing that is the unpruned model itself.
 TIMED = [method for method in names.METHODS if method not in ("unpruned", "oracle")]
@@ -88,7 +87,7 @@ def stages(method: str, settings: Settings, num_layers: int) -> list[int]:
     if "schedule" not in names.needs(method):
         return []
     layers = stage_layers(settings.pruning, num_layers)
-    return list(layers[::2] if method == "sdtp-half" else layers)
+    return [layers[stage] for stage in names.half(len(layers))] if method == "sdtp-half" else list(layers)
 
 
 def _attached(pruner: TokenPruner | Peer | None) -> TokenPruner | Peer:
@@ -129,5 +128,4 @@ def prefill_flops(config: Any, method: TokenPruner | Peer | None, prompt_tokens:
         return method.prefill_flops(config, prompt_tokens)
     if method is None:
         return flops.prefill(config, prompt_tokens)
-    scorer = method.scorer if isinstance(method.scorer, Learned) else None  # the baselines' scoring is no product
-    return flops.prefill(config, prompt_tokens, method.schedule, scorer)
+    return flops.prefill(config, prompt_tokens, method.schedule, method.scorer)

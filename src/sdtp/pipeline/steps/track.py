@@ -8,6 +8,7 @@ from pathlib import Path
 from sdtp.errors import UserError
 from sdtp.pipeline.mlflow_store import tracking_uri
 from sdtp.pipeline.spool import spool_folder, waiting
+from sdtp.pipeline.tracked_run import one_line
 from sdtp.pipeline.upload import upload_all
 
 logger = logging.getLogger(__name__)
@@ -45,9 +46,8 @@ def main(argv: list[str]) -> None:
     try:
         left = upload_all(spool, args.uri, told)
     except Exception as error:  # whatever a database or a server may raise
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise UserError(
-            f"{len(uploaded)} of {due} runs of {spool} are uploaded, the others wait on: {reason}"
+            f"{len(uploaded)} of {due} runs of {spool} are uploaded, the others wait on: {one_line(error)}"
         ) from error
     if left.going:
         logger.info("%d left, whose steps still work", left.going)

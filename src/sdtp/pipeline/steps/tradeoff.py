@@ -1,14 +1,15 @@
 """Sets each method's quality beside its own measured speed and memory: tables and figures."""
 
 import argparse
-import json
 from pathlib import Path
 
 from sdtp.evaluation import names
 from sdtp.pipeline import tradeoff_plot
-from sdtp.pipeline.files import read_jsonl, write_atomically
+from sdtp.pipeline.files import read_jsonl
 from sdtp.pipeline.plotstyle import save
+from sdtp.pipeline.reading import read_json
 from sdtp.pipeline.step import step
+from sdtp.pipeline.steps.tables import write_csv
 from sdtp.pipeline.tradeoff import Timed, compression_table, read_timed, tradeoff_table
 
 
@@ -32,8 +33,7 @@ def main(argv: list[str]) -> None:
         if args.compression:
             tables[args.compression] = compression_table(rows, timings)
         for path, content in tables.items():
-            with write_atomically(path) as temporary:
-                content.to_csv(temporary, index=False)
+            write_csv(content, path)
             log.artifact(path)
         drawn = table[~table["method"].map(names.unpruned_ratio) | (table["method"] == "unpruned")]
         for name, draw in (("tradeoff", tradeoff_plot.tradeoff), ("tradeoff-memory", tradeoff_plot.memory)):
@@ -44,4 +44,4 @@ def main(argv: list[str]) -> None:
 
 def read(path: Path) -> Timed:
     """A file of `timings/`."""
-    return read_timed(json.loads(path.read_text("utf-8")), str(path))
+    return read_timed(read_json(path), str(path))
