@@ -2,7 +2,9 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := run
-.PHONY: install kvpress llmlingua run study bench ui test lint lock clean
+# Peers that need an older transformers than this project have environments of their own, .venv-<peer>.
+PEERS := kvpress llmlingua
+.PHONY: install $(PEERS) run study bench ui test lint lock clean
 
 PYTHON ?= python3
 # Of the machine's; each job on the CPU holds its model in memory, so fewer cores need less.
@@ -14,13 +16,6 @@ TORCH := $(shell sed -n 's/^constraint-dependencies = \["\(torch==[^"]*\)"\]$$/\
 COMPILE := $(BIN)/uv pip compile --universal --generate-hashes --python-version 3.11 \
 	--no-emit-package torch --no-annotate --no-header -q
 LOCK := $(COMPILE) pyproject.toml --extra pipeline --extra harness --extra demo --extra dev
-# Peers that need an older transformers than this project have environments of their own.
-KVPRESS_BIN := .venv-kvpress/bin
-KVPRESS_STAMP := .venv-kvpress/.installed
-KVPRESS_LOCK := $(COMPILE) envs/kvpress.in
-LLMLINGUA_BIN := .venv-llmlingua/bin
-LLMLINGUA_STAMP := .venv-llmlingua/.installed
-LLMLINGUA_LOCK := $(COMPILE) envs/llmlingua.in
 define CHECK_PYTHON
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "$$($(PYTHON) --version) is too old: Python 3.11 or newer is needed, e.g. make PYTHON=python3.12"; exit 1; }
@@ -36,23 +31,14 @@ $(STAMP): envs/requirements.lock pyproject.toml
 
 install: $(STAMP)
 
-$(KVPRESS_STAMP): envs/kvpress.lock pyproject.toml
+$(PEERS:%=.venv-%/.installed): .venv-%/.installed: envs/%.lock pyproject.toml
 	$(CHECK_PYTHON)
-	$(PYTHON) -m venv .venv-kvpress
-	$(KVPRESS_BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
-	$(KVPRESS_BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r envs/kvpress.lock
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/pip install --quiet --disable-pip-version-check $(TORCH)
+	.venv-$*/bin/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r envs/$*.lock
 	@touch $@
 
-kvpress: $(KVPRESS_STAMP)
-
-$(LLMLINGUA_STAMP): envs/llmlingua.lock pyproject.toml
-	$(CHECK_PYTHON)
-	$(PYTHON) -m venv .venv-llmlingua
-	$(LLMLINGUA_BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
-	$(LLMLINGUA_BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r envs/llmlingua.lock
-	@touch $@
-
-llmlingua: $(LLMLINGUA_STAMP)
+$(PEERS): %: .venv-%/.installed
 
 # One run at a time in this folder: whoever holds the lock may clear what a killed run left locked.
 ALONE = mkdir -p .snakemake/locks; exec 9> .snakemake/make.lock; \
@@ -86,6 +72,12 @@ ui: $(STAMP)
 test: lint
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest
 
+# Of a lock file, what makes it, and what it is made from.
+define CHECK_LOCK
+	@fresh=$$(mktemp); trap 'rm -f "$$fresh"' EXIT; cp $(1) "$$fresh"; $(2) -o "$$fresh"; \
+	diff -u $(1) "$$fresh" || { echo "$(1) is not what $(3) needs: make lock"; exit 1; }
+endef
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -95,18 +87,14 @@ lint: $(STAMP)
 	$(BIN)/snakemake --lint
 	@$(BIN)/python workflow/scripts/config_manual.py | diff -u config/README.md - || \
 		{ echo "config/README.md is not what the schema says: make config/README.md"; exit 1; }
-	@fresh=$$(mktemp); trap 'rm -f "$$fresh"' EXIT; cp envs/requirements.lock "$$fresh"; $(LOCK) -o "$$fresh"; \
-	diff -u envs/requirements.lock "$$fresh" || { echo "envs/requirements.lock is not what pyproject.toml needs: make lock"; exit 1; }
-	@fresh=$$(mktemp); trap 'rm -f "$$fresh"' EXIT; cp envs/kvpress.lock "$$fresh"; $(KVPRESS_LOCK) -o "$$fresh"; \
-	diff -u envs/kvpress.lock "$$fresh" || { echo "envs/kvpress.lock is not what envs/kvpress.in needs: make lock"; exit 1; }
-	@fresh=$$(mktemp); trap 'rm -f "$$fresh"' EXIT; cp envs/llmlingua.lock "$$fresh"; $(LLMLINGUA_LOCK) -o "$$fresh"; \
-	diff -u envs/llmlingua.lock "$$fresh" || { echo "envs/llmlingua.lock is not what envs/llmlingua.in needs: make lock"; exit 1; }
+	$(call CHECK_LOCK,envs/requirements.lock,$(LOCK),pyproject.toml)
+	$(call CHECK_LOCK,envs/kvpress.lock,$(COMPILE) envs/kvpress.in,envs/kvpress.in)
+	$(call CHECK_LOCK,envs/llmlingua.lock,$(COMPILE) envs/llmlingua.in,envs/llmlingua.in)
 
 # Keeps the versions that still fit; `make lock UPGRADE=--upgrade` takes the newest.
 lock: $(STAMP)
 	$(LOCK) $(UPGRADE) -o envs/requirements.lock
-	$(KVPRESS_LOCK) $(UPGRADE) -o envs/kvpress.lock
-	$(LLMLINGUA_LOCK) $(UPGRADE) -o envs/llmlingua.lock
+	for peer in $(PEERS); do $(COMPILE) envs/$$peer.in $(UPGRADE) -o envs/$$peer.lock; done
 
 config/README.md: workflow/schemas/config.schema.yaml src/sdtp/pipeline/schema.py $(STAMP)
 	$(BIN)/python workflow/scripts/config_manual.py > $@

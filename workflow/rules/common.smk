@@ -8,6 +8,7 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 from snakemake.logging import logger
+from snakemake.settings.types import DeploymentMethod
 
 # A Snakemake that is not the project's own (--sdm conda) finds the package in the repository, and the shell commands
 # find `sdtp` beside the Python that runs Snakemake, whether or not its environment was activated.
@@ -20,6 +21,7 @@ from sdtp.errors import UserError
 from sdtp.evaluation import names
 from sdtp.pipeline import invocation, schema, tracking
 from sdtp.pipeline.codehash import code_hash
+from sdtp.pipeline.config import PruningSettings
 from sdtp.pipeline.devices import visible_gpus
 from sdtp.pipeline.doctor.services import check_shared
 from sdtp.pipeline.figures import FIGURES
@@ -28,6 +30,8 @@ from sdtp.pipeline.mlflow_store import tracking_uri
 from sdtp.pipeline.multiple_choice import LOCAL_TASKS
 from sdtp.pipeline.paper.names import ABLATIONS, PARTS
 from sdtp.pipeline.sources import own_files
+from sdtp.pipeline.sweep_cells import count_cells, position_cells
+from sdtp.pipeline.target_settings import SweepSettings
 
 try:
     SCHEMA = schema.load_schema(ROOT / "workflow" / "schemas" / "config.schema.yaml")
@@ -109,6 +113,21 @@ os.environ.update(
 )
 
 
+def own_python(peer):
+    """The Python of a peer that has an environment of its own: Snakemake's with `--sdm conda`, else that of `make PEER`.
+
+    It goes into the environment of the jobs, since it must not rerun any.
+    """
+    by_snakemake = DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method
+    return "python" if by_snakemake else str(ROOT / f".venv-{peer}" / "bin" / "python")
+
+
+def own_python_found(variable, name, peer):
+    """A shell command that fails where the Python that `variable` names is not there, and says what makes it."""
+    missing = f"{name} has an environment of its own, which is not there yet: make {peer}"
+    return f'command -v "${variable}" > /dev/null || {{ echo "{missing}"; exit 1; }}'
+
+
 def configuration(wildcards):
     """The configuration a job is made from: the run's. The modules of ablation.smk have others, by their wildcards."""
     return config
@@ -176,10 +195,14 @@ def pruner_option(wildcards, input):
     return f"--pruner {input.pruner}" if input.get("pruner") else ""
 
 
+def cells(methods, ratios):
+    """Names of files of a kind, without suffix: of the unpruned model, and of each method at each keep ratio."""
+    return [f"unpruned-{UNPRUNED_RATIO}", *(f"{method}-{ratio}" for method in methods for ratio in ratios)]
+
+
 def evaluations(methods):
     """The files of evaluations: the unpruned model, and each of `methods` at each keep ratio."""
-    cells = [("unpruned", UNPRUNED_RATIO)] + [(method, ratio) for method in methods for ratio in KEEP_RATIOS]
-    return [f"<results>/evaluation/{method}-{ratio}.jsonl" for method, ratio in cells]
+    return [f"<results>/evaluation/{cell}.jsonl" for cell in cells(methods, KEEP_RATIOS)]
 
 
 # Of the trade-off: what one would use instead of the run's methods.
@@ -200,11 +223,9 @@ def timed_settings(methods):
 
 def timed_files(wildcards):
     """The timings of all methods, each at each of its keep ratios."""
-    cells = [
-        (method, ratio) for method in [*TIMED, *(f"kvpress-{press}" for press in PRESSES)] for ratio in KEEP_RATIOS
-    ]
-    cells += [(method, UNPRUNED_RATIO) for method in COMPRESSING]
-    return [f"<results>/timings/{method}-{ratio}.json" for method, ratio in cells]
+    arms = [(method, ratio) for method in [*TIMED, *(f"kvpress-{press}" for press in PRESSES)] for ratio in KEEP_RATIOS]
+    arms += [(method, UNPRUNED_RATIO) for method in COMPRESSING]
+    return [f"<results>/timings/{method}-{ratio}.json" for method, ratio in arms]
 
 
 def tradeoff_evaluations(wildcards):
@@ -309,9 +330,8 @@ ABLATION_FILES = ["ablation.csv", "ablation.md", "ablation.svg", "ablation.png"]
 
 def scores(suite):
     """The scores of a suite: of the unpruned model, and of each method at each keep ratio."""
-    methods, ratios = config["suites"]["methods"], config["suites"]["keep_ratios"]
-    cells = [("unpruned", UNPRUNED_RATIO)] + [(method, ratio) for method in methods for ratio in ratios]
-    return [f"<results>/suites/{suite}/scores/{method}-{ratio}.jsonl" for method, ratio in cells]
+    own = cells(config["suites"]["methods"], config["suites"]["keep_ratios"])
+    return [f"<results>/suites/{suite}/scores/{cell}.jsonl" for cell in own]
 
 
 def predict_settings(wildcards):
@@ -370,22 +390,17 @@ def task_folders(wildcards, input):
 
 def harness_cells(wildcards):
     """The answers of the unpruned model, and of each method at each keep ratio."""
-    pruned = [(method, ratio) for method in HARNESS["methods"] for ratio in HARNESS["keep_ratios"]]
-    return [f"<results>/harness/{method}-{ratio}.jsonl" for method, ratio in [("unpruned", UNPRUNED_RATIO), *pruned]]
+    return [f"<results>/harness/{cell}.jsonl" for cell in cells(HARNESS["methods"], HARNESS["keep_ratios"])]
 
 
-# The cells of the sweeps as paths show them: layers of the stages, joined by dashes, and keep ratio.
-POSITIONS = [
-    (str(layer), str(ratio)) for layer in config["sweep"]["layers"] for ratio in config["sweep"]["layer_ratios"]
-]
-COUNTS = [
-    (
-        "-".join(str(config["pruning"]["start"] + config["pruning"]["step"] * stage) for stage in range(count)),
-        str(ratio),
-    )
-    for count in config["sweep"]["counts"]
-    for ratio in config["sweep"]["count_ratios"]
-]
+def in_paths(swept_cells):
+    """Cells of the sweeps as paths show them: layers of the stages, joined by dashes, and keep ratio."""
+    return [("-".join(map(str, layers)), str(ratio)) for layers, ratio in swept_cells]
+
+
+SWEEP = SweepSettings.from_mapping(config["sweep"])
+POSITIONS = in_paths(position_cells(SWEEP))
+COUNTS = in_paths(count_cells(SWEEP, PruningSettings.from_mapping(config["pruning"])))
 # What decides the scorers of the sweeps: saliency is all they learn from.
 SWEEP_TRAINING = [
     *(f"saliency.{key}" for key in config["saliency"] if key != "shards"),
@@ -404,9 +419,10 @@ SWEEP_TRAINING = [
 ]
 
 
-def swept(cells):
+def swept(swept_cells):
     """The evaluations of cells of the sweeps, none twice."""
-    return [f"<results>/sweep/evaluation/layers-{layers}-ratio-{ratio}.jsonl" for layers, ratio in dict.fromkeys(cells)]
+    own = dict.fromkeys(swept_cells)
+    return [f"<results>/sweep/evaluation/layers-{layers}-ratio-{ratio}.jsonl" for layers, ratio in own]
 
 
 def swept_stages(wildcards):

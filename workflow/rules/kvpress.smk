@@ -1,14 +1,7 @@
-# The comparison with NVIDIA's kvpress: no target of the run asks for it, one asks for its files by name. kvpress has an
-# environment of its own: Snakemake's with `--sdm conda`, else the one that `make kvpress` makes. Which of them it is stands
-# in the environment of the jobs, since it must not rerun any.
-from snakemake.settings.types import DeploymentMethod
-
-OTHER_PYTHON = (
-    "python"
-    if DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method
-    else str(ROOT / ".venv-kvpress" / "bin" / "python")
-)
-os.environ.update(SDTP_KVPRESS_PYTHON=OTHER_PYTHON)
+# The comparison with NVIDIA's kvpress, which has an environment of its own: no target of the run asks for it, one asks for
+# its files by name.
+os.environ.update(SDTP_KVPRESS_PYTHON=own_python("kvpress"))
+KVPRESS_FOUND = own_python_found("SDTP_KVPRESS_PYTHON", "kvpress", "kvpress")
 KNOWN_PRESSES = "SnapKVPress|ExpectedAttentionPress|KnormPress|StreamingLLMPress"
 
 
@@ -59,16 +52,16 @@ rule kvpress:
     resources:
         gpu=1,
     params:
+        found=KVPRESS_FOUND,
         dtype=config["model"]["dtype"],
         attention=config["model"]["attention"],
     message:
         "Evaluating kvpress' {wildcards.press}, keep ratio {wildcards.keep_ratio}"
     shell:
-        'command -v "$SDTP_KVPRESS_PYTHON" > /dev/null'
-        ' || {{ echo "kvpress has an environment of its own, which is not there yet: make kvpress" | tee {log} >&2; exit 1; }}; '
+        "({params.found}; "
         'sdtp lease --gpus {resources.gpu} -- "$SDTP_KVPRESS_PYTHON" {input.script} --model {input.model}'
         " --dtype {params.dtype} --attention {params.attention} --examples {input.examples} --press {wildcards.press}"
-        " --keep-ratio {wildcards.keep_ratio} --output {output.rows} 2>&1 | tee {log}"
+        " --keep-ratio {wildcards.keep_ratio} --output {output.rows}) 2>&1 | tee {log}"
 
 
 # The prompts that methods are timed on, under their own budgets: other lengths evaluate nothing again.
@@ -112,15 +105,15 @@ rule kvpress_time:
         timing=1,
     params:
         **{key: config["benchmark"][key] for key in ("new_tokens", "repeats", "warmup")},
+        found=KVPRESS_FOUND,
         dtype=config["model"]["dtype"],
         attention=config["model"]["attention"],
         name=config["model"]["source"]["ref"],
     message:
         "Timing kvpress' {wildcards.press}, keep ratio {wildcards.keep_ratio}"
     shell:
-        'command -v "$SDTP_KVPRESS_PYTHON" > /dev/null'
-        ' || {{ echo "kvpress has an environment of its own, which is not there yet: make kvpress" | tee {log} >&2; exit 1; }}; '
+        "({params.found}; "
         'sdtp lease --gpus {resources.gpu} -- "$SDTP_KVPRESS_PYTHON" {input.script} --model {input.model}'
         " --name {params.name:q} --dtype {params.dtype} --attention {params.attention} --examples {input.examples}"
         " --press {wildcards.press} --keep-ratio {wildcards.keep_ratio} --new-tokens {params.new_tokens}"
-        " --repeats {params.repeats} --warmup {params.warmup} --output {output.timings} 2>&1 | tee {log}"
+        " --repeats {params.repeats} --warmup {params.warmup} --output {output.timings}) 2>&1 | tee {log}"

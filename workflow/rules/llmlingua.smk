@@ -1,14 +1,7 @@
-# LLMLingua-2 on the prompts of a suite, where `paper.llmlingua` names its weights: only `snakemake paper` asks for it. It
-# has an environment of its own: Snakemake's with `--sdm conda`, else the one that `make llmlingua` makes. Which of them it
-# is stands in the environment of the jobs, since it must not rerun any.
-from snakemake.settings.types import DeploymentMethod
-
-LLMLINGUA_PYTHON = (
-    "python"
-    if DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method
-    else str(ROOT / ".venv-llmlingua" / "bin" / "python")
-)
-os.environ.update(SDTP_LLMLINGUA_PYTHON=LLMLINGUA_PYTHON)
+# LLMLingua-2 on the prompts of a suite, in an environment of its own, where `paper.llmlingua` names its weights: only
+# `snakemake paper` asks for it.
+os.environ.update(SDTP_LLMLINGUA_PYTHON=own_python("llmlingua"))
+LLMLINGUA_FOUND = own_python_found("SDTP_LLMLINGUA_PYTHON", "LLMLingua-2", "llmlingua")
 
 
 rule llmlingua:
@@ -26,7 +19,6 @@ rule llmlingua:
     benchmark:
         "<benchmarks>/llmlingua-{suite}-{keep_ratio}.tsv"
     wildcard_constraints:
-        suite="ruler|longbench",
         keep_ratio=one_of(map(str, config["suites"]["keep_ratios"])),
     conda:
         "../../envs/llmlingua.yaml"
@@ -34,6 +26,7 @@ rule llmlingua:
     resources:
         gpu=1,
     params:
+        found=LLMLINGUA_FOUND,
         weights=config["paper"]["llmlingua"],
         sinks=config["pruning"]["sinks"],
         local=config["pruning"]["local"],
@@ -41,12 +34,10 @@ rule llmlingua:
     message:
         "Shortening the prompts of {wildcards.suite} with LLMLingua-2, keep ratio {wildcards.keep_ratio}"
     shell:
-        'command -v "$SDTP_LLMLINGUA_PYTHON" > /dev/null'
-        ' || {{ echo "LLMLingua-2 has an environment of its own, which is not there yet: make llmlingua"'
-        " | tee {log} >&2; exit 1; }}; "
+        "({params.found}; "
         'sdtp lease --gpus {resources.gpu} -- "$SDTP_LLMLINGUA_PYTHON" {input.script} --weights {params.weights:q}'
         " --model {input.model} --examples {input.examples} --like {input.like} --sinks {params.sinks}"
-        " --local {params.local} --min-local {params.min_local} --output {output.examples} 2>&1 | tee {log}"
+        " --local {params.local} --min-local {params.min_local} --output {output.examples}) 2>&1 | tee {log}"
 
 
 rule llmlingua_predict:
@@ -61,7 +52,6 @@ rule llmlingua_predict:
     benchmark:
         "<benchmarks>/llmlingua-predict-{suite}-{keep_ratio}.tsv"
     wildcard_constraints:
-        suite="ruler|longbench",
         keep_ratio=one_of(map(str, config["suites"]["keep_ratios"])),
     conda:
         "../../envs/sdtp.yaml"
@@ -93,7 +83,6 @@ rule llmlingua_score:
     benchmark:
         "<benchmarks>/llmlingua-score-{suite}-{keep_ratio}.tsv"
     wildcard_constraints:
-        suite="ruler|longbench",
         keep_ratio=one_of(map(str, config["suites"]["keep_ratios"])),
     conda:
         "../../envs/sdtp.yaml"

@@ -65,7 +65,6 @@ rule predict:
     benchmark:
         "<benchmarks>/predict-{suite}-{method}-{keep_ratio}.tsv"
     wildcard_constraints:
-        suite="ruler|longbench",
         keep_ratio=one_of([*map(str, config["suites"]["keep_ratios"]), UNPRUNED_RATIO]),
     conda:
         "../../envs/sdtp.yaml"
@@ -97,7 +96,6 @@ rule score:
     benchmark:
         "<benchmarks>/score-{suite}-{method}-{keep_ratio}.tsv"
     wildcard_constraints:
-        suite="ruler|longbench",
         keep_ratio=one_of([*map(str, config["suites"]["keep_ratios"]), UNPRUNED_RATIO]),
     conda:
         "../../envs/sdtp.yaml"
