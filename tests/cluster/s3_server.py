@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import socket
 import subprocess
-import time
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -28,9 +28,9 @@ def serving() -> Iterator[str]:
         port = free.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
     command = ["moto_server", "-H", "127.0.0.1", "-p", str(port)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as server:
         try:
-            _wait(port, server)
+            _wait(server)
             client(address).create_bucket(Bucket=BUCKET)
             yield address
         finally:
@@ -46,11 +46,17 @@ def client(address: str):  # type: ignore[no-untyped-def]  # boto3 makes its cla
     )
 
 
-def _wait(port: int, server: subprocess.Popen[bytes]) -> None:
-    ends = time.monotonic() + 120
-    while time.monotonic() < ends and server.poll() is None:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.1)
-    raise RuntimeError("moto_server did not start")
+def _wait(server: subprocess.Popen[str]) -> None:
+    """Reads what the server says until it listens, and then on: a pipe that nobody empties stops who fills it."""
+    assert server.stderr is not None
+    too_late = threading.Timer(120, server.kill)
+    too_late.start()
+    said = []
+    for line in server.stderr:
+        said.append(line)
+        if "Running on" in line:
+            break
+    else:
+        raise RuntimeError(f"moto_server did not start: {''.join(said)}")
+    too_late.cancel()
+    threading.Thread(target=server.stderr.read, daemon=True).start()

@@ -15,13 +15,14 @@ import argparse
 import contextlib
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+
+import psutil
 
 NODES, GPUS, CORES, MEMORY_MB = ("n1", "n2"), 2, 16, 200_000
 DAEMONS = ("munged", "slurmctld", "slurmd", "munge", "sinfo", "srun", "sbatch", "squeue", "scontrol")
@@ -81,7 +82,7 @@ def up(folder: Path) -> None:
         _start(folder, "slurmctld", "-i")
         for node in NODES:
             _start(folder, "slurmd", "-N", node)
-        _wait_until(lambda: _states(folder) == dict.fromkeys(NODES, "idle"), 30)
+        _until_idle(folder, 30)
     except (RuntimeError, subprocess.CalledProcessError, TimeoutError) as error:
         logs = [f"{path.name}:\n{path.read_text(errors='replace')[-2000:]}" for path in sorted(folder.glob("log/*"))]
         down(folder)
@@ -93,10 +94,10 @@ def down(folder: Path) -> None:
     with contextlib.suppress(subprocess.SubprocessError):
         subprocess.run(["scancel", "--user=root"], env=environment(folder), timeout=10, check=False)
     for name in (*(f"slurmd-{node}" for node in NODES), "slurmctld", "munged"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError, ValueError):
-            process = int((folder / f"{name}.pid").read_text())
-            os.kill(process, signal.SIGTERM)
-            _wait_until(lambda process=process: not Path("/proc", str(process)).exists(), 30)
+        with contextlib.suppress(FileNotFoundError, psutil.NoSuchProcess, ValueError):
+            process = psutil.Process(int((folder / f"{name}.pid").read_text()))
+            process.terminate()
+            process.wait(timeout=30)
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -187,12 +188,12 @@ def _start(folder: Path, *command: str) -> None:
         )
 
 
-def _wait_until(holds: Callable[[], bool], seconds: float) -> None:
+def _until_idle(folder: Path, seconds: float) -> None:
+    """Asks the controller, which has nothing to tell of by itself, until it has heard from every node."""
     ends = time.monotonic() + seconds
-    while not holds():
+    while (states := _states(folder)) != dict.fromkeys(NODES, "idle"):
         if time.monotonic() > ends:
-            raise TimeoutError(f"waited {seconds:.0f} s")
-        time.sleep(0.05)
+            raise TimeoutError(f"waited {seconds:.0f} s for the nodes: {states}")
 
 
 def _free_ports(count: int) -> list[int]:

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.cluster import s3_server
-from tests.cluster.test_workflow import CONFIGURED, SHORTER, TINY, call, hashes
+from tests.cluster.test_workflow import CONFIGURED, SHORTER, call, hashes
 from tests.workflow import tiny_model
-from tests.workflow.project import copy_project
+from tests.workflow.project import TINY, copy_project
 
 REASON = s3_server.missing()
 pytestmark = [

@@ -19,7 +19,7 @@ import pytest
 
 from tests.cluster import slurm_cluster
 from tests.workflow import tiny_model
-from tests.workflow.project import ROOT, copy_project
+from tests.workflow.project import TINY, copy_project
 
 pytestmark = [
     pytest.mark.slow,
@@ -30,7 +30,6 @@ pytestmark = [
     ),
 ]
 
-TINY = ROOT / "tests" / "workflow" / "tiny.yaml"
 # Every step of it, with one keep ratio, and less training.
 SHORTER = "pruning: {keep_ratios: [0.8]}\ntraining: {label_epochs: 2}\n"
 CONFIGURED = ["--configfile", "tiny.yaml", "shorter.yaml"]

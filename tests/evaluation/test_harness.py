@@ -26,8 +26,9 @@ from lm_eval.tasks import TaskManager
 
 from sdtp.errors import UserError
 from sdtp.evaluation import harness
-from sdtp.evaluation.harness import PAPER_TASKS, PrunedLM, read_pruner
+from sdtp.evaluation.harness import PrunedLM, read_pruner
 from sdtp.evaluation.methods import BASELINES
+from sdtp.evaluation.names import PAPER_TASKS
 from sdtp.evaluation.teacher_forcing import force
 from sdtp.pruning import scorers
 from sdtp.pruning.pruner import TokenPruner

@@ -16,8 +16,7 @@ from typing import Any
 
 from tests.faults.forking import Forking
 from tests.workflow import tiny_model
-from tests.workflow.conftest import TINY
-from tests.workflow.project import copy_project, snakemake
+from tests.workflow.project import TINY, copy_project, snakemake
 
 # The arguments of a step that name what it writes; other steps read what the further ones name.
 WRITTEN = ("--output", "--metrics")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,32 @@ def no_tracking(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps report to nobody, whatever the environment says."""
     for name in TRACKING:
         monkeypatch.delenv(name, raising=False)
+
+
+def as_in_the_workflow(monkeypatch: pytest.MonkeyPatch, run_folder: Path) -> None:
+    """The environment that the workflow gives the steps of run `default`, whose files lie in `run_folder`."""
+    for name in TRACKING:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SDTP_PARENT_RUN_FILE", str(run_folder / "mlflow-parent.json"))
+    monkeypatch.setenv("SDTP_EXPERIMENT", "sdtp")
+    monkeypatch.setenv("SDTP_RUN", "default")
+
+
+@pytest.fixture
+def python_process() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Factory: `python_process(code, *arguments)` runs code in a process, with pipes; it is killed after the test."""
+    started = []
+
+    def start(code: str, *arguments: str | Path) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        pipe = subprocess.PIPE
+        started.append(subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.kill()
+        one.communicate()
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from sdtp.pipeline.ablation_plot import ablation
 from sdtp.pipeline.ablations import ABLATION_COLUMNS, ablation_table, markdown
 from sdtp.pipeline.plotstyle import save
 from sdtp.pipeline.steps.ablation import by_variant
+from tests.pipeline.rows import only
 
 
 def evaluated(
@@ -59,14 +60,6 @@ VARIANTS = {
 @pytest.fixture(scope="module")
 def table() -> pd.DataFrame:
     return ablation_table(REFERENCES, VARIANTS)
-
-
-def only(table: pd.DataFrame, **values: Any) -> pd.Series:
-    """The one row that holds `values`."""
-    for column, value in values.items():
-        table = table[table[column] == value]
-    assert len(table) == 1
-    return table.iloc[0]
 
 
 def test_every_cell_has_one_row_variants_after_the_methods_in_their_order(table: pd.DataFrame) -> None:

@@ -24,10 +24,7 @@ SCHEDULE = PruningSchedule((1, 3), (0.5, 0.25), sinks=2, min_local=4)
 SETTINGS = BenchmarkSettings(prompt_tokens=(24, 40), new_tokens=3, repeats=4, warmup=2)
 
 
-@pytest.fixture(autouse=True)
-def no_tracking(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MLFLOW_TRACKING_URI", "SDTP_TRACKING_URI", "SDTP_PARENT_RUN_FILE"):
-        monkeypatch.delenv(name, raising=False)
+pytestmark = pytest.mark.usefixtures("no_tracking")
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import logging
 import os
 import sqlite3
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from sdtp.pipeline.spool import claimed, waiting, written
 from sdtp.pipeline.step import step
 from sdtp.pipeline.steps import track
 from sdtp.pipeline.tracking import finish_pipeline, start_pipeline
+from tests.pipeline.conftest import as_in_the_workflow
 from tests.pipeline.mlflow_server import LossyProxy, Server
 
 mlflow = pytest.importorskip("mlflow")
@@ -62,12 +63,8 @@ def rows(database: Path, query: str) -> list[tuple[Any, ...]]:
 @pytest.fixture
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A results folder, and the environment that the workflow gives its steps; nothing is opened."""
-    for name in ("MLFLOW_TRACKING_URI", "SDTP_TRACKING_URI"):
-        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    monkeypatch.setenv("SDTP_PARENT_RUN_FILE", str(tmp_path / "results" / "default" / "mlflow-parent.json"))
-    monkeypatch.setenv("SDTP_EXPERIMENT", "sdtp")
-    monkeypatch.setenv("SDTP_RUN", "default")
+    as_in_the_workflow(monkeypatch, tmp_path / "results" / "default")
     return tmp_path / "results"
 
 
@@ -79,19 +76,8 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 
 @pytest.fixture
-def process() -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    started = []
-
-    def start(*arguments: str | Path) -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", STEP, *map(str, arguments)]
-        pipe = subprocess.PIPE
-        started.append(subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True))
-        return started[-1]
-
-    yield start
-    for one in started:
-        one.kill()
-        one.communicate()
+def process(python_process: Callable[..., subprocess.Popen[str]]) -> Callable[..., subprocess.Popen[str]]:
+    return functools.partial(python_process, STEP)
 
 
 def says(one: subprocess.Popen[str], word: str) -> None:

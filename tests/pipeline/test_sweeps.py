@@ -16,17 +16,16 @@ from sdtp.errors import UserError
 from sdtp.evaluation.stats import mean_interval, paired_difference, wilson_interval
 from sdtp.pipeline.config import PruningSettings
 from sdtp.pipeline.plotstyle import save
+from sdtp.pipeline.sweep_cells import count_cells, position_cells, swept_layers
 from sdtp.pipeline.sweep_plot import sweep
 from sdtp.pipeline.sweeps import (
     SWEEP_COLUMNS,
     check_complete,
-    count_cells,
     first_of_each_task,
-    position_cells,
     sweep_table,
-    swept_layers,
 )
 from sdtp.pipeline.target_settings import SweepSettings
+from tests.pipeline.rows import only
 
 SWEEP = {"layers": [7, 1], "layer_ratios": [0.7, 0.9], "counts": [3, 1], "count_ratios": [0.9], "examples": 4}
 PRUNING = PruningSettings.from_mapping({"start": 4, "step": 3})
@@ -69,14 +68,6 @@ def rows() -> list[dict[str, Any]]:
 
 def settings(**change: Any) -> SweepSettings:
     return SweepSettings.from_mapping({**SWEEP, **change})
-
-
-def only(table: pd.DataFrame, **values: Any) -> pd.Series:
-    """The one row that holds `values`."""
-    for column, value in values.items():
-        table = table[table[column] == value]
-    assert len(table) == 1
-    return table.iloc[0]
 
 
 @pytest.fixture(scope="module")

@@ -20,14 +20,7 @@ from sdtp.pipeline.results import (
 )
 from sdtp.pipeline.steps.tables import check_complete, write_csv
 from sdtp.pipeline.tables import comparison_table, efficiency, latency_table, quality_cells, quality_table
-
-
-def only(table: pd.DataFrame, **values: Any) -> pd.Series:
-    """The one row that holds `values`."""
-    for column, value in values.items():
-        table = table[table[column] == value]
-    assert len(table) == 1
-    return table.iloc[0]
+from tests.pipeline.rows import only
 
 
 def arm(method: str, prefill: list[float], flop: float, **more: Any) -> dict[str, Any]:

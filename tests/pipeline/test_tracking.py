@@ -10,7 +10,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from sdtp.pipeline.files import sha256_file, sha256_files
 from sdtp.pipeline.mlflow_store import Store
 from sdtp.pipeline.step import step
 from sdtp.pipeline.tracking import finish_pipeline, start_pipeline
+from tests.pipeline.conftest import as_in_the_workflow
 
 mlflow = pytest.importorskip("mlflow")
 
@@ -82,31 +83,19 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 @pytest.fixture
 def runs(store: Runs, monkeypatch: pytest.MonkeyPatch) -> Runs:
     """A store with a pipeline's run, and the environment that the workflow gives its steps."""
-    for name in ("MLFLOW_TRACKING_URI", "SDTP_TRACKING_URI"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("SDTP_PARENT_RUN_FILE", str(store.run_folder / "mlflow-parent.json"))
-    monkeypatch.setenv("SDTP_EXPERIMENT", "sdtp")
-    monkeypatch.setenv("SDTP_RUN", "default")
+    as_in_the_workflow(monkeypatch, store.run_folder)
     return store
 
 
 @pytest.fixture
-def process() -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    started = []
-
+def process(python_process: Callable[..., subprocess.Popen[str]]) -> Callable[..., subprocess.Popen[str]]:
     def start(*arguments: str | Path) -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", STEP, *map(str, arguments)]
-        pipe = subprocess.PIPE
-        one = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
-        started.append(one)
+        one = python_process(STEP, *arguments)
         assert one.stdout is not None
         assert one.stdout.readline() == "started\n"
         return one
 
-    yield start
-    for one in started:
-        one.kill()
-        one.communicate()
+    return start
 
 
 def inside(one: subprocess.Popen[str]) -> None:
@@ -164,6 +153,7 @@ def test_a_run_holds_what_its_step_reported(runs: Runs, tmp_path: Path) -> None:
     [
         ("results/default/variants/l2-logit/pruner", "l2-logit"),
         ("results/default/variants/l2-logit/evaluation/sdtp-0.8.jsonl", "l2-logit"),
+        ("results/default/paper/variants/without-rank/pruner", "without-rank"),
         ("results/default/ablation/ablation.csv", None),
         ("results/default/pruner", None),
         ("results/variants/l2-logit/pruner", None),  # of the run `variants`, not of this one

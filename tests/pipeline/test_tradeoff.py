@@ -17,6 +17,7 @@ from sdtp.errors import UserError
 from sdtp.pipeline import tradeoff_plot
 from sdtp.pipeline.plotstyle import METHODS
 from sdtp.pipeline.tradeoff import Timed, compression_table, read_timed, tradeoff_table
+from tests.pipeline.rows import only
 
 MB = 1_000_000
 
@@ -79,14 +80,6 @@ TIMINGS = [
     timed("sdtp+h2o", 0.8),
     timed("unpruned+h2o", 1.0, seconds=4.0),
 ]
-
-
-def only(table: pd.DataFrame, **values: Any) -> pd.Series:
-    """The one row that holds `values`."""
-    for column, value in values.items():
-        table = table[table[column] == value]
-    assert len(table) == 1
-    return table.iloc[0]
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.workflow import tiny_model
-from tests.workflow.project import copy_project, snakemake
-
-TINY = Path(__file__).with_name("tiny.yaml")
+from tests.workflow.project import TINY, copy_project, snakemake
 
 
 @pytest.fixture(scope="session")

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import yaml
+from snakemake.utils import update_config
 
 ROOT = Path(__file__).parents[2]
 PARTS = ("Snakefile", "Makefile", "README.md", "pyproject.toml", "config", "envs", "profiles", "workflow", "src")
+TINY = ROOT / "tests" / "workflow" / "tiny.yaml"
 
 
 def copy_project(folder: Path) -> Path:
@@ -61,3 +68,32 @@ def planned(folder: Path, *arguments: str, **environment: str) -> set[str]:
     jobs = re.findall(r"^Shell command: .*?sdtp --log logs/[^/]+/(\S+)\.log ", output, flags=re.MULTILINE)
     assert len(jobs) == sum(job_counts(output).values()), output
     return set(jobs)
+
+
+def changed_tiny(*changes: dict[str, Any]) -> dict[str, Any]:
+    """The tiny configuration with changes."""
+    config: dict[str, Any] = yaml.safe_load(TINY.read_text(encoding="utf-8"))
+    for change in changes:
+        update_config(config, change)
+    return config
+
+
+def overlay(path: Path, *changes: dict[str, Any]) -> str:
+    """The tiny configuration with changes, as a file; its name."""
+    path.write_text(yaml.safe_dump(changed_tiny(*changes), sort_keys=False), encoding="utf-8")
+    return str(path)
+
+
+def load_script(name: str) -> ModuleType:
+    """A module of workflow/scripts, which is no package: some of them run in environments without this project."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "workflow" / "scripts" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def pins(lock: str) -> dict[str, str]:
+    """Package -> version of a lock in envs/."""
+    return dict(re.findall(r"^([a-z0-9-]+)==([^ ;]+)", (ROOT / "envs" / lock).read_text("utf-8"), re.MULTILINE))

@@ -12,12 +12,9 @@ from typing import Any
 
 import pandas as pd
 import pytest
-import yaml
-from snakemake.utils import update_config
 
 from sdtp.pipeline.ablations import ABLATION_COLUMNS
-from tests.workflow.conftest import TINY
-from tests.workflow.project import copy_project, job_counts, planned, snakemake
+from tests.workflow.project import copy_project, job_counts, overlay, planned, snakemake
 
 pytestmark = pytest.mark.slow
 
@@ -30,15 +27,6 @@ OF_ONE = {"variants/l2/train", "variants/l2/evaluate/sdtp-0.8", "ablation"}
 SMALLER_RATIO = {"variants/l2/evaluate/sdtp-0.5", "variants/as-it-is/evaluate/sdtp-0.5", "ablation"}
 OF_OTHER = {"variants/as-it-is/train", "variants/as-it-is/evaluate/sdtp-0.8", "ablation"}
 LABELS = {"labels/saliency/0", "labels/saliency/1", "labels/saliency-index"}
-
-
-def overlay(path: Path, *changes: dict[str, Any]) -> str:
-    """The tiny configuration with changes, as a file; its name."""
-    config = yaml.safe_load(TINY.read_text(encoding="utf-8"))
-    for change in changes:
-        update_config(config, change)
-    path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    return str(path)
 
 
 def due(folder: Path, config: str) -> set[str]:

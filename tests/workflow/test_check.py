@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.workflow.project import planned, snakemake
-from tests.workflow.test_rerun import BENCHMARKS, FROM_SALIENCY, GATHERED, GENERATIONS, RANDOM, overlay
+from tests.workflow.project import overlay, planned, snakemake
+from tests.workflow.test_rerun import BENCHMARKS, FROM_SALIENCY, GATHERED, GENERATIONS, RANDOM
 
 pytestmark = pytest.mark.slow
 

@@ -9,14 +9,11 @@ from typing import Any
 
 import pandas as pd
 import pytest
-import yaml
-from snakemake.utils import update_config
 
-from sdtp.evaluation.harness import PAPER_TASKS
+from sdtp.evaluation.names import PAPER_TASKS
 from sdtp.pipeline.multiple_choice import LOCAL_TASKS
-from tests.workflow.conftest import TINY
 from tests.workflow.golden import SCHEMA, resolved
-from tests.workflow.project import copy_project, job_counts, planned, snakemake
+from tests.workflow.project import copy_project, job_counts, overlay, planned, snakemake
 
 UNPRUNED, SDTP, RANDOM = "harness/unpruned-1.0", "harness/sdtp-0.5", "harness/random-0.5"
 ANSWERS = {UNPRUNED, SDTP, RANDOM}
@@ -104,7 +101,4 @@ CHANGES: list[tuple[dict[str, Any], set[str]]] = [
 def test_changed_setting_reruns_what_uses_it(
     answered: Path, tmp_path: Path, change: dict[str, Any], jobs: set[str]
 ) -> None:
-    config = yaml.safe_load(TINY.read_text(encoding="utf-8"))
-    update_config(config, change)
-    (tmp_path / "changed.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-    assert planned(answered, "harness", "--configfile", str(tmp_path / "changed.yaml")) == jobs
+    assert planned(answered, "harness", "--configfile", overlay(tmp_path / "changed.yaml", change)) == jobs

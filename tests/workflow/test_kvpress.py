@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -20,27 +18,14 @@ from sdtp.evaluation.peers.snapkv import SnapKV
 from sdtp.pipeline.steps.evaluate import evaluate
 from sdtp.pipeline.tradeoff import read_timed
 from sdtp.pruning.adapter import cache_of
-from tests.workflow.project import ROOT, copy_project, job_counts, snakemake
+from tests.workflow.project import ROOT, copy_project, job_counts, load_script, pins, snakemake
 
 ENVIRONMENT = ROOT / ".venv-kvpress"
 # More than SnapKV's window of 64, so that its choice is not among equals; the last prompt stays whole.
 ENTRIES = {90: 70, 120: 80, 40: 40}
 
 
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("script", ROOT / "workflow" / "scripts" / "kvpress_evaluate.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-SCRIPT = load_script()
-
-
-def pins(lock: str) -> dict[str, str]:
-    return dict(re.findall(r"^([a-z0-9-]+)==([^ ;]+)", (ROOT / "envs" / lock).read_text("utf-8"), re.MULTILINE))
+SCRIPT = load_script("kvpress_evaluate")
 
 
 def test_lock_has_the_named_release_and_leaves_torch_to_the_index() -> None:

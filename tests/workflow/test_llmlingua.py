@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 from packaging.version import Version
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from tests.workflow.project import ROOT
+from tests.workflow.project import ROOT, load_script, pins
 
-
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("script", ROOT / "workflow" / "scripts" / "llmlingua_compress.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-SCRIPT = load_script()
+SCRIPT = load_script("llmlingua_compress")
 
 
 class EverySecondWord:
@@ -100,10 +88,6 @@ def test_weights_that_the_package_cannot_tell_are_refused() -> None:
     SCRIPT.check_weights("/models/llmlingua-2-bert-base-multilingual-cased-meetingbank")
     with pytest.raises(SystemExit, match="--weights gpt2: the package knows weights by their name"):
         SCRIPT.check_weights("gpt2")
-
-
-def pins(lock: str) -> dict[str, str]:
-    return dict(re.findall(r"^([a-z0-9-]+)==([^ ;]+)", (ROOT / "envs" / lock).read_text("utf-8"), re.MULTILINE))
 
 
 def test_lock_has_the_named_release_and_leaves_torch_to_the_index() -> None:

@@ -11,11 +11,9 @@ from typing import Any
 import pandas as pd
 import pytest
 import yaml
-from snakemake.utils import update_config
 
 from sdtp.pipeline.paper.names import ABLATIONS, PARTS
-from tests.workflow.conftest import TINY
-from tests.workflow.project import ROOT, copy_project, job_counts, snakemake
+from tests.workflow.project import ROOT, copy_project, job_counts, overlay, snakemake
 
 pytestmark = pytest.mark.slow
 
@@ -106,10 +104,7 @@ SMALL: dict[str, Any] = {
 def made(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the finished tiny run in which `snakemake paper` ran. Not to be changed."""
     folder = shutil.copytree(finished_run, tmp_path_factory.mktemp("paper") / "sdtp", symlinks=True)
-    config = yaml.safe_load(TINY.read_text(encoding="utf-8"))
-    update_config(config, SMALL)
-    (folder / "paper.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    snakemake(folder, "paper", "--configfile", "paper.yaml")
+    snakemake(folder, "paper", "--configfile", overlay(folder / "paper.yaml", SMALL))
     return folder
 
 

@@ -8,10 +8,8 @@ from typing import Any
 
 import pytest
 import yaml
-from snakemake.utils import update_config
 
-from tests.workflow.conftest import TINY
-from tests.workflow.project import planned, snakemake
+from tests.workflow.project import changed_tiny, overlay, planned, snakemake
 
 pytestmark = pytest.mark.slow
 
@@ -57,14 +55,6 @@ CHANGES: list[tuple[dict[str, Any], set[str]]] = [
 ]
 
 
-def overlay(path: Path, change: dict[str, Any]) -> str:
-    """The tiny configuration with a change, as a file; its name."""
-    config = yaml.safe_load(TINY.read_text(encoding="utf-8"))
-    update_config(config, change)
-    path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    return str(path)
-
-
 def test_whole_workflow_ran(finished_run: Path) -> None:
     results = finished_run / "results" / "tiny"
     assert "21 of 21 steps (100%) done" in (finished_run / "snakemake.txt").read_text(encoding="utf-8")
@@ -97,8 +87,7 @@ def test_nothing_to_do_with_keys_in_another_order_and_numbers_written_otherwise(
     def backwards(value: Any) -> Any:
         return {key: backwards(value[key]) for key in reversed(value)} if isinstance(value, dict) else value
 
-    config = yaml.safe_load(TINY.read_text(encoding="utf-8"))
-    update_config(config, {"training": {"steps": 4.0, "temperature": 1, "weights": {"rank": 1}}})
+    config = changed_tiny({"training": {"steps": 4.0, "temperature": 1, "weights": {"rank": 1}}})
     path = tmp_path / "backwards.yaml"
     path.write_text(yaml.safe_dump(backwards(config), sort_keys=False), encoding="utf-8")
     assert planned(finished_run, "--configfile", str(path)) == set()

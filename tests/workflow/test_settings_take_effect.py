@@ -14,8 +14,7 @@ from transformers import AutoConfig
 
 from sdtp.pruning import flops
 from sdtp.pruning.schedule import PruningSchedule
-from tests.workflow.conftest import TINY
-from tests.workflow.project import ROOT
+from tests.workflow.project import ROOT, TINY
 
 pytestmark = pytest.mark.slow
 

@@ -9,12 +9,9 @@ from typing import Any
 
 import pandas as pd
 import pytest
-import yaml
-from snakemake.utils import update_config
 
 from tests.pipeline.test_suite_steps import longbench_folder
-from tests.workflow.conftest import TINY
-from tests.workflow.project import copy_project, job_counts, planned, snakemake
+from tests.workflow.project import copy_project, job_counts, overlay, planned, snakemake
 
 pytestmark = pytest.mark.slow
 
@@ -31,21 +28,12 @@ LONGBENCH = {
 CELLS = ("unpruned-1.0", "sdtp-half-0.5", "random-0.5")
 
 
-def overlay(path: Path, *changes: dict[str, Any]) -> str:
-    """The tiny configuration with LongBench and changes, as a file; its name."""
-    config = yaml.safe_load(TINY.read_text(encoding="utf-8"))
-    for change in (LONGBENCH, *changes):
-        update_config(config, change)
-    path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    return str(path)
-
-
 @pytest.fixture(scope="module")
 def finished(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the finished run in which both suites were run as well. Not to be changed."""
     folder = shutil.copytree(finished_run, tmp_path_factory.mktemp("suites") / "sdtp", symlinks=True)
     longbench_folder(folder / "longbench")
-    process = snakemake(folder, "suites", "--configfile", overlay(folder / "suites.yaml"))
+    process = snakemake(folder, "suites", "--configfile", overlay(folder / "suites.yaml", LONGBENCH))
     assert job_counts(process.stdout) == {
         "ruler_data": 1,
         "longbench_data": 1,
@@ -119,12 +107,12 @@ CHANGES: list[tuple[dict[str, Any], set[str]]] = [
 def test_changed_setting_reruns_what_uses_it(
     finished: Path, tmp_path: Path, change: dict[str, Any], jobs: set[str]
 ) -> None:
-    assert planned(finished, "suites", "--configfile", overlay(tmp_path / "changed.yaml", change)) == jobs
+    assert planned(finished, "suites", "--configfile", overlay(tmp_path / "changed.yaml", LONGBENCH, change)) == jobs
 
 
 def test_more_examples_are_predicted_beside_those_there_are(finished: Path, tmp_path: Path) -> None:
     project = shutil.copytree(finished, tmp_path / "sdtp", symlinks=True)
-    config = overlay(project / "suites.yaml", {"suites": {"ruler": {"examples": 3}}})
+    config = overlay(project / "suites.yaml", LONGBENCH, {"suites": {"ruler": {"examples": 3}}})
     snakemake(project, "suites", "--configfile", config)
     results = project / "results" / "tiny"
     metrics = json.loads((results / "metrics" / "predict-ruler-random-0.5.json").read_text(encoding="utf-8"))

@@ -9,27 +9,16 @@ from typing import Any
 
 import pandas as pd
 import pytest
-import yaml
-from snakemake.utils import update_config
 
 from sdtp.pipeline.sweeps import SWEEP_COLUMNS
 from sdtp.pruning.pruner import TokenPruner
-from tests.workflow.conftest import TINY
-from tests.workflow.project import copy_project, job_counts, planned, snakemake
+from tests.workflow.project import copy_project, job_counts, overlay, planned, snakemake
 
 pytestmark = pytest.mark.slow
 
 # The cell of one stage at layer 1 with ratio 0.8 belongs to both sweeps.
 CELLS = ["1-0.8", "1-0.5", "2-0.8", "2-0.5", "1-2-0.8"]
 EVALUATED = {f"sweep-evaluate/{cell}" for cell in CELLS}
-
-
-def changed(path: Path, change: dict[str, Any]) -> str:
-    """The tiny configuration with a change, as a file; its name."""
-    config = yaml.safe_load(TINY.read_text(encoding="utf-8"))
-    update_config(config, change)
-    path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -112,16 +101,16 @@ CHANGES: list[tuple[dict[str, Any], set[str]]] = [
 def test_changed_setting_reruns_the_cells_that_it_decides(
     swept: Path, tmp_path: Path, change: dict[str, Any], jobs: set[str]
 ) -> None:
-    assert planned(swept, "sweep", "--configfile", changed(tmp_path / "changed.yaml", change)) == jobs
+    assert planned(swept, "sweep", "--configfile", overlay(tmp_path / "changed.yaml", change)) == jobs
 
 
 def test_the_run_itself_asks_for_no_sweep(swept: Path) -> None:
-    assert planned(swept, "--configfile", changed(swept / "other.yaml", {"sweep": {"layers": [3]}})) == set()
+    assert planned(swept, "--configfile", overlay(swept / "other.yaml", {"sweep": {"layers": [3]}})) == set()
 
 
 def test_layer_the_model_does_not_have_is_refused_by_its_key(swept: Path, tmp_path: Path) -> None:
     project = shutil.copytree(swept, tmp_path / "sdtp", symlinks=True)
-    config = changed(project / "deep.yaml", {"sweep": {"layers": [1, 9]}})
+    config = overlay(project / "deep.yaml", {"sweep": {"layers": [1, 9]}})
     process = snakemake(project, "sweep", "--configfile", config, check=False)
     assert process.returncode == 1
     assert "error: sweep.layers: 9 is no layer to prune at; the model has 4 layers" in process.stdout

@@ -11,8 +11,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from tests.workflow.project import copy_project, job_counts, planned, snakemake
-from tests.workflow.test_rerun import overlay
+from tests.workflow.project import copy_project, job_counts, overlay, planned, snakemake
 
 pytestmark = pytest.mark.slow
 
