@@ -58,7 +58,7 @@ def job_counts(output: str) -> dict[str, int]:
         assert "Nothing to be done" in output, output
         return {}
     counts = {name: int(count) for name, count in (line.split() for line in table[1].splitlines())}
-    targets = ("all", "default", "ablation", "sweep", "suites", "harness", "tradeoff")
+    targets = ("all", "default", "ablation", "sweep", "suites", "harness", "tradeoff", "serving")
     return {name: count for name, count in counts.items() if name not in targets}
 
 

@@ -29,6 +29,7 @@ from sdtp.pipeline.files import canonical_json
 from sdtp.pipeline.mlflow_store import tracking_uri
 from sdtp.pipeline.multiple_choice import LOCAL_TASKS
 from sdtp.pipeline.paper.names import ABLATIONS, PARTS
+from sdtp.pipeline.placement import Placement
 from sdtp.pipeline.sources import own_files
 from sdtp.pipeline.sweep_cells import count_cells, position_cells
 from sdtp.pipeline.target_settings import SweepSettings
@@ -81,7 +82,7 @@ METHODS = config["evaluation"]["methods"]
 # What the variants of an ablation are compared with; each of them has a pruner of its own in place of the run's.
 REFERENCES = [method for method in METHODS if method != "sdtp"]
 # What decides nothing of the run that `all` makes.
-OF_OTHER_TARGETS = ("variants", "tracking", "suites", "sweep", "harness", "peers", "paper")
+OF_OTHER_TARGETS = ("variants", "tracking", "suites", "sweep", "harness", "peers", "serving", "paper")
 SHARDS = [str(shard) for shard in range(config["saliency"]["shards"])]
 
 # Snakemake looks for the file in the bucket, where it is not yet: without the check it gets there.
@@ -428,6 +429,11 @@ def swept(swept_cells):
 def swept_stages(wildcards):
     """The layers of a cell as arguments."""
     return wildcards.layers.replace("-", " ")
+
+
+def placement_gpus(wildcards):
+    """GPUs of a placement of the model; Snakemake gives no more than `--resources gpu=` allows."""
+    return Placement.parse(wildcards.placement).devices
 
 
 def announce():

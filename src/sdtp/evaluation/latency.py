@@ -30,12 +30,12 @@ FirstPass = Callable[[str], contextlib.AbstractContextManager[Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """One pass over one prompt.
+    """One pass over one prompt, or over several that run together.
 
     Attributes:
         prefill_s: seconds to the first new token, scoring and removal included.
         end_to_end_s: seconds to the last new token, in the same pass.
-        new_tokens: tokens generated, >= 1; the first one comes with prefill.
+        new_tokens: tokens generated after each prompt, >= 1; the first one comes with prefill.
     """
 
     prefill_s: float
@@ -87,13 +87,13 @@ class Stopwatch:
 
 
 def prefill(model: PreTrainedModel, prompt: torch.Tensor) -> tuple[torch.Tensor, Cache]:
-    """Run the prompt [1, tokens]; the first new token [1, 1] and the cache. Logits of one position only."""
+    """Run prompts [batch, tokens]; the first new tokens [batch, 1] and the cache. Logits of one position only."""
     output = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
     return output.logits[:, -1:].argmax(-1), output.cache
 
 
 def decode(model: PreTrainedModel, token: torch.Tensor, cache: Cache, new_tokens: int) -> torch.Tensor:
-    """Continue greedily after `prefill`; all new tokens [1, new_tokens], `token` first. Nothing stops it early."""
+    """Continue greedily after `prefill`; all new tokens [batch, new_tokens], `token` first. Nothing stops it early."""
     tokens = [token]
     while len(tokens) < new_tokens:
         output = model(input_ids=tokens[-1], cache=cache, use_cache=True, logits_to_keep=1)
@@ -106,8 +106,8 @@ def timed_pass(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int, wa
 
     Args:
         model: in the context of its arm.
-        prompt: LongTensor [1, tokens].
-        new_tokens: tokens to generate, >= 1.
+        prompt: LongTensor [batch, tokens], one prompt or several of one length.
+        new_tokens: tokens to generate after each, >= 1.
         watch: the clock.
 
     Raises:
@@ -119,13 +119,18 @@ def timed_pass(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int, wa
         first = watch.read()
         tokens = decode(model, token, cache, new_tokens)
         end = watch.read() if new_tokens > 1 else first
-    if tokens.shape != (1, new_tokens):
-        raise RuntimeError(f"{tuple(tokens.shape)} tokens were generated where (1, {new_tokens}) were asked for")
+    if tokens.shape != (expected := (prompt.shape[0], new_tokens)):
+        raise RuntimeError(f"{tuple(tokens.shape)} tokens were generated where {expected} were asked for")
     return Timing(first - start, end - start, new_tokens)
 
 
 def interleave(
-    passes: Mapping[str, Callable[[], Timing]], repeats: int, warmup: int, first_pass: FirstPass | None = None
+    passes: Mapping[str, Callable[[], Timing]],
+    repeats: int,
+    warmup: int,
+    first_pass: FirstPass | None = None,
+    *,
+    progress: bool = True,
 ) -> dict[str, Samples]:
     """Run the arms in turn, A B C A B C, so that what changes on the machine meets all of them alike.
 
@@ -134,6 +139,7 @@ def interleave(
         repeats: timed rounds, >= 1.
         warmup: rounds before them, >= 1; the first gives the cold figures.
         first_pass: `first_pass(name)` is a context for an arm's very first pass, which is in no statistic.
+        progress: whether to show a bar; of several processes one does.
 
     Raises:
         ValueError: `repeats` or `warmup` is below 1.
@@ -142,7 +148,7 @@ def interleave(
         if count < 1:
             raise ValueError(f"{name} is {count}: at least one round is needed")
     rounds: list[dict[str, Timing]] = []
-    for _ in tqdm(range(warmup + repeats), desc="timing", unit="round", leave=False):
+    for _ in tqdm(range(warmup + repeats), desc="timing", unit="round", leave=False, disable=not progress):
         timings = {}
         for name, run in passes.items():
             with contextlib.nullcontext() if rounds or first_pass is None else first_pass(name):

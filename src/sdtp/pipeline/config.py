@@ -16,6 +16,7 @@ from sdtp.pipeline.target_settings import (
     HarnessSettings,
     PaperSettings,
     PeersSettings,
+    ServingSettings,
     SuitesSettings,
     SweepSettings,
 )
@@ -164,6 +165,7 @@ class Settings(Block):
     peers: PeersSettings
     suites: SuitesSettings
     harness: HarnessSettings
+    serving: ServingSettings
     paper: PaperSettings
 
     @classmethod

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import asdict, dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,6 +141,12 @@ def benchmark_prompt(data_dir: str | Path, tokens: int) -> list[int]:
     return list(ids[:tokens])
 
 
+def request_prompts(data_dir: str | Path, tokens: int, count: int) -> list[list[int]]:
+    """`count` prompts of `tokens` ids: consecutive pieces of the benchmark's text, which starts over where it ends."""
+    ids = itertools.cycle(read_json(Path(data_dir) / BENCHMARK_FILE)["ids"])
+    return [list(itertools.islice(ids, tokens)) for _ in range(count)]
+
+
 def _read(source: Source, key: str, malformed: str) -> Corpus | Records:
     content = read_corpus(source.ref) if source.kind == "package" else read_records(source, key, malformed)
     if isinstance(content, Records):
@@ -204,7 +210,7 @@ def _corpus_split(
 
 def _alternate(first: Iterable[Example], second: Iterable[Example]) -> Iterator[Example]:
     """Tasks in turn, so that any first few examples hold both; what one has more of comes at the end."""
-    for pair in zip_longest(first, second):
+    for pair in itertools.zip_longest(first, second):
         yield from (example for example in pair if example is not None)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from sdtp.errors import UserError
 from sdtp.pipeline.config import BenchmarkSettings
+from sdtp.pipeline.target_settings import ServingSettings
 
 
 def check_context(tokens: Mapping[str, int], context: int | None) -> None:
@@ -25,3 +26,9 @@ def check_benchmark(settings: BenchmarkSettings, context: int | None) -> None:
     """Raise UserError for a benchmarked length that, with the new tokens, is beyond the model's context."""
     for length in settings.prompt_tokens:
         check_context({"benchmark.prompt_tokens": length, "benchmark.new_tokens": settings.new_tokens}, context)
+
+
+def check_serving(settings: ServingSettings, context: int | None) -> None:
+    """Raise UserError for requests that, with the new tokens, are beyond the model's context."""
+    tokens = {"serving.prompt_tokens": settings.prompt_tokens, "serving.new_tokens": settings.new_tokens}
+    check_context(tokens, context)

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from sdtp.pipeline.reading import inside, read_json, reading
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
 # What transformers loads; some repositories hold the same weights once more under other names.
@@ -72,7 +73,9 @@ def fetch_model(source: Source, output: str | Path, *, trust_remote_code: bool =
     return manifest
 
 
-def load_model(folder: str | Path, dtype: str, attention: str, device: torch.device) -> PreTrainedModel:
+def load_model(
+    folder: str | Path, dtype: str, attention: str, device: torch.device, spread: Mapping[str, Any] | None = None
+) -> PreTrainedModel:
     """The model of `folder` for inference: eval mode, every weight frozen, from safetensors only.
 
     Args:
@@ -80,6 +83,7 @@ def load_model(folder: str | Path, dtype: str, attention: str, device: torch.dev
         dtype: of the weights: `auto`, `float32`, `bfloat16` or `float16` (see `choose_dtype`).
         attention: `sdpa`, `eager` or `flash_attention_2`.
         device: where the weights go.
+        spread: how they go to several devices instead: options of from_pretrained, `device_map` for example.
 
     Raises:
         UserError: `folder` is not a model folder, or a damaged one, or `dtype` or `attention` is not one of these.
@@ -95,10 +99,23 @@ def load_model(folder: str | Path, dtype: str, attention: str, device: torch.dev
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=trusted,
+            **(spread or {}),
         )
     _check_loaded(folder, report)
-    loaded: PreTrainedModel = model.to(device).eval().requires_grad_(False)
+    loaded: PreTrainedModel = (model if spread else model.to(device)).eval().requires_grad_(False)
     return loaded
+
+
+def load_config(folder: str | Path) -> PretrainedConfig:
+    """The configuration of a model folder. Raises UserError where `folder` is not one."""
+    from transformers import AutoConfig
+
+    trusted = _trusted(folder)
+    with reading(Path(folder, "config.json"), "the configuration of a model is needed"):
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=trusted
+        )
+    return config
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

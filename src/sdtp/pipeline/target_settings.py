@@ -135,3 +135,26 @@ class PaperSettings(Block):
     """The paper's tables and figures; `llmlingua` names LLMLingua-2's weights, None leaves it out."""
 
     llmlingua: str | None
+
+
+@dataclass(frozen=True, repr=False)
+class ServingSettings(Block):
+    """What a server asks: how fast many requests are answered on each placement, and the longest prompt that fits.
+
+    Attributes:
+        placements: names, see `sdtp.pipeline.placements.Placement`.
+        prompt_tokens: of each request.
+        new_tokens: generated after each.
+        batch_sizes: requests that run together.
+        requests: answered in one pass of each arm.
+        memory_limit: bytes that a prompt fits into; None for all that the GPU has.
+        length_step: the prompts tried are multiples of it, and the longest that the model has positions for.
+    """
+
+    placements: tuple[str, ...]
+    prompt_tokens: int
+    new_tokens: int
+    batch_sizes: tuple[int, ...]
+    requests: int
+    memory_limit: int | None
+    length_step: int

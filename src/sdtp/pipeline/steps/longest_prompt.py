@@ -1,0 +1,106 @@
+"""Finds the longest prompt that fits into a memory limit, unpruned and at each keep ratio."""
+
+import argparse
+import contextlib
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from sdtp.errors import UserError
+from sdtp.evaluation.latency import Context, Stopwatch, timed_pass
+from sdtp.evaluation.memory import peak_memory
+from sdtp.evaluation.serving import longest
+from sdtp.pipeline.config import Settings
+from sdtp.pipeline.data import BENCHMARK_FILE, request_prompts
+from sdtp.pipeline.devices import choose_device
+from sdtp.pipeline.files import sha256_file, write_atomically
+from sdtp.pipeline.limits import check_context
+from sdtp.pipeline.models import load_model, read_manifest
+from sdtp.pipeline.pruners import read_pruner
+from sdtp.pipeline.schedules import build_schedule
+from sdtp.pipeline.step import step
+from sdtp.pipeline.timings import measured_on
+
+
+def main(argv: list[str]) -> None:
+    """Run the step; `argv` are its arguments."""
+    parser = argparse.ArgumentParser(prog="sdtp longest-prompt", description=__doc__)
+    parser.add_argument("--settings", required=True, metavar="JSON", help="model, pruning and serving settings")
+    parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="model folder")
+    parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="data folder: benchmark.json is used")
+    parser.add_argument("--pruner", required=True, type=Path, metavar="DIR", help="trained pruner")
+    parser.add_argument("--output", required=True, type=Path, metavar="JSON", help="measurements to write")
+    parser.add_argument("--metrics", required=True, type=Path, metavar="FILE", help="metrics to write")
+    args = parser.parse_args(argv)
+    settings = Settings.from_json(args.settings)
+    serving, device = settings.serving, choose_device()
+    with step("longest-prompt", args, outputs=[args.output]) as log:
+        if serving.memory_limit is None and device.type == "cpu":
+            raise UserError("serving.memory_limit: null is all that a GPU has; on the CPU a number of bytes is needed")
+        lengths = lengths_to_try(serving.length_step, serving.new_tokens, read_manifest(args.model)["context_length"])
+        log.dataset("benchmark", args.data / BENCHMARK_FILE, sha256_file(args.data / BENCHMARK_FILE))
+        model = load_model(args.model, settings.model.dtype, settings.model.attention, device)
+        trained = read_pruner(args.pruner)
+        arms: dict[tuple[str, float], Context] = {("unpruned", 1.0): contextlib.nullcontext}
+        for ratio in settings.pruning.keep_ratios:
+            schedule = build_schedule(settings.pruning, model.config.num_hidden_layers, ratio)
+            arms["sdtp", ratio] = functools.partial(trained.with_schedule(schedule), model)
+        [ids] = request_prompts(args.data, lengths[-1], 1)
+        rows = []
+        for (method, ratio), context in tqdm(arms.items(), desc="looking for the longest prompt", unit="arm"):
+            found = find(model, context, torch.tensor([ids], device=device), lengths, settings)
+            rows.append({"method": method, "keep_ratio": ratio, **found})
+            if found["longest"] is not None:
+                log.metric(f"longest_prompt/{method}/{ratio}", found["longest"])
+        limits = {
+            "memory_limit": serving.memory_limit,
+            "tokens_at_most": lengths[-1],
+            "length_step": serving.length_step,
+        }
+        result = {**measured_on(model, settings.model), "new_tokens": serving.new_tokens, **limits, "rows": rows}
+        with write_atomically(args.output) as temporary:
+            temporary.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+        log.artifact(args.output)
+
+
+def lengths_to_try(stride: int, new_tokens: int, context: int | None) -> list[int]:
+    """Multiples of `stride` and, last, the longest prompt that leaves room for the new tokens.
+
+    Raises:
+        UserError: the model states no context, or one without room for a prompt.
+    """
+    if context is None:
+        raise UserError("serving: the model states no context length, so that there is no longest prompt to try")
+    check_context({"serving.new_tokens": new_tokens, "a prompt": 1}, context)
+    most = context - new_tokens
+    return [*range(stride, most, stride), most]
+
+
+def find(
+    model: PreTrainedModel, context: Context, prompt: torch.Tensor, lengths: list[int], settings: Settings
+) -> dict[str, Any]:
+    """The longest beginning of a prompt [1, tokens] that fits, and the peak memory in bytes of each that was tried.
+
+    Raises:
+        UserError: this system does not tell how much memory a process had.
+    """
+    limit, new_tokens = settings.serving.memory_limit, settings.serving.new_tokens
+    tried: dict[int, int | None] = {}
+
+    def fits(length: int) -> bool:
+        tried[length] = None
+        with contextlib.suppress(torch.OutOfMemoryError):
+            with peak_memory(model.device) as peak, context():
+                timed_pass(model, prompt[:, :length], new_tokens, Stopwatch(model.device))
+            if peak.bytes is None:
+                raise UserError("serving.memory_limit: this system does not tell how much memory a process has had")
+            tried[length] = peak.bytes
+            return limit is None or peak.bytes <= limit
+        return False
+
+    return {"longest": longest(fits, lengths), "peaks": dict(sorted(tried.items()))}
