@@ -147,7 +147,7 @@ class ServingSettings(Block):
         new_tokens: generated after each.
         batch_sizes: requests that run together.
         requests: answered in one pass of each arm.
-        memory_limit: bytes that a prompt fits into; None for all that the GPU has.
+        memory_limit: bytes that a prompt fits into; None for all that the GPU has, on the CPU three times the weights.
         length_step: the prompts tried are multiples of it, and the longest that the model has positions for.
     """
 

@@ -26,6 +26,9 @@ from sdtp.pipeline.schedules import build_schedule
 from sdtp.pipeline.step import step
 from sdtp.pipeline.timings import measured_on
 
+# The CPU shares its memory with everything else, so that there is no such thing as all of it.
+CPU_LIMIT = 3
+
 
 def main(argv: list[str]) -> None:
     """Run the step; `argv` are its arguments."""
@@ -40,11 +43,10 @@ def main(argv: list[str]) -> None:
     settings = Settings.from_json(args.settings)
     serving, device = settings.serving, choose_device()
     with step("longest-prompt", args, outputs=[args.output]) as log:
-        if serving.memory_limit is None and device.type == "cpu":
-            raise UserError("serving.memory_limit: null is all that a GPU has; on the CPU a number of bytes is needed")
         lengths = lengths_to_try(serving.length_step, serving.new_tokens, read_manifest(args.model)["context_length"])
         log.dataset("benchmark", args.data / BENCHMARK_FILE, sha256_file(args.data / BENCHMARK_FILE))
         model = load_model(args.model, settings.model.dtype, settings.model.attention, device)
+        limit = serving.memory_limit or default_limit(model)
         trained = read_pruner(args.pruner)
         arms: dict[tuple[str, float], Context] = {("unpruned", 1.0): contextlib.nullcontext}
         for ratio in settings.pruning.keep_ratios:
@@ -53,15 +55,11 @@ def main(argv: list[str]) -> None:
         [ids] = request_prompts(args.data, lengths[-1], 1)
         rows = []
         for (method, ratio), context in tqdm(arms.items(), desc="looking for the longest prompt", unit="arm"):
-            found = find(model, context, torch.tensor([ids], device=device), lengths, settings)
+            found = find(model, context, torch.tensor([ids], device=device), lengths, serving.new_tokens, limit)
             rows.append({"method": method, "keep_ratio": ratio, **found})
             if found["longest"] is not None:
                 log.metric(f"longest_prompt/{method}/{ratio}", found["longest"])
-        limits = {
-            "memory_limit": serving.memory_limit,
-            "tokens_at_most": lengths[-1],
-            "length_step": serving.length_step,
-        }
+        limits = {"memory_limit": limit, "tokens_at_most": lengths[-1], "length_step": serving.length_step}
         result = {**measured_on(model, settings.model), "new_tokens": serving.new_tokens, **limits, "rows": rows}
         with write_atomically(args.output) as temporary:
             temporary.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
@@ -81,15 +79,34 @@ def lengths_to_try(stride: int, new_tokens: int, context: int | None) -> list[in
     return [*range(stride, most, stride), most]
 
 
+def default_limit(model: PreTrainedModel) -> int | None:
+    """Bytes where the configuration names none: on a GPU None, all it has; on the CPU some multiple of the weights."""
+    if model.device.type == "cuda":
+        return None
+    return CPU_LIMIT * sum(tensor.nbytes for tensor in model.parameters())
+
+
 def find(
-    model: PreTrainedModel, context: Context, prompt: torch.Tensor, lengths: list[int], settings: Settings
+    model: PreTrainedModel,
+    context: Context,
+    prompt: torch.Tensor,
+    lengths: list[int],
+    new_tokens: int,
+    limit: int | None,
 ) -> dict[str, Any]:
-    """The longest beginning of a prompt [1, tokens] that fits, and the peak memory in bytes of each that was tried.
+    """The longest beginning of a prompt that fits, and the peak memory in bytes of each that was tried.
+
+    Args:
+        model: eval mode, unhooked.
+        context: what it runs in.
+        prompt: LongTensor [1, tokens] on its device.
+        lengths: tokens to try, ascending.
+        new_tokens: generated after the prompt, >= 1.
+        limit: most bytes; None for what the GPU has.
 
     Raises:
         UserError: this system does not tell how much memory a process had.
     """
-    limit, new_tokens = settings.serving.memory_limit, settings.serving.new_tokens
     tried: dict[int, int | None] = {}
 
     def fits(length: int) -> bool:
