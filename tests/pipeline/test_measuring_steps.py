@@ -144,3 +144,8 @@ def test_evaluate_refuses_arguments_that_do_not_go_together(arguments: list[str]
 def test_generations_take_turns_between_tasks() -> None:
     assert generate.spread(["r", "r", "r", "c"], 3) == [0, 3, 1]
     assert generate.spread(["r", "c"], 9) == [0, 1]
+
+
+def test_scores_stand_in_the_order_of_the_tokens_that_entered_each_stage() -> None:
+    scores = [{0: 0.5, 1: -1.23456, 2: float("nan"), 3: 123456.0}, {}, {3: 1e-9, 1: 2.0}]
+    assert generate.by_entrant(scores, [[1, 2, 3], [1, 3], [3]], 4) == [[0.5, -1.235, None, 123500.0], [], [2.0, 1e-9]]

@@ -9,7 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from sdtp import PruningSchedule, TokenPruner, scorers
-from sdtp.pipeline.prompt_trace import trace_prompt
+from sdtp.evaluation.generation import generate_batch
+from sdtp.pipeline.prompt_trace import Watched, trace_prompt
 
 # The last token alone is protected; of the others the best-scored ones are kept.
 SCHEDULE = PruningSchedule((1, 3), (0.6, 0.3), sinks=0, local=0.0, min_local=1)
@@ -49,6 +50,19 @@ def test_a_stage_that_removes_nothing_has_no_scores(tiny_model: Callable[..., Pr
     found = trace_prompt(tiny_model(), TokenPruner(schedule, scorers.Recent()), IDS)
     assert [len(scores) for scores in found.scores] == [40, 0, 20]
     assert found.kept == [list(range(20, 40)), list(range(20, 40)), list(range(30, 40))]
+
+
+def test_rows_of_a_batch_have_the_scores_that_each_has_alone(tiny_model: Callable[..., PreTrainedModel]) -> None:
+    model, pruner = tiny_model(dtype=torch.float64), TokenPruner(SCHEDULE, scorers.HiddenNorm())
+    prompts = [IDS, IDS[5:25]]
+    watched = Watched(pruner)
+    replies = generate_batch(model, watched.pruner, prompts, 3, 0)
+    assert replies == generate_batch(model, pruner, prompts, 3, 0)
+    for row, ids in enumerate(prompts):
+        alone = trace_prompt(model, pruner, ids)
+        assert replies[row].kept == alone.kept
+        for together, expected in zip(watched.scores(row), alone.scores, strict=True):
+            assert together == pytest.approx(expected, rel=1e-6)  # and of the same positions
 
 
 def test_another_models_pruner_is_refused(tiny_model: Callable[..., PreTrainedModel]) -> None:

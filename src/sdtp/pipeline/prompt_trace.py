@@ -1,9 +1,10 @@
-"""One prompt's way through a pruner: what every stage scored, and what it kept."""
+"""A prompt's way through a pruner: what every stage scored, and what it kept."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,6 +28,25 @@ class PromptTrace:
     scores: list[dict[int, float]]
 
 
+class Watched:
+    """A pruner that does what another one does, and notes what its scorer says; for one run.
+
+    Attributes:
+        pruner: to run under in place of the other.
+    """
+
+    def __init__(self, pruner: TokenPruner) -> None:
+        self._found: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * pruner.schedule.stages
+        self.pruner = TokenPruner(pruner.schedule, _twin(pruner.scorer, self._note), pruner.trained_for)
+
+    def scores(self, row: int) -> list[dict[int, float]]:
+        """As `PromptTrace.scores`, of one row of the batch."""
+        return [_of_row(row, *stage) if stage else {} for stage in self._found]
+
+    def _note(self, view: StageView, scores: torch.Tensor) -> None:
+        self._found[view.stage] = view.positions, scores
+
+
 def trace_prompt(model: PreTrainedModel, pruner: TokenPruner, ids: list[int]) -> PromptTrace:
     """Prefill one prompt under a pruner.
 
@@ -38,15 +58,20 @@ def trace_prompt(model: PreTrainedModel, pruner: TokenPruner, ids: list[int]) ->
     Raises:
         ValueError: the pruner is not for this model, or cannot prune this prompt.
     """
-    scores: list[dict[int, float]] = [{} for _ in pruner.schedule.layers]
-    watched = TokenPruner(pruner.schedule, _watched(pruner.scorer, scores), pruner.trained_for)
-    with watched(model) as trace, torch.inference_mode():
+    watched = Watched(pruner)
+    with watched.pruner(model) as trace, torch.inference_mode():
         model(input_ids=torch.tensor([ids], device=model.device), use_cache=True, logits_to_keep=1)
-    return PromptTrace([stage[0].tolist() for stage in trace.kept], scores)
+    return PromptTrace([stage[0].tolist() for stage in trace.kept], watched.scores(0))
 
 
-def _watched(scorer: Scorer, found: list[dict[int, float]]) -> Scorer:
-    """A scorer that gives what `scorer` does, and notes it by stage and position.
+def _of_row(row: int, positions: torch.Tensor, scores: torch.Tensor) -> dict[int, float]:
+    """The scores of one row's tokens by position; padding has position -1."""
+    pairs = zip(positions[row].tolist(), scores[row].tolist(), strict=True)
+    return {position: score for position, score in pairs if position >= 0}
+
+
+def _twin(scorer: Scorer, note: Callable[[StageView, torch.Tensor], None]) -> Scorer:
+    """A scorer that gives what `scorer` does, and tells `note`.
 
     It is of a class made from the scorer's, not a wrapper around it: a pruner asks what kind of scorer it has.
     """
@@ -54,7 +79,7 @@ def _watched(scorer: Scorer, found: list[dict[int, float]]) -> Scorer:
 
     def score(self: Any, view: StageView) -> torch.Tensor:
         scores: torch.Tensor = kind.score(self, view)
-        found[view.stage] = dict(zip(view.positions[0].tolist(), scores[0].tolist(), strict=True))
+        note(view, scores)
         return scores
 
     twin = copy.copy(scorer)

@@ -1,6 +1,8 @@
-"""Generates from test prompts, pruned and unpruned side by side, and records which tokens survived each stage."""
+"""Generates from test prompts, pruned and unpruned side by side, and records what each stage scored and left."""
 
 import argparse
+import math
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from sdtp.pipeline.devices import choose_device
 from sdtp.pipeline.files import write_jsonl
 from sdtp.pipeline.limits import check_context
 from sdtp.pipeline.models import load_model, load_tokenizer, read_manifest
+from sdtp.pipeline.prompt_trace import Watched
 from sdtp.pipeline.pruners import read_pruner
 from sdtp.pipeline.schedules import build_schedule
 from sdtp.pipeline.step import step
@@ -51,8 +54,9 @@ def main(argv: list[str]) -> None:
         for start in tqdm(range(0, len(examples), BATCH), desc="generating", unit="batch"):
             batch = examples[start : start + BATCH]
             prompts = [example["prompt_ids"] for example in batch]
-            results = generate_batch(model, pruner, prompts, new_tokens, pad)
-            for example, generated in zip(batch, results, strict=True):
+            watched = Watched(pruner)
+            results = generate_batch(model, watched.pruner, prompts, new_tokens, pad)
+            for row, (example, generated) in enumerate(zip(batch, results, strict=True)):
                 rows.append(
                     {
                         "id": example["id"],
@@ -60,6 +64,7 @@ def main(argv: list[str]) -> None:
                         "keep_ratio": args.keep_ratio,
                         "prompt_tokens": len(example["prompt_ids"]),
                         "kept": generated.kept,
+                        "scores": by_entrant(watched.scores(row), generated.kept, len(example["prompt_ids"])),
                         "pruned_text": tokenizer.decode(generated.pruned_ids, skip_special_tokens=True),
                         "unpruned_text": tokenizer.decode(generated.unpruned_ids, skip_special_tokens=True),
                         "reference": example["response"],
@@ -71,6 +76,24 @@ def main(argv: list[str]) -> None:
             hits = [all(found(row[f"{arm}_text"], [row["reference"]])) for row in retrieval]
             log.metric(f"{arm}_reference_found", sum(hits) / len(hits))
         log.artifact(args.output)
+
+
+def by_entrant(
+    scores: Sequence[Mapping[int, float]], kept: Sequence[Sequence[int]], prompt_tokens: int
+) -> list[list[float | None]]:
+    """For each stage the scores of the tokens that entered it, in their order; empty where it asked for none.
+
+    Four significant digits are for reading: equal ones need not have been equal. None is what is no finite number.
+    """
+    entrants: list[Sequence[int]] = [range(prompt_tokens), *kept[:-1]]
+    return [
+        [_rounded(stage[position]) for position in entering] if stage else []
+        for stage, entering in zip(scores, entrants, strict=True)
+    ]
+
+
+def _rounded(score: float) -> float | None:
+    return float(f"{score:.4g}") if math.isfinite(score) else None
 
 
 def spread(tasks: list[str], count: int) -> list[int]:
