@@ -155,12 +155,19 @@ def generations(count: int = 120) -> list[dict[str, Any]]:
                 "keep_ratio": ratio,
                 "prompt_tokens": count,
                 "kept": kept,
+                "scores": scores(kept, count),
                 "pruned_text": f"The code is 4711, kept at {ratio}.",
                 "unpruned_text": "The code is 4711.",
                 "reference": "4711",
             }
         )
     return rows
+
+
+def scores(kept: list[list[int]], count: int) -> list[list[float]]:
+    """A score for each token that entered a stage, in their order: a hundred times the stage, and its position."""
+    entered = [range(count), *kept[:-1]]
+    return [[100 * stage + position for position in entering] for stage, entering in enumerate(entered)]
 
 
 def data() -> dict[str, Any]:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
+from hashlib import sha256
 from html.parser import HTMLParser
 from typing import Any
 
@@ -26,7 +28,9 @@ class Page(HTMLParser):
         self.links: list[str] = []
         self.styles = ""
         self.text = ""
+        self.scripts: list[str] = []
         self.tokens: list[tuple[str, str]] = []
+        self.scores: list[Any] = []
         self._open = ""
         self._class = ""
         self.feed(html)
@@ -35,12 +39,16 @@ class Page(HTMLParser):
         self.tags.append(tag)
         self._open, self._class = tag, dict(attrs).get("class") or ""
         self.text += " " if tag in ("td", "th", "li", "tr") else ""
+        self.scores += [json.loads(value or "") for name, value in attrs if name == "data-scores"]
         self.links += [value or "" for name, value in attrs if name in LOADING]
         self.styles += " ".join(value or "" for name, value in attrs if name == "style")
 
     def handle_data(self, data: str) -> None:
         if self._open == "style":
             self.styles += data
+            return
+        if self._open == "script":
+            self.scripts.append(data)
             return
         self.text += data
         if self._open == "span" and re.fullmatch(r"s\d+", self._class):
@@ -65,11 +73,24 @@ def test_the_page_is_whole_small_and_loads_nothing() -> None:
     assert [link for link in parsed.links if not link.startswith(("#", "data:"))] == []
     assert not re.search("https?://", html)
     assert not re.search(r"url\(|@import", parsed.styles)
-    assert not {"script", "link", "iframe", "object"} & set(parsed.tags)
+    assert not {"link", "iframe", "object"} & set(parsed.tags)
     # The browser is told as well, in case a later edit forgets.
     assert "default-src 'none'" in html
     assert parsed.tags.count("img") == len(FIGURES)
     assert "prefers-color-scheme: dark" in parsed.styles
+
+
+def test_a_browser_is_told_to_run_the_pages_own_scripts_alone() -> None:
+    html = report.render(synthetic_run.run())
+    policy = re.search("""script-src ([^;"]+)""", html)
+    assert policy is not None
+    hashes = [base64.b64encode(sha256(script.encode()).digest()).decode() for script in Page(html).scripts]
+    assert policy[1].split() == [f"'sha256-{one}'" for one in hashes]
+    assert len(hashes) == 2
+    # What scripts alone can serve is not offered without them.
+    assert re.findall("<(?:input|output|button)", html.partition("<script>")[0]) == re.findall(
+        "<(?:input|output|button)", "".join(re.findall(r'<div class="controls[^"]*" hidden>.*?</div>', html))
+    )
 
 
 def test_figures_are_inside() -> None:
@@ -117,7 +138,7 @@ def test_text_of_prompts_and_models_is_only_text(attack: Any) -> None:
         timed_on=attack,
         versions={"machine": attack},
     )
-    assert "script" not in parsed.tags
+    assert parsed.tags.count("script") == len(page().scripts)
     assert parsed.tags.count("img") == len(FIGURES)
     assert all(link.startswith(("#", "data:")) for link in parsed.links)
     assert parsed.text.count(attack) > 3 * 120
@@ -223,7 +244,7 @@ def test_values_that_do_not_exist_are_dashes() -> None:
 def test_token_view_shades_each_token_by_the_stage_that_removed_it() -> None:
     row = {
         "id": "r-0", "task": "retrieval", "keep_ratio": 0.9, "prompt_tokens": 5,
-        "kept": [[0, 2, 3, 4], [0, 3, 4], [0, 4]],
+        "kept": [[0, 2, 3, 4], [0, 3, 4], [0, 4]], "scores": [[5, 1, 4, 3, 2], [], [5, 3, None]],
         "pruned_text": "p", "unpruned_text": "u", "reference": "r",
     }  # fmt: skip
     parsed = page(generations=[row], tokens=["a", "b", "c", "d", "e"])
@@ -231,6 +252,7 @@ def test_token_view_shades_each_token_by_the_stage_that_removed_it() -> None:
     assert shown == [("a", "s3"), ("b", "s0"), ("c", "s1"), ("d", "s2"), ("e", "s3")]
     assert "removed before layer 7: 1" in parsed.text
     assert "2 of 5 tokens reach the last layer" in parsed.text
+    assert parsed.scores == [[[5, 1, 4, 3, 2], [], [5, 3, None]]]
 
 
 @pytest.mark.parametrize(
@@ -238,6 +260,10 @@ def test_token_view_shades_each_token_by_the_stage_that_removed_it() -> None:
     [
         ({"tokens": ["a"] * 119}, "generation r-0, keep_ratio 0.9: 120 tokens and 3 stages; accepted: the data's 119"),
         ({"layers": (4, 7)}, "the pruner's 2"),
+        (
+            {"generations": [{**row, "scores": [[1.0] * 120, [], [1.0] * 96]} for row in synthetic_run.generations()]},
+            "generation r-0, keep_ratio 0.9: 120, 0, 96 scores; accepted: 120, 108, 97, one of each token that entered",
+        ),
         ({"shown": "x"}, "generations: no row for id x"),
         (
             {"figures": {"saliency": b""}},

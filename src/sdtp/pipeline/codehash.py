@@ -37,11 +37,15 @@ NEUTRAL = frozenset(
 )
 
 # Files of the package that a module reads are code as well.
-_SHARED = ("pipeline/templates/parts.html.j2", "pipeline/templates/style.css")
 READS = {
-    f"{PACKAGE}.pipeline.paper.page": ("pipeline/templates/paper.html.j2", *_SHARED),
+    f"{PACKAGE}.pipeline.html_page": (
+        "pipeline/templates/page.js",
+        "pipeline/templates/parts.html.j2",
+        "pipeline/templates/style.css",
+    ),
+    f"{PACKAGE}.pipeline.paper.page": ("pipeline/templates/paper.html.j2",),
     f"{PACKAGE}.pipeline.paper.published": ("pipeline/paper/published.csv",),
-    f"{PACKAGE}.pipeline.report": ("pipeline/templates/report.html.j2", *_SHARED),
+    f"{PACKAGE}.pipeline.report": ("pipeline/templates/report.html.j2", "pipeline/templates/tokens.js"),
 }
 
 

@@ -1,22 +1,21 @@
 """The report of a run: one HTML page that holds everything it shows and loads nothing."""
 
-import base64
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
 import pandas as pd
 import yaml
 
 from sdtp.errors import UserError
+from sdtp.pipeline import html_page
 from sdtp.pipeline.figures import FIGURES
-from sdtp.pipeline.formats import change, flatten, memory, number, signed
-from sdtp.pipeline.plotstyle import name_of, saliency_name
-from sdtp.pipeline.results import LOWER_IS_BETTER, Pair, few, nearest_length, smoke, speed_at, verdict, with_speedup
+from sdtp.pipeline.formats import flatten
+from sdtp.pipeline.plotstyle import saliency_name
+from sdtp.pipeline.results import LOWER_IS_BETTER, Pair, nearest_length, speed_at, verdict, with_speedup
 from sdtp.pipeline.token_view import removal_stages
 
-MAX_BYTES = 10_000_000
 # The oracle reads the answer, so it is a bound and no method one could use instead.
 NO_RIVALS = ("unpruned", "sdtp", "oracle")
 
@@ -32,7 +31,8 @@ class Run:
         tests: of each task of the test split, the prompt lengths in tokens.
         latency, quality, comparisons, history: as `sdtp.pipeline.results` reads them.
         generations: rows of every generations file, each with id, task, keep_ratio, prompt_tokens, kept (positions left
-            after each stage), pruned_text, unpruned_text, reference.
+            after each stage), scores (of the tokens that entered each stage, in their order; none for a stage that
+            asked for none), pruned_text, unpruned_text, reference.
         shown: id of the generation whose prompt is shown token by token.
         tokens: the texts of that prompt's tokens.
         figures: SVG bytes by the names of `FIGURES`.
@@ -72,19 +72,12 @@ def render(run: Run) -> str:
     Raises:
         UserError: a figure, a row or a generation is missing or contradicts another, or the page is 10 MB or more.
     """
-    missing = [name for name in FIGURES if name not in run.figures]
-    if missing:
-        raise UserError(f"figures: no {', '.join(f'{name}.svg' for name in missing)}; accepted: one SVG each")
     with_speedup(run.quality, run.latency, run.prompt_tokens)  # raises where a ratio was not benchmarked
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("sdtp.pipeline"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-    )
-    environment.filters.update(number=number, signed=signed, change=change, memory=memory, name_of=name_of, smoke=smoke)
-    environment.tests.update(few=few)
-    page = environment.get_template("report.html.j2").render(
+    return html_page.render(
+        "report.html.j2",
+        "report",
+        scripts=("page.js", "tokens.js"),
+        remedy=" (lower generation.examples or generation.max_new_tokens)",
         run=run,
         cards=cards(run),
         quality_length=nearest_length(run.latency, run.prompt_tokens),
@@ -92,7 +85,7 @@ def render(run: Run) -> str:
         latency=run.latency.to_dict("records"),
         repeats=sorted(run.latency.loc[run.latency["method"] == "sdtp", "repeats"].unique()),
         quality=quality_tables(run.quality, run.comparisons),
-        figures={name: base64.b64encode(run.figures[name]).decode() for name in FIGURES},
+        figures=html_page.embedded(run.figures, FIGURES),
         titles=FIGURES,
         saliency=saliency_name(run.reduction),
         views=token_views(run),
@@ -102,13 +95,6 @@ def render(run: Run) -> str:
         data=flatten(run.data),
         config=yaml.safe_dump(dict(run.settings), sort_keys=False, allow_unicode=True),
     )
-    size = len(page.encode())
-    if size >= MAX_BYTES:
-        raise UserError(
-            f"report is {size / 1e6:.1f} MB; accepted: below {MAX_BYTES / 1e6:.0f} MB "
-            "(lower generation.examples or generation.max_new_tokens)"
-        )
-    return page
 
 
 def cards(run: Run) -> list[dict[str, Any]]:
@@ -194,7 +180,7 @@ def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def token_views(run: Run) -> list[dict[str, Any]]:
-    """For each ratio the shown prompt's tokens with the stage that removed each, and how many each stage removed."""
+    """For each ratio the shown prompt's tokens with the stage that removed each, how many each removed, and scores."""
     views = []
     for row in _by_ratio(row for row in run.generations if row["id"] == run.shown):
         if len(run.tokens) != row["prompt_tokens"] or len(row["kept"]) != len(run.layers):
@@ -205,10 +191,22 @@ def token_views(run: Run) -> list[dict[str, Any]]:
         stages = removal_stages(row["kept"], row["prompt_tokens"])
         counts = [stages.count(stage) for stage in range(len(run.layers) + 1)]
         tokens = list(zip(run.tokens, stages, strict=True))
-        views.append({"ratio": row["keep_ratio"], "tokens": tokens, "counts": counts})
+        scores = json.dumps(_scores(row), separators=(",", ":"))
+        views.append({"ratio": row["keep_ratio"], "tokens": tokens, "counts": counts, "scores": scores})
     if not views:
         raise UserError(f"generations: no row for id {run.shown}; accepted: an id of the generations files")
     return views
+
+
+def _scores(row: Mapping[str, Any]) -> Any:
+    """The scores of one generation, which has one for each token that entered a stage, or none for the stage."""
+    entered = [row["prompt_tokens"], *map(len, row["kept"][:-1])]
+    if [len(scores) or count for scores, count in zip(row["scores"], entered, strict=False)] != entered:
+        raise UserError(
+            f"generation {row['id']}, keep_ratio {row['keep_ratio']}: {', '.join(map(str, map(len, row['scores'])))} "
+            f"scores; accepted: {', '.join(map(str, entered))}, one of each token that entered a stage, or 0"
+        )
+    return row["scores"]
 
 
 def examples(generations: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

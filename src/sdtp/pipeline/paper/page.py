@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
 import pandas as pd
 import yaml
 
-from sdtp.errors import UserError
+from sdtp.pipeline import html_page
 from sdtp.pipeline.formats import NOTHING, change, memory, number, signed
 from sdtp.pipeline.paper.names import PARTS
 from sdtp.pipeline.paper.part import Part, Value
 from sdtp.pipeline.plotstyle import name_of
-from sdtp.pipeline.results import few, smoke
+from sdtp.pipeline.results import smoke
 
-MAX_BYTES = 10_000_000
 # The saliency map has a row a token; a reader sees the most salient ones.
 MAP_ROWS = 12
 FORMATS = {"number": number, "signed": signed, "change": change, "memory": memory}
@@ -141,30 +138,18 @@ def render_html(paper: Paper) -> str:
     Raises:
         UserError: a figure is missing, or the page is 10 MB or more.
     """
-    missing = [name for name in (*PARTS, *paper.further) if name not in paper.figures]
-    if missing:
-        raise UserError(f"figures: no {', '.join(f'{name}.svg' for name in missing)}; accepted: one SVG each")
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("sdtp.pipeline"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-    )
-    environment.filters.update(smoke=smoke, number=number)
-    environment.tests.update(few=few)
-    page = environment.get_template("paper.html.j2").render(
+    return html_page.render(
+        "paper.html.j2",
+        "the page of the paper",
+        scripts=("page.js",),
         paper=paper,
         introduction=introduction(paper),
         views=[view(part) for part in paper.parts],
-        figures={name: base64.b64encode(svg).decode() for name, svg in paper.figures.items()},
+        figures=html_page.embedded(paper.figures, (*PARTS, *paper.further)),
         titles={**PARTS, **paper.further},
         published=paper.published[paper.published["model"] == paper.known].to_dict("records"),
         settings=yaml.safe_dump(dict(paper.settings), sort_keys=False, allow_unicode=True),
     )
-    size = len(page.encode())
-    if size >= MAX_BYTES:
-        raise UserError(f"the page of the paper is {size / 1e6:.1f} MB; accepted: below {MAX_BYTES / 1e6:.0f} MB")
-    return page
 
 
 def render_markdown(paper: Paper) -> str:
