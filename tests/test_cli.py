@@ -97,9 +97,18 @@ def step(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 def test_every_step_is_listed_with_what_it_does() -> None:
     assert list(cli.steps()) == STEPS
-    listed = cli._parser().format_help().split("steps:\n")[1].splitlines()
-    assert [line.split()[0] for line in listed] == [*STEPS, "lease"]
-    assert all(len(line.split(maxsplit=1)[1]) > 15 for line in listed)
+    tools, steps = cli._parser().format_help().partition("\ntools:\n")[2].split("\nsteps:\n")
+    called = [line.split()[0] for line in tools.splitlines() if line]
+    assert called == ["doctor", "show", "compare", "verify", "recommend", "tune-schedule", "track", "lease"]
+    assert [line.split()[0] for line in steps.splitlines()] == [name for name in STEPS if name not in called]
+    assert all(len(line.split(maxsplit=1)[1]) > 15 for line in (tools + steps).splitlines() if line)
+
+
+def test_called_with_nothing_it_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert "\ntools:\n  doctor " in told.err
 
 
 @pytest.mark.slow
@@ -136,7 +145,8 @@ def test_debug_shows_where_a_fault_was_raised(step: list[list[str]]) -> None:
 @pytest.mark.parametrize(
     ("options", "told", "bars"),
     [
-        ([], ["model --talk", "own warning", "model: done"], None),
+        ([], ["own warning"], None),
+        (["--log", "kept.log"], ["model --talk", "own warning", "model: done"], None),
         (["-q"], ["own warning"], "1"),
         (["--quiet"], ["own warning"], "1"),
         (["-v"], ["model --talk", "own debug", "own warning", "library info", "model: done"], None),
@@ -144,8 +154,16 @@ def test_debug_shows_where_a_fault_was_raised(step: list[list[str]]) -> None:
     ],
 )
 def test_levels(
-    options: list[str], told: list[str], bars: str | None, step: list[list[str]], capsys: pytest.CaptureFixture[str]
+    options: list[str],
+    told: list[str],
+    bars: str | None,
+    step: list[list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """A step that keeps a log says what was called and how long it took; a tool says no more than it has to."""
+    monkeypatch.chdir(tmp_path)
     assert cli.main([*options, "model", "--talk"]) == 0
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == len(told)

@@ -13,6 +13,7 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from sdtp.pipeline.launch import speaks
 from sdtp.pipeline.reading import out_of_memory
 
 LEASE = "lease"
+# What a person calls; Snakemake calls the other steps.
+TOOLS = ("doctor", "show", "compare", "verify", "recommend", "tune-schedule", "track", LEASE)
 LOGGER = logging.getLogger(__name__)
 _STEPS = Path(__file__).parent / "pipeline" / "steps"
 
@@ -42,6 +45,15 @@ def _summary(path: Path) -> str:
     return docstring.splitlines()[0] if docstring else ""
 
 
+def _listed(names: Iterable[str]) -> list[str]:
+    """A line for each: its name, and what it does."""
+    modules = _modules()
+    width = max(map(len, modules))
+    # The module of the lease is about devices in general.
+    said = {LEASE: "Runs a command on GPUs that nobody else is using."}
+    return [f"  {name:<{width}}  {said.get(name) or _summary(modules[name])}" for name in names]
+
+
 def _options() -> argparse.ArgumentParser:
     """What can stand before a step's name."""
     parser = argparse.ArgumentParser(add_help=False)
@@ -55,19 +67,16 @@ def _options() -> argparse.ArgumentParser:
 
 
 def _parser() -> argparse.ArgumentParser:
-    names = steps()
-    width = max(map(len, [*names, LEASE]))
-    lines = [f"  {name:<{width}}  {_summary(path)}" for name, path in names.items()]
-    lines.append(f"  {LEASE:<{width}}  Run a command on GPUs that nobody else is using.")
+    names = [*steps(), LEASE]
     parser = argparse.ArgumentParser(
         prog="sdtp",
-        description="The steps of the token pruning workflow, which Snakemake calls, and tools around it; "
+        description="Tools around token pruning, and the steps of its workflow, which Snakemake calls; "
         "`sdtp STEP --help` explains one.",
-        epilog="steps:\n" + "\n".join(lines),
+        epilog="\n".join(["tools:", *_listed(TOOLS), "", "steps:", *_listed(n for n in names if n not in TOOLS)]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         parents=[_options()],
     )
-    parser.add_argument("step", choices=[*names, LEASE], metavar="STEP", help="one of the steps below")
+    parser.add_argument("step", choices=names, metavar="STEP", help="one of the tools and steps below")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="arguments of the step")
     return parser
 
@@ -79,28 +88,34 @@ def main(argv: list[str] | None = None) -> int:
     """
     if "_ARGCOMPLETE" in os.environ:  # a shell asks, see sdtp.completion
         importlib.import_module("sdtp.completion").complete(_options(), _modules(), os.environ.get("COMP_LINE", ""))
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    if argv == [] or (argv is None and len(sys.argv) == 1):
+        parser.print_help(sys.stderr)
+        return 2
+    args = parser.parse_args(argv)
+    # Of a step that keeps a log, what was called and how long it took belong in it; a person at a terminal knows.
+    told = logging.DEBUG if args.log is None else logging.INFO
     module = "sdtp.pipeline.devices" if args.step == LEASE else f"sdtp.pipeline.steps.{args.step.replace('-', '_')}"
     started = time.monotonic()
     try:
         _configure_logging(args)
         if args.step != LEASE:  # which becomes the command it runs
-            LOGGER.info("sdtp %s: %s", version("sdtp"), shlex.join([args.step, *args.arguments]))
+            LOGGER.log(told, "sdtp %s: %s", version("sdtp"), shlex.join([args.step, *args.arguments]))
         importlib.import_module(module).main(args.arguments)
     except KeyboardInterrupt:
         LOGGER.error("%s: interrupted", args.step)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
     except Exception as error:
-        told = _told(error, args)
-        if told is not None and not args.debug:
-            LOGGER.error("error: %s", told)
+        fault = _fault(error, args)
+        if fault is not None and not args.debug:
+            LOGGER.error("error: %s", fault)
             return 1
         # Python prints the traceback to stderr on its own; this puts it into the log file as well.
         if args.log is not None and args.log.exists():
             _log_file_only(args.log)
         raise
-    LOGGER.info("%s: done in %.1f s", args.step, time.monotonic() - started)
+    LOGGER.log(told, "%s: done in %.1f s", args.step, time.monotonic() - started)
     return 0
 
 
@@ -115,7 +130,7 @@ _REMEDIES = {
 }
 
 
-def _told(error: Exception, args: argparse.Namespace) -> str | None:
+def _fault(error: Exception, args: argparse.Namespace) -> str | None:
     """One line for a fault that is not the program's: of input, of a file, of memory; None for any other."""
     if isinstance(error, UserError):
         return str(error)

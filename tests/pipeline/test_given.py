@@ -8,11 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from sdtp import PruningSchedule, TokenPruner, scorers
 from sdtp.errors import UserError
-from sdtp.pipeline.given import load_pruner, load_tokenizer, prompt_ids, read_prompt
+from sdtp.pipeline.given import load_model, load_pruner, load_tokenizer, prompt_ids, read_prompt
 from tests.pipeline.conftest import TURNS
 
 
@@ -114,3 +115,16 @@ def test_no_tokenizer(tmp_path: Path) -> None:
         load_tokenizer(str(tmp_path), trust_remote_code=False)
     assert str(error.value).startswith(f"--model {tmp_path}: no tokenizer: ")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["/none/here", "./none", "../none", "~/none", "results/default/model", "a/b/c/"])
+def test_what_can_only_be_a_folder_is_missed_as_one(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    message = f"--model {name}: there is no such folder; a folder of a model, or a hub id, is needed"
+    for look in (
+        lambda: load_tokenizer(name, trust_remote_code=False),
+        lambda: load_model(name, torch.float32, "sdpa", trust_remote_code=False),
+    ):
+        with pytest.raises(UserError) as error:
+            look()
+        assert str(error.value) == message

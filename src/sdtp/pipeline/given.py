@@ -81,6 +81,7 @@ def load_model(name: str, dtype: torch.dtype, attention: str, trust_remote_code:
     Raises:
         UserError: no such model or kernel, or a model that cannot be pruned, told before its weights are read.
     """
+    _check_folder(name)
     try:
         check_architecture(name, trust_remote_code=trust_remote_code)
         model: Any = AutoModelForCausalLM.from_pretrained(
@@ -100,11 +101,18 @@ def load_model(name: str, dtype: torch.dtype, attention: str, trust_remote_code:
 
 def load_tokenizer(name: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """The tokenizer of a hub id or a folder. Raises UserError where there is none."""
+    _check_folder(name)
     try:
         made: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ImportError, ValueError) as error:
         raise UserError(f"--model {name}: no tokenizer: {' '.join(str(error).split())}") from error
     return made
+
+
+def _check_folder(name: str) -> None:
+    """Raise UserError for what can only be a folder, and is none: transformers would speak of hub ids."""
+    if not Path(name).is_dir() and (name.startswith(("/", ".", "~")) or name.strip("/").count("/") > 1):
+        raise UserError(f"--model {name}: there is no such folder; a folder of a model, or a hub id, is needed")
 
 
 def load_pruner(folder: Path, ratio: float | None = None) -> TokenPruner:
