@@ -16,6 +16,7 @@ from typing import Any
 
 from sdtp.disk import remove_temporaries
 from sdtp.pipeline.files import canonical_json, write_atomically
+from sdtp.pipeline.gpu_meter import GpuMeter, leased
 from sdtp.pipeline.locks import only_writer
 from sdtp.pipeline.provenance import inputs
 from sdtp.pipeline.resources import resources_file
@@ -124,10 +125,12 @@ def step(
             raise
         started = time.monotonic()
         status = "FAILED"
+        meter = GpuMeter(leased() if tracked.is_told else [])
         try:
             held.release()
             log = StepLog(tracked)
-            yield log
+            with meter.running():
+                yield log
             usage = {"wall_seconds": round(time.monotonic() - started, 3), **_peak_memory()}
             if metrics_file:
                 finite = {key: value if math.isfinite(value) else None for key, value in log.final.items()}
@@ -140,6 +143,7 @@ def step(
             status = "KILLED"
             raise
         finally:
+            tracked.points(meter.points())
             tracked.tags({"sdtp.device": _device()})
             tracked.close(status)
 

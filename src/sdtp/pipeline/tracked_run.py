@@ -4,7 +4,7 @@ import importlib.util
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,11 @@ class TrackedRun:
         self._held = ExitStack()
         self._points: dict[tuple[str, int], Point] = {}
         self._sent = time.monotonic()
+
+    @property
+    def is_told(self) -> bool:
+        """Whether it takes anything at all."""
+        return self._opening is not None
 
     def connect(self, uri: str, *, alone: bool, first: bool = False) -> None:
         """Opens the run in the store, or goes on with it there.
@@ -83,12 +88,16 @@ class TrackedRun:
 
     def metric(self, name: str, value: float, step: int | None) -> None:
         """Takes one finite number; for a name and step that already wait in this batch, the last value counts."""
+        self.points([(name, value, operations.now(), step or 0)])
+
+    def points(self, points: Iterable[Point]) -> None:
+        """Takes finite numbers with their times, as `metric` does."""
         if self._opening is None:
             return
-        step = step or 0
-        self._points[name, step] = (name, value, operations.now(), step)
-        if len(self._points) >= operations.MOST_METRICS or time.monotonic() - self._sent >= SECONDS_BETWEEN_BATCHES:
-            self._flush()
+        for point in points:
+            name, _, _, step = point
+            self._points[name, step] = point
+            self._flush_when_due()
 
     def dataset(self, name: str, path: str | Path, digest: str, revision: str | None) -> None:
         """Logs a data set the step reads."""
@@ -142,6 +151,10 @@ class TrackedRun:
         """Lets go of what the run holds on disk, so that another process may add to it or upload it."""
         self._held.close()
         self._entry = None
+
+    def _flush_when_due(self) -> None:
+        if len(self._points) >= operations.MOST_METRICS or time.monotonic() - self._sent >= SECONDS_BETWEEN_BATCHES:
+            self._flush()
 
     def _flush(self) -> None:
         if self._points:
