@@ -1,7 +1,8 @@
-"""One Slurm cluster on this machine for all tests here; they are skipped, and say why, where there can be none."""
+"""What the tests here share: a Slurm cluster, where this machine can have one, and a run made without it."""
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.cluster import slurm_cluster
+from tests.cluster.tiny_run import CONFIGURED, PARTITIONS, SHORTER, call
+from tests.workflow import tiny_model
+from tests.workflow.project import TINY, copy_project
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +28,16 @@ def cluster() -> Iterator[Path]:
             yield folder
         finally:
             slurm_cluster.down(folder)
+
+
+@pytest.fixture(scope="session")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project folder in which the tiny run was made on this machine."""
+    folder = copy_project(tmp_path_factory.mktemp("local") / "sdtp")
+    tiny_model.make(folder / "tiny-model")
+    shutil.copy(TINY, folder / "tiny.yaml")
+    (folder / "shorter.yaml").write_text(SHORTER, encoding="utf-8")
+    (folder / "partitions.yaml").write_text(PARTITIONS, encoding="utf-8")
+    shutil.copytree(folder, folder.with_name("untouched"))
+    call(folder, "--cores", "2", *CONFIGURED)
+    return folder

@@ -33,7 +33,7 @@ NVIDIA_MAJOR = 195
 
 # Slurm runs it in the environment of each task, before it and after it.
 _WITNESS = """#!/bin/sh
-task="$SLURM_JOB_ID ${{SLURM_STEP_ID:-batch}} $SLURMD_NODENAME"
+task="$SLURM_JOB_ID ${{SLURM_STEP_ID:-batch}} $SLURMD_NODENAME $SLURM_PROCID"
 echo "$(date +%s.%N) {event} $task ${{CUDA_VISIBLE_DEVICES:--}}" >> {file}
 """
 

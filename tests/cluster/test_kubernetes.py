@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from tests.cluster import s3_server
-from tests.cluster.test_workflow import call
+from tests.cluster.tiny_run import call
 from tests.workflow.project import ROOT, copy_project, job_counts
 
 REASON = s3_server.missing()

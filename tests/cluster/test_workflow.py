@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import os
 import re
 import shutil
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -18,8 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster import slurm_cluster
-from tests.workflow import tiny_model
-from tests.workflow.project import TINY, copy_project
+from tests.cluster.tiny_run import CONFIGURED, call, hashes
 
 pytestmark = [
     pytest.mark.slow,
@@ -30,11 +26,6 @@ pytestmark = [
     ),
 ]
 
-# Every step of it, with one keep ratio, and less training.
-SHORTER = "pruning: {keep_ratios: [0.8]}\ntraining: {label_epochs: 2}\n"
-CONFIGURED = ["--configfile", "tiny.yaml", "shorter.yaml"]
-# Of a site: which partition a job goes to, by what it asks for.
-PARTITIONS = "partitions:\n  cpu: {max_runtime: 1440, max_gpu: 0}\n  gpu: {max_runtime: 2880, max_gpu: 2}\n"
 # Sums depend on the number of threads that make them: those of the local run, on two cores. And nobody waits for a file
 # that does not show here.
 OPTIONS = [
@@ -50,10 +41,6 @@ GPU_JOBS = {
     "benchmark": (240, 96_000),
     "evaluate": (240, 64_000),
 }
-# What says how long something took, or when, or on what.
-TIMED = re.compile(
-    r"(benchmark|resources|metrics|figures|checkpoints)/|latency\.csv|report\.html|mlflow|mlartifacts|\.lock"
-)
 
 
 @dataclass(frozen=True)
@@ -67,35 +54,10 @@ class Task:
     ended: float
 
 
-def call(project: Path, *arguments: str, environment: Mapping[str, str] = os.environ, fails: bool = False) -> str:
-    """What Snakemake says, called as a user calls it; three starts of it for each job of Slurm's take their time."""
-    path = os.pathsep.join([str(project / "src"), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-m", "snakemake", *arguments],
-        env={**environment, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
-        cwd=project, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=3600, check=False,
-    )  # fmt: skip
-    assert (done.returncode != 0) == fails, done.stdout
-    return done.stdout
-
-
 def submit(cluster: Path, project: Path, *arguments: str) -> str:
     """What it says with the Slurm profile."""
     profile = ["--workflow-profile", "profiles/slurm"]
     return call(project, *profile, *arguments, *CONFIGURED, *OPTIONS, environment=slurm_cluster.environment(cluster))
-
-
-@pytest.fixture(scope="module")
-def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project folder in which the tiny run was made on this machine."""
-    folder = copy_project(tmp_path_factory.mktemp("local") / "sdtp")
-    tiny_model.make(folder / "tiny-model")
-    shutil.copy(TINY, folder / "tiny.yaml")
-    (folder / "shorter.yaml").write_text(SHORTER, encoding="utf-8")
-    (folder / "partitions.yaml").write_text(PARTITIONS, encoding="utf-8")
-    shutil.copytree(folder, folder.with_name("untouched"))
-    call(folder, "--cores", "2", *CONFIGURED)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -124,24 +86,16 @@ def megabytes(shown: str) -> float:
     return float(shown[:-1]) * {"M": 1, "G": 1024}[shown[-1]]
 
 
-def hashes(results: Path) -> dict[str, str]:
-    return {
-        name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(results.rglob("*"))
-        if path.is_file() and not TIMED.search(name := str(path.relative_to(results)))
-    }
-
-
 def tasks(cluster: Path) -> list[Task]:
     """What each job's programs were given, as Slurm's own prolog and epilog wrote it down."""
     begun: dict[tuple[str, ...], tuple[float, str]] = {}
     found = []
     for line in (cluster / "tasks.txt").read_text().splitlines():
-        at, event, job, step, node, devices = line.split()
+        at, event, job, step, node, rank, devices = line.split()
         if event == "starts":
-            begun[job, step, node] = float(at), devices
+            begun[job, step, node, rank] = float(at), devices
         else:
-            since, given = begun.pop((job, step, node))
+            since, given = begun.pop((job, step, node, rank))
             assert given == devices
             if step != "batch":  # the program itself, and not the script that calls it
                 found.append(Task(job, node, frozenset(given.split(",")) - {"-"}, since, float(at)))
@@ -184,7 +138,9 @@ def test_jobs_ask_for_what_their_rules_say(jobs: dict[str, list[dict[str, str]]]
 
 @pytest.mark.usefixtures("submitted")
 def test_gpu_jobs_run_at_once_on_devices_of_their_own(cluster: Path, jobs: dict[str, list[dict[str, str]]]) -> None:
-    found = tasks(cluster)
+    of_the_run = {job["JobId"] for known in jobs.values() for job in known}
+    found = [task for task in tasks(cluster) if task.job in of_the_run]
+    assert {task.job for task in found} == of_the_run
     with_gpu = {job["JobId"] for rule in GPU_JOBS for job in jobs[rule]}
     for task in found:
         assert len(task.devices) == (1 if task.job in with_gpu else 0)

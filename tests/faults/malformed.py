@@ -623,6 +623,18 @@ def config_huge_number(folder: Path) -> None:
     overlay(folder, "run: tiny\nseed: 1.0e+400\n")
 
 
+@case("snakemake", "a3: holds more than 10000 values")
+def config_of_aliases_that_multiply(folder: Path) -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{at}: &a{at} [{', '.join([f'*a{at - 1}'] * 10)}]" for at in range(1, 10)]
+    overlay(folder, "\n".join([*lines, "run: tiny"]))
+
+
+@case("snakemake", "seed: holds more than 10000 values")
+def config_that_holds_itself(folder: Path) -> None:
+    overlay(folder, "run: tiny\nseed: &seed [*seed]\n")
+
+
 @case("snakemake", "run", "../../evil")
 def config_run_outside(folder: Path) -> None:
     overlay(folder, "run: ../../evil\n")

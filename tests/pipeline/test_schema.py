@@ -220,3 +220,15 @@ def test_accepted_in_words() -> None:
 
 def test_leaves_have_dotted_names() -> None:
     assert dict(leaves({"a": 1, "b": {"c": [2], "d": {"e": None}}})) == {"a": 1, "b.c": [2], "b.d.e": None}
+
+
+def test_few_lines_that_stand_for_very_many_values_are_refused() -> None:
+    """At once: a message that showed such a value, or a comparison of its parts, would never end."""
+    many: list[Any] = ["x"] * 10
+    for _ in range(30):
+        many = [many] * 10
+    itself: dict[str, Any] = {"steps": 1}
+    itself["again"] = itself
+    for key, value in {"seed": many, "training": itself, "run": ["x" * 1_000_000] * 2}.items():
+        with pytest.raises(UserError, match=rf"^{key}: holds more than 10000 values, an alias"):
+            resolve({"run": "tiny", key: value}, SCHEMA)

@@ -21,6 +21,8 @@ VARIANT_NAME = "[A-Za-z0-9][A-Za-z0-9._-]*"
 VARIED = ("pruning", "saliency", "training")
 # Of these blocks, what belongs to the comparison: variants meet at the same ratios, and shards change no label.
 SHARED = ("pruning.keep_ratios", "saliency.shards")
+# Of one key; no configuration has so many.
+MOST_VALUES = 10_000
 
 # JSON Schema's type names, as messages print them.
 TYPES = {
@@ -61,6 +63,7 @@ def resolve(config: Mapping[str, Any], schema: Schema) -> dict[str, Any]:
     Raises:
         UserError: one line per fault: the key, its value, and what is accepted.
     """
+    _refuse_multitudes(config)
     filled = _with_defaults(config, schema)
     _refuse(_faults(filled, schema))
     resolved = _with_types(filled, schema)
@@ -101,6 +104,24 @@ def resolve_variants(config: Mapping[str, Any], schema: Schema) -> dict[str, dic
         name: {key: value for key, value in _with_types(filled, schema).items() if key != "variants"}
         for name, filled in merged.items()
     }
+
+
+def _refuse_multitudes(config: Mapping[str, Any]) -> None:
+    """Refuse what a few lines of YAML make endless, before anything walks through it or prints it."""
+    for key, value in config.items():
+        ahead, seen = [value], 0
+        while ahead:
+            one = ahead.pop()
+            seen += 1 + (len(one) // 100 if isinstance(one, str) else 0)
+            if seen > MOST_VALUES:
+                raise UserError(
+                    f"{key}: holds more than {MOST_VALUES} values, an alias (*) counted with all that it stands for; "
+                    "accepted: fewer, and none that holds itself"
+                )
+            if isinstance(one, Mapping):
+                ahead += one.values()
+            elif isinstance(one, list):
+                ahead += one
 
 
 def _shared_keys(changes: Mapping[str, Any]) -> dict[str, Any]:
