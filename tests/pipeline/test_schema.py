@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from sdtp.errors import UserError
+from sdtp.evaluation.names import BASELINES
 from sdtp.pipeline.schema import accepted, check_sources, leaves, resolve, resolve_variants
 from tests.workflow.golden import SCHEMA
 
@@ -65,7 +66,7 @@ HUB = {"kind": "hub", "ref": "a/b", "revision": None, "sha256": None}
         ({"model": {"dtype": "fp16"}}, ['model.dtype = "fp16": must be one of auto, float32, bfloat16, float16']),
         (
             {"evaluation": {"methods": ["unpruned"]}},
-            ['evaluation.methods.0 = "unpruned": must be one of sdtp, random, recent, hiddennorm, lastquery, oracle'],
+            [f'evaluation.methods.0 = "unpruned": must be one of sdtp, {", ".join(BASELINES)}, oracle'],
         ),
         (
             {"model": {"source": HUB | {"sha256": "ABC"}}},

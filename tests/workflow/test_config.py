@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from sdtp.evaluation.longbench.tasks import TASKS, Language, of_language
-from sdtp.evaluation.names import METHODS, unpruned_ratio
+from sdtp.evaluation.names import BASELINES, LEARNED, METHODS, unpruned_ratio
 from sdtp.pipeline.config import Settings
 from sdtp.pipeline.data import longest_response
 from sdtp.pipeline.facts import TEST, TRAIN
@@ -254,6 +254,11 @@ def test_paper_configurations_run_all_of_longbenchs_english_at_a_pinned_commit(n
     assert re.fullmatch("[0-9a-f]{40}", longbench["source"]["revision"])
     assert sorted(longbench["tasks"]) == sorted(of_language(Language.ENGLISH))
     assert longbench["examples"] is None
+
+
+def test_evaluation_and_harness_can_be_asked_for_every_scorer() -> None:
+    for block, methods in (("evaluation", ["sdtp", *BASELINES, "oracle"]), ("harness", [*LEARNED, *BASELINES])):
+        assert SCHEMA["properties"][block]["properties"]["methods"]["items"]["enum"] == methods, block
 
 
 def test_suites_choices_are_what_the_steps_know() -> None:

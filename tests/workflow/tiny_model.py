@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,3 +54,7 @@ def make(folder: Path) -> None:
 def _texts() -> Iterator[str]:
     for path in sorted((ROOT / "src" / "sdtp").rglob("*.py")):
         yield path.read_text(encoding="utf-8")
+
+
+if __name__ == "__main__":
+    make(Path(sys.argv[1]))

@@ -26,7 +26,7 @@ from lm_eval.models.utils import chunks
 from tqdm import tqdm
 
 from sdtp.errors import UserError
-from sdtp.evaluation.methods import BASELINES
+from sdtp.evaluation.methods import BASELINES, baseline_scorer
 from sdtp.evaluation.names import SEEDED
 from sdtp.evaluation.shared_prefill import follow, prefill
 from sdtp.pruning.adapter import architecture
@@ -77,7 +77,7 @@ def read_pruner(pruner: str | TokenPruner | None, num_layers: int, **settings: f
     if "seed" in given:
         raise UserError(f"seed={given['seed']} means nothing to pruner={pruner}: only {', '.join(SEEDED)} has one")
     schedule = PruningSchedule.geometric(num_layers, ratio=given.pop("keep_ratio"), **given)  # type: ignore[arg-type]
-    return TokenPruner(schedule, BASELINES[pruner](int(seed)))
+    return TokenPruner(schedule, baseline_scorer(pruner, int(seed)))
 
 
 def _listed(given: dict[str, float]) -> str:

@@ -27,12 +27,7 @@ T = TypeVar("T")
 # (prompt_ids, response_ids) of an example -> what prefills its prompt in place of the model; None for nothing.
 PrunerFor = Callable[[Sequence[int], Sequence[int]], TokenPruner | Peer | None]
 
-BASELINES: dict[str, Callable[[int], scorers.Scorer]] = {
-    "random": lambda seed: scorers.Random(seed),
-    "recent": lambda seed: scorers.Recent(),
-    "hiddennorm": lambda seed: scorers.HiddenNorm(),
-    "lastquery": lambda seed: scorers.LastQuery(),
-}
+BASELINES: dict[str, type[scorers.Scorer]] = {cls.__name__.lower(): cls for cls in scorers.BASELINES}
 RULES: dict[str, Callable[[], Rule]] = {"snapkv": SnapKV, "h2o": H2O}
 # Of 32 layers the one that the peers' papers select at, 0-based (Llama 3.1 8B).
 PAPERS_LAYER = {"gemfilter": 13, "fastkv": 15}
@@ -122,7 +117,12 @@ def selecting_layer(method: str, num_layers: int) -> int:
 
 def baseline(method: str, schedule: PruningSchedule, seed: int) -> PrunerFor:
     """A method of `BASELINES`; `seed` matters to those in `names.SEEDED` alone."""
-    return Fixed(TokenPruner(schedule, BASELINES[method](seed)))
+    return Fixed(TokenPruner(schedule, baseline_scorer(method, seed)))
+
+
+def baseline_scorer(method: str, seed: int = 0) -> scorers.Scorer:
+    """The scorer of a method of `BASELINES`; `seed` matters to those in `names.SEEDED` alone."""
+    return BASELINES[method](**({"seed": seed} if method in names.SEEDED else {}))
 
 
 def oracle(model: PreTrainedModel, schedule: PruningSchedule, reduction: Reduction, target: Target) -> PrunerFor:

@@ -10,7 +10,7 @@ import torch
 from sdtp.pruning.learned import Learned
 from sdtp.pruning.scorer import Scorer, StageView
 
-__all__ = ["HiddenNorm", "LastQuery", "Learned", "Random", "Recent", "Saliency", "Scorer", "StageView"]
+__all__ = ["BASELINES", "HiddenNorm", "LastQuery", "Learned", "Random", "Recent", "Saliency", "Scorer", "StageView"]
 
 _Integers = TypeVar("_Integers", int, torch.Tensor)
 
@@ -104,3 +104,8 @@ class Saliency:
                 f"{view.positions.shape[0]} rows and at least {int(view.positions.max()) + 1} tokens"
             )
         return labels.gather(1, view.positions.clamp_min(0))
+
+
+# Those that learn nothing and are told nothing of the prompt: each can be saved, and is a method of the workflow under
+# its name in small letters. Every one of them goes through `tests/pruning/test_every_scorer.py`.
+BASELINES: tuple[type[Scorer], ...] = (Random, Recent, HiddenNorm, LastQuery)

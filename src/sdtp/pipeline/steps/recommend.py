@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sdtp.errors import UserError
-from sdtp.evaluation.methods import BASELINES
+from sdtp.evaluation.methods import BASELINES, baseline_scorer
 from sdtp.evaluation.recommendation import UNPRUNED, Recommendation, Setting, Target, cost_at, recommend
 from sdtp.pipeline.formats import memory, number
 from sdtp.pipeline.measured import Measured, command, read
@@ -139,7 +139,7 @@ def _python(run: Path, setting: Setting) -> list[str]:
         return ["output = model.generate(**inputs)"]
     pruner = f'TokenPruner.from_pretrained("{run / "pruner"}")'
     if setting.method != "sdtp":
-        pruner = f"TokenPruner({pruner}.schedule, scorers.{BASELINES[setting.method](0)!r})"
+        pruner = f"TokenPruner({pruner}.schedule, scorers.{baseline_scorer(setting.method)!r})"
     return [f"pruner = {pruner}", f"with pruner(model, ratio={setting.keep_ratio}): output = model.generate(**inputs)"]
 
 
