@@ -1,10 +1,10 @@
-# install, kvpress, llmlingua, run, study, bench, ui, test, lint, lock, clean. What needs the environment makes it first, in .venv.
+# install, kvpress, llmlingua, run, study, bench, ui, docs, test, lint, lock, clean. What needs the environment makes it first, in .venv.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := run
 # Peers that need an older transformers than this project have environments of their own, .venv-<peer>.
 PEERS := kvpress llmlingua
-.PHONY: install $(PEERS) run study bench ui test lint lock clean
+.PHONY: install $(PEERS) run study bench ui docs test lint lock clean
 
 PYTHON ?= python3
 # Of the machine's; each job on the CPU holds its model in memory, so fewer cores need less.
@@ -69,6 +69,10 @@ ui: $(STAMP)
 		$(BIN)/mlflow ui --host 127.0.0.1 --port 5000 \
 		--backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/results/mlflow.db}"
 
+# A link that leads nowhere fails. Open site/index.html.
+docs: $(STAMP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/zensical build --clean --strict
+
 test: lint
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest
 
@@ -103,4 +107,4 @@ config/README.md: workflow/schemas/config.schema.yaml src/sdtp/pipeline/schema.p
 clean:
 	@$(ALONE); set -x; \
 	find results -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +; \
-	rm -rf logs .snakemake .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf logs site .snakemake .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
