@@ -40,7 +40,7 @@ def protect_messages(
     a message's text as given, not the template's words around it, nor tool calls, nor a system prompt that only the
     template adds; a message without text has no tokens to protect.
 
-    Example:
+    Examples:
         >>> inputs, protect = protect_messages(tokenizer, messages, add_generation_prompt=True)
         >>> with pruner(model, protect=protect):
         ...     out = model.generate(**inputs.to(model.device), max_new_tokens=128)

@@ -30,7 +30,7 @@ _ATTACHING = threading.Lock()
 class TokenPruner:
     """Removes the least important prompt tokens between a decoder's layers.
 
-    Example:
+    Examples:
         >>> with TokenPruner.from_pretrained(folder)(model) as trace:
         ...     out = model.generate(**inputs, max_new_tokens=128)
         >>> trace.kept[-1]  # the prompt tokens that reached the last stage

@@ -21,7 +21,7 @@ class Peer(abc.ABC):
 
     Used as a `TokenPruner` is, one row at a time; a peer sees to `prefill` and inherits the rest.
 
-    Example:
+    Examples:
         >>> with GemFilter(layer=13, keep=fraction(0.1))(model) as held:
         ...     out = model.generate(input_ids, max_new_tokens=128)
         >>> held.entries  # prompt tokens in each layer's cache
