@@ -107,4 +107,4 @@ config/README.md: workflow/schemas/config.schema.yaml src/sdtp/pipeline/schema.p
 clean:
 	@$(ALONE); set -x; \
 	find results -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +; \
-	rm -rf logs site .snakemake .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf logs site .cache .snakemake .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
