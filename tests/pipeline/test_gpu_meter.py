@@ -160,8 +160,11 @@ def test_a_step_is_told_of_its_own_gpus(
         "gpu/0/power_watts_mean": 300.0,
     }
     assert found.tags["sdtp.gpus"] == "GPU-bbbb"
-    # A step that nobody tracks looks at none.
+    # A step that takes times looks at none, nor does one that nobody tracks.
     (folder / "asked").unlink()
+    with step("benchmark", args, outputs=[run_folder / "out"], times=True):
+        pass
+    assert not (folder / "asked").exists()
     for name in ("SDTP_PARENT_RUN_FILE", "MLFLOW_TRACKING_URI", "SDTP_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
     with step("train", args, outputs=[run_folder / "out"]):

@@ -91,7 +91,7 @@ def comes_back_from_disk(scorer: Scorer, model: PreTrainedModel, folder: Path) -
 
 
 def scores_are_numbers(scorer: Scorer, model: PreTrainedModel, folder: Path) -> None:
-    """`score` gives float32 [batch, tokens], finite at every real token, not one number for all, of states of any size."""
+    """`score` gives float32 [batch, tokens], finite at every real token, not all one number, of states of any size."""
     if type(scorer).__name__ == "LastQuery":  # is handed its attention by the pruner, in float32, and nothing of a view
         return
     watched = Watched(scorer)

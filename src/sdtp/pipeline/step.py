@@ -92,6 +92,8 @@ def step(
     args: argparse.Namespace,
     outputs: Sequence[str | Path],
     wildcards: Mapping[str, str | int | float] | None = None,
+    *,
+    times: bool = False,
 ) -> Iterator[StepLog]:
     """Runs one workflow step: `with step("train", args, outputs=[args.output]) as log: ...`.
 
@@ -101,6 +103,7 @@ def step(
         bytes (JSON, flat; null for a number that is not finite). It is written only when the block ends well.
     outputs: what the step writes; a lock beside the first one refuses a second writer.
     wildcards: what tells this job from the others of its rule.
+    times: whether the step takes times that are reported, so that nothing may look at its GPUs meanwhile.
 
     Raises UserError where another process is writing the same output, or where the tracking URI is one MLflow cannot
     use. The tracked run ends as FINISHED, as FAILED after an exception, as KILLED after SIGINT or SIGTERM; SIGTERM then
@@ -125,7 +128,7 @@ def step(
             raise
         started = time.monotonic()
         status = "FAILED"
-        meter = GpuMeter(leased() if tracked.is_told else [])
+        meter = GpuMeter(leased() if tracked.is_told and not times else [])
         try:
             held.release()
             log = StepLog(tracked)

@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--metrics", required=True, type=Path, metavar="FILE", help="metrics to write")
     args = parser.parse_args(argv)
     settings = Settings.from_json(args.settings)
-    with step("benchmark", args, outputs=[args.output], wildcards={"keep_ratio": args.keep_ratio}) as log:
+    with step("benchmark", args, outputs=[args.output], wildcards={"keep_ratio": args.keep_ratio}, times=True) as log:
         check_benchmark(settings.benchmark, read_manifest(args.model)["context_length"])
         log.dataset("benchmark", args.data / BENCHMARK_FILE, sha256_file(args.data / BENCHMARK_FILE))
         model = load_model(args.model, settings.model.dtype, settings.model.attention, choose_device())

@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
         with contextlib.suppress(FailedElsewhereError):  # the main process says what failed, and fails
             _measured(args, settings, placement, group)
         return
-    with step("throughput", args, outputs=[args.output], wildcards={"placement": args.placement}) as log:
+    with step("throughput", args, outputs=[args.output], wildcards={"placement": args.placement}, times=True) as log:
         check_serving(settings.serving, read_manifest(args.model)["context_length"])
         log.dataset("benchmark", args.data / BENCHMARK_FILE, sha256_file(args.data / BENCHMARK_FILE))
         result = {"placement": args.placement, "devices": placement.devices, "not_run": refused, "rows": []}

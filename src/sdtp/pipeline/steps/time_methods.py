@@ -49,7 +49,8 @@ def main(argv: list[str]) -> None:
         check_method(method, args.keep_ratio, args.pruner)
     settings = Settings.from_json(args.settings)
     outputs = {method: args.output / f"{method}-{args.keep_ratio}.json" for method in args.methods}
-    with step("time-methods", args, list(outputs.values()), wildcards={"keep_ratio": args.keep_ratio}) as log:
+    wildcards = {"keep_ratio": args.keep_ratio}
+    with step("time-methods", args, list(outputs.values()), wildcards, times=True) as log:
         for length in settings.peers.prompt_tokens:
             tokens = {"peers.prompt_tokens": length, "benchmark.new_tokens": settings.benchmark.new_tokens}
             check_context(tokens, read_manifest(args.model)["context_length"])
