@@ -106,6 +106,4 @@ def test_page_leads_to_passing_tests_and_a_row_in_the_table(followed: Path) -> N
     table = "results/tiny/tables/quality.csv"
     snakemake(followed, table, "--rerun-triggers", "mtime", "--configfile", "tiny.yaml", "more.yaml")
     rows = (followed / table).read_text(encoding="utf-8").splitlines()
-    assert (
-        sum(",novelty," in row for row in rows) == 6
-    )  # retrieval has two metrics, continuation one
+    assert sum(",novelty," in row for row in rows) == 6  # retrieval has two metrics, continuation one
