@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ import pytest
 
 from sdtp.errors import UserError
 from sdtp.evaluation.longbench.scoring import Reference
+from sdtp.evaluation.longbench.tasks import task
 from sdtp.pipeline.block import Source
-from sdtp.pipeline.longbench_data import Example, LongBench, read_longbench
+from sdtp.pipeline.longbench_data import MOST_BYTES, Example, LongBench, read_longbench, unpack
 from tests.pipeline.hub import COMMIT, serve
 
 KEY = "longbench.source"
@@ -179,6 +181,61 @@ def read_hub(folder: Path, ref: str, revision: str, *tasks: str) -> Any:
         )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1]), requests
+
+
+def archive_of(path: Path, *names: str) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in names:
+            packed.writestr(name, "{}\n" * 1000)
+    return path
+
+
+def test_of_an_archive_the_files_of_the_tasks_are_unpacked(tmp_path: Path) -> None:
+    """Whatever other names are in it, of files that would be written elsewhere."""
+    archive = archive_of(tmp_path / "data.zip", "data/qasper.jsonl", "../evil", "/tmp/evil", "data/lcc.jsonl")
+    paths = unpack(archive, tmp_path / "into", [task("qasper")], "data.zip")
+    assert paths == {task("qasper"): tmp_path / "into" / "data" / "qasper.jsonl"}
+    assert [path for path in (tmp_path / "into").rglob("*") if path.is_file()] == list(paths.values())
+
+
+def cut_off(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def damaged_inside(data: bytes) -> bytes:
+    return data[:60] + bytes(10) + data[70:]
+
+
+def encrypted(data: bytes) -> bytes:
+    changed, directory = bytearray(data), data.index(b"PK\x01\x02")
+    changed[6], changed[directory + 8] = changed[6] | 1, changed[directory + 8] | 1
+    return bytes(changed)
+
+
+def bomb(data: bytes) -> bytes:
+    """Declares what would fill a disk."""
+    changed, directory = bytearray(data), data.index(b"PK\x01\x02")
+    changed[directory + 24 : directory + 28] = (MOST_BYTES + 1).to_bytes(4, "little")
+    return bytes(changed)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (cut_off, "File is not a zip file; the official archive is needed"),
+        (lambda data: b"", "File is not a zip file; the official archive is needed"),
+        (damaged_inside, "Bad CRC-32 for file 'data/qasper.jsonl'"),
+        (encrypted, "File <ZipInfo filename='data/qasper.jsonl'"),
+        (bomb, f"data/qasper.jsonl unpacks to {MOST_BYTES + 1} bytes; at most {MOST_BYTES} are accepted"),
+    ],
+)
+def test_a_damaged_archive_is_named(change: Callable[[bytes], bytes], words: str, tmp_path: Path) -> None:
+    archive = archive_of(tmp_path / "data.zip", "data/qasper.jsonl")
+    archive.write_bytes(change(archive.read_bytes()))
+    with pytest.raises(UserError) as error:
+        unpack(archive, tmp_path / "into", [task("qasper")], "data.zip of someone")
+    assert str(error.value).startswith(f"data.zip of someone: {words}")
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.slow

@@ -16,11 +16,14 @@ from sdtp.evaluation.longbench.scoring import Key, Reference
 from sdtp.evaluation.longbench.tasks import Metric, Task, task
 from sdtp.pipeline.block import Source
 from sdtp.pipeline.files import sha256_file, sha256_files
+from sdtp.pipeline.reading import reading
 from sdtp.pipeline.rows import Row, read_rows
 
 # The hub repository holds a loading script, which `datasets` no longer runs, and this archive of <FOLDER>/<task>.jsonl.
 ARCHIVE = "data.zip"
 _ARCHIVE_FOLDER = "data"
+# Of one of its files, unpacked; the official ones have less than a tenth.
+MOST_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -121,15 +124,39 @@ def _hub(source: Source, key: str, tasks: Sequence[Task]) -> LongBench:
             f"{key}.ref: no {ARCHIVE} of {source.ref} at revision {revision}: {error}; kind local reads a folder of "
             "<task>.jsonl files"
         ) from error
-    with zipfile.ZipFile(archive) as packed, tempfile.TemporaryDirectory() as unpacked:
-        names = {task: f"{_ARCHIVE_FOLDER}/{task.name}.jsonl" for task in tasks}
-        missing = [name for name in names.values() if name not in packed.namelist()]
+    with tempfile.TemporaryDirectory() as folder:
+        paths = unpack(
+            Path(archive), Path(folder), tasks, f"{key}.ref: {ARCHIVE} of {source.ref} at revision {revision}"
+        )
+        examples = tuple(example for task, path in paths.items() for example in _examples(task, path, key))
+    return LongBench(examples, revision, sha256_file(archive))
+
+
+def unpack(archive: Path, folder: Path, tasks: Sequence[Task], called: str) -> dict[Task, Path]:
+    """Unpacks the files of some tasks into a folder, and nothing else of the archive.
+
+    Args:
+        archive: a zip file of data/<task>.jsonl.
+        folder: to unpack into.
+        tasks: whose files are needed.
+        called: what messages call the archive.
+
+    Raises:
+        UserError: it is no whole zip file, has no file of a task, or one of more than `MOST_BYTES`.
+    """
+    names = {task: f"{_ARCHIVE_FOLDER}/{task.name}.jsonl" for task in tasks}
+    with reading(called, "the official archive is needed"), zipfile.ZipFile(archive) as packed:
+        sizes = {member.filename: member.file_size for member in packed.infolist()}
+        missing = [name for name in names.values() if name not in sizes]
         if missing:
-            raise UserError(f"{key}.ref: {ARCHIVE} of {source.ref} at revision {revision} has no {', '.join(missing)}")
-        examples: list[Example] = []
-        for task, name in names.items():
-            examples += _examples(task, Path(packed.extract(name, unpacked)), key)
-    return LongBench(tuple(examples), revision, sha256_file(archive))
+            raise UserError(f"{called} has no {', '.join(missing)}")
+        # As declared: the module reads no more than that.
+        too_large = [name for name in names.values() if sizes[name] > MOST_BYTES]
+        if too_large:
+            raise UserError(
+                f"{called}: {too_large[0]} unpacks to {sizes[too_large[0]]} bytes; at most {MOST_BYTES} are accepted"
+            )
+        return {task: Path(packed.extract(name, folder)) for task, name in names.items()}
 
 
 def _examples(task: Task, path: Path, key: str) -> list[Example]:
