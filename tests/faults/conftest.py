@@ -13,6 +13,9 @@ import pytest
 from tests.faults.forking import Forking
 from tests.faults.run import Run, finish
 
+# Of the second and third column, where a section's are not the usual ones.
+COLUMNS = {"Malformed files": ("read by", "what is said")}
+
 
 class Table:
     """Rows of docs/measurements/faults.md, filled by the tests that pass."""
@@ -21,7 +24,7 @@ class Table:
         self._sections: dict[str, list[tuple[str, ...]]] = defaultdict(list)
 
     def add(self, section: str, *cells: object) -> None:
-        """A row: what was done, how often, and what came of it."""
+        """A row: what was done, how often, and what came of it; or what `COLUMNS` says."""
         self._sections[section].append(tuple(map(str, cells)))
 
     def write(self, path: Path) -> None:
@@ -42,7 +45,8 @@ class Table:
             "measured numbers.",
         ]  # fmt: skip
         for section, rows in self._sections.items():
-            lines += ["", f"## {section}", "", "| what | how often | what came of it |", "|---|---|---|"]
+            second, third = COLUMNS.get(section, ("how often", "what came of it"))
+            lines += ["", f"## {section}", "", f"| what | {second} | {third} |", "|---|---|---|"]
             lines += [f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |" for row in rows]
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
