@@ -53,7 +53,7 @@ def followed(project: Path) -> Path:
     source = project / "src" / "sdtp"
     block = python_block("class Novelty")
     written = block[block.index("@dataclasses") :] + "\n\n" + BEFORE
-    edit(source / "pruning" / "scorers.py", '__all__ = ["BASELINES", ', '__all__ = ["BASELINES", "Novelty", ')
+    edit(source / "pruning" / "scorers.py", '    "Learned",\n', '    "Learned",\n    "Novelty",\n')
     edit(source / "pruning" / "scorers.py", BEFORE, written)
     edit(source / "pruning" / "scorers.py", "HiddenNorm, LastQuery)\n", "HiddenNorm, LastQuery, Novelty)\n")
     edit(source / "evaluation" / "names.py", '"hiddennorm", "lastquery")', '"hiddennorm", "lastquery", "novelty")')
@@ -104,6 +104,7 @@ def test_page_leads_to_passing_tests_and_a_row_in_the_table(followed: Path) -> N
     changed = {"evaluation": {"methods": ["sdtp", "random", "novelty"]}}
     (followed / "more.yaml").write_text(yaml.safe_dump(changed), encoding="utf-8")
     table = "results/tiny/tables/quality.csv"
-    snakemake(followed, table, "--rerun-triggers", "mtime", "--configfile", "tiny.yaml", "more.yaml")
+    added = ["--forcerun", "tables", "--rerun-triggers", "mtime"]
+    snakemake(followed, table, *added, "--configfile", "tiny.yaml", "more.yaml")
     rows = (followed / table).read_text(encoding="utf-8").splitlines()
     assert sum(",novelty," in row for row in rows) == 6  # retrieval has two metrics, continuation one

@@ -10,7 +10,17 @@ import torch
 from sdtp.pruning.learned import Learned
 from sdtp.pruning.scorer import Scorer, StageView
 
-__all__ = ["BASELINES", "HiddenNorm", "LastQuery", "Learned", "Random", "Recent", "Saliency", "Scorer", "StageView"]
+__all__ = [
+    "BASELINES",
+    "HiddenNorm",
+    "LastQuery",
+    "Learned",
+    "Random",
+    "Recent",
+    "Saliency",
+    "Scorer",
+    "StageView",
+]
 
 _Integers = TypeVar("_Integers", int, torch.Tensor)
 
