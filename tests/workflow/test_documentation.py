@@ -47,6 +47,8 @@ NOT_RUN = {
     ".venv/bin/snakemake --workflow-profile profiles/slurm": "the Slurm plugin; tests/cluster",
     ".venv/bin/snakemake --workflow-profile profiles/kubernetes": "the Kubernetes plugin; tests/cluster",
     ".venv/bin/snakemake --cores all --default-storage-provider s3": "a bucket; tests/cluster/test_storage.py",
+    "python3 -m venv /tmp/moto": "an environment for a server that stands in for S3; tests/cluster/conftest.py",
+    'PATH="/tmp/moto/bin': "that server; tests/cluster/test_storage.py",
     ".venv/bin/pip install": "what it installs is not this project's environment",
     "export": "sets a variable for commands that are not run",
     ".venv/bin/mlflow server": "a server that stays; tests/pipeline/mlflow_server.py starts one",
