@@ -45,7 +45,9 @@ class Server:
         said = []
         for line in self._process.stdout:
             said.append(line)
-            if sum("startup complete" in one for one in said) == workers:
+            # One worker listens after it has started up; several start up after the first process listens.
+            listens = any("running on" in one for one in said)
+            if listens and sum("startup complete" in one for one in said) == workers:
                 # Nobody reads what it says from here on, and a full pipe would stop it.
                 threading.Thread(target=self._process.stdout.read, daemon=True).start()
                 return
