@@ -18,7 +18,8 @@ from transformers import GPT2Config, PreTrainedModel, PreTrainedTokenizerBase
 from sdtp.errors import UserError
 from sdtp.pipeline.block import Source
 from sdtp.pipeline.corpus import package_files
-from sdtp.pipeline.models import choose_dtype, fetch_model, load_model, load_tokenizer, weights_sha256
+from sdtp.pipeline.model_sources import fetch_model
+from sdtp.pipeline.models import choose_dtype, load_model, load_tokenizer, weights_sha256
 from sdtp.pipeline.prompts import encode
 from tests.pipeline.conftest import TURNS
 from tests.pipeline.hub import COMMIT, serve

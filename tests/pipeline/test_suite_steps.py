@@ -15,7 +15,7 @@ from sdtp.errors import UserError
 from sdtp.evaluation.longbench.scoring import Reference
 from sdtp.pipeline.block import Source
 from sdtp.pipeline.longbench_data import Example
-from sdtp.pipeline.models import fetch_model
+from sdtp.pipeline.model_sources import fetch_model
 from sdtp.pipeline.steps import longbench_data, predict, ruler_data, score, suite_table
 from sdtp.pipeline.target_settings import LongBenchSettings
 from sdtp.pruning import scorers

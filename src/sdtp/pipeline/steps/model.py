@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from sdtp.pipeline.config import Settings
-from sdtp.pipeline.models import fetch_model
+from sdtp.pipeline.model_sources import fetch_model
 from sdtp.pipeline.step import step
 
 
