@@ -49,7 +49,8 @@ def test_default_configuration_plans_every_part(clone: Path) -> None:
 def test_offline_configuration_plans_every_part(clone: Path) -> None:
     # 3 methods and 6 peers at 2 ratios, the unpruned model and H2O on it; 3 methods of the suites at one ratio.
     ratios = {"benchmark": 2, "evaluate": 20, "time_methods": 2, "paper_evaluate": 4, "harness_answers": 5}
-    assert planned(clone, "--configfile", "config/paper/smollm2-135m.yaml") == DEFAULT | ratios
+    presses = {"budgets": 2, "kvpress": 4, "timed_budgets": 2, "kvpress_time": 4}
+    assert planned(clone, "--configfile", "config/paper/smollm2-135m.yaml") == DEFAULT | ratios | presses
 
 
 @pytest.mark.parametrize("name", ["qwen2-7b", "mistral-7b", "llama2-7b", "bloom-7b"])
