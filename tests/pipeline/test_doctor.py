@@ -21,6 +21,7 @@ from sdtp.pipeline.doctor import hardware, services, software, storage
 from sdtp.pipeline.doctor.examine import examine
 from sdtp.pipeline.doctor.finding import Finding, one_line
 from sdtp.pipeline.mlflow_store import Store
+from sdtp.pipeline.spool import spool_folder, written
 
 Serve = Callable[..., str]
 
@@ -160,6 +161,19 @@ def test_a_sqlite_store(tmp_path: Path) -> None:
         tags = {"sdtp.id": name, "sdtp.output": str(tmp_path / name)}
         store.create_run({"id": name, "label": name, "tags": tags, "started": 1}, alone=True)
     assert services.mlflow_store(tmp_path, 5.0) == Finding("MLflow store", "ok", f"{path}, 2 runs")
+
+
+def test_runs_that_wait_are_counted(tmp_path: Path) -> None:
+    assert services.waiting_runs(tmp_path) == Finding("waiting runs", "ok", "none")
+    spool = spool_folder(tmp_path / "run")
+    for name in ("one", "two"):
+        with written(spool, {"id": name, "started": 1}):
+            pass
+    (spool / "two").rename(spool / ".done-two")  # uploaded, and the rest of it not deleted yet
+    finding = services.waiting_runs(tmp_path)
+    assert (finding.status, finding.found) == ("warning", f"1 in {spool}, not in the store")
+    assert "`sdtp track sync`" in finding.advice
+    assert (spool / ".done-two").exists()
 
 
 def test_files_that_are_no_store(tmp_path: Path) -> None:
@@ -351,6 +365,7 @@ def test_without_torch_the_other_checks_still_speak(tmp_path: Path) -> None:
         "Python": "ok", "library": "failure", "workflow": "warning", "CUDA": "failure", "CPU": found["CPU"]["status"],
         "attention": "failure", "results": found["results"]["status"],
         "temporary files": found["temporary files"]["status"], "hub": "failure", "MLflow store": "warning",
+        "waiting runs": "ok",
     }  # fmt: skip
     assert found["CUDA"]["found"].startswith("torch cannot be imported: ModuleNotFoundError: ")
     assert all(finding["advice"] for finding in found.values() if finding["status"] != "ok")
@@ -361,7 +376,7 @@ def test_every_check_is_in_the_examination(serve: Serve, tmp_path: Path, monkeyp
     names = [found.name for found in examine(tmp_path, 5.0) if not found.name.startswith("GPU")]
     assert names == [
         "Python", "library", "workflow", "CUDA", "CPU", "attention", "results", "temporary files", "hub cache", "hub",
-        "MLflow store",
+        "MLflow store", "waiting runs",
     ]  # fmt: skip
 
 

@@ -92,6 +92,11 @@ def written(spool: Path, opening: Mapping[str, Any]) -> Iterator[Entry]:
         yield Entry(folder)
 
 
+def number_waiting(spool: Path) -> int:
+    """How many runs wait, those whose steps still work among them. Touches nothing."""
+    return sum(not path.parent.name.startswith(_DONE) for path in spool.glob(f"*/{_RUN}"))
+
+
 def waiting(spool: Path) -> list[Path]:
     """Folders of the runs that wait, in the order they began, so that a run comes after its parent."""
     if not spool.is_dir():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sdtp.pipeline.doctor.finding import Finding
 from sdtp.pipeline.doctor.hardware import attention, cuda, devices
-from sdtp.pipeline.doctor.services import hub, mlflow_store
+from sdtp.pipeline.doctor.services import hub, mlflow_store, waiting_runs
 from sdtp.pipeline.doctor.software import library, python, workflow
 from sdtp.pipeline.doctor.storage import disk
 
@@ -32,6 +32,7 @@ def examine(results: Path, timeout: float = TIMEOUT) -> Iterator[Finding]:
         functools.partial(disk, results),
         functools.partial(hub, timeout),
         functools.partial(mlflow_store, results, timeout),
+        functools.partial(waiting_runs, results),
     ]
     for check in checks:
         found = check()

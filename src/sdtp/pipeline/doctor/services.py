@@ -16,6 +16,7 @@ from sdtp.errors import UserError
 from sdtp.pipeline.doctor.finding import INSTALL, Finding, one_line
 from sdtp.pipeline.doctor.storage import filesystem
 from sdtp.pipeline.mlflow_store import tracking_uri
+from sdtp.pipeline.spool import number_waiting, spool_folder
 
 NETWORK_FILESYSTEMS = ("nfs", "nfs4", "cifs", "smb3", "lustre", "gpfs", "beegfs", "ceph", "fuse.sshfs", "9p")
 # Seconds that another process may hold SQLite's lock.
@@ -75,6 +76,17 @@ def mlflow_store(results: Path, timeout: float) -> Finding:
     if status >= 500 or status == 404:  # something else answers there
         return Finding(name, "warning", f"{shown} answers with status {status}", advice)
     return Finding(name, "ok", f"{shown} answers")
+
+
+def waiting_runs(results: Path) -> Finding:
+    """How many runs wait on disk because the store could not be reached."""
+    name, spool = "waiting runs", spool_folder(results / "run")
+    if number := number_waiting(spool):
+        advice = (
+            "`sdtp track sync` uploads them, once the store can be reached; runs whose step still works are counted"
+        )
+        return Finding(name, "warning", f"{number} in {spool}, not in the store", advice)
+    return Finding(name, "ok", "none")
 
 
 def check_shared(uri: str, mounts: Path = Path("/proc/self/mounts")) -> None:
