@@ -100,6 +100,7 @@ def test_page_has_every_part_with_its_files(run: Path) -> None:
         assert f"## {title}" in markdown
         assert len(tables[name]) > 0
     assert "Facts found, by their depth" in html
+    assert (run / "paper" / "figure-4.csv").read_text().splitlines()[2].startswith("continuation,loss,sdtp,4,0.9,")
     metrics = json.loads((run / "metrics" / "paper.json").read_text())
     assert metrics["rows_not_run"] == sum(table["why"].notna().sum() for table in tables.values())
     assert metrics["rows"] == sum(table["why"].isna().sum() for table in tables.values())

@@ -163,8 +163,9 @@ def read_parts(args: argparse.Namespace, settings: Settings, known: pd.DataFrame
             [] if args.cache_compression else missing.compression(settings.run),
             of_paper("table-6"),
         ),
-        swept("figure-4", pd.read_csv(args.stage_position), of_paper("figure-4")),
-        swept("figure-5", pd.read_csv(args.stage_count), of_paper("figure-5")),
+        # Read as text: beside the unpruned model's empty cell a lone layer would be a fraction.
+        swept("figure-4", pd.read_csv(args.stage_position, dtype={"layers": str}), of_paper("figure-4")),
+        swept("figure-5", pd.read_csv(args.stage_count, dtype={"layers": str}), of_paper("figure-5")),
     ]
     return sorted(parts, key=lambda part: list(PARTS).index(part.name))
 
