@@ -136,7 +136,7 @@ def test_examples_depend_on_the_seed_and_on_nothing_else(make_tokenizer: Make) -
 
 
 def test_every_document_is_used_before_one_is_used_twice(make_tokenizer: Make) -> None:
-    examples = retrieval(make_tokenizer(template=TURNS), count=12, distractors=1, max_tokens=200)
+    examples = retrieval(make_tokenizer(template=TURNS), count=12, distractors=1, max_tokens=240)
     begun = [example.source.split("+")[0] for example in examples]
     assert len(set(begun[:6])) == len(set(begun[6:])) == 6
 

@@ -22,7 +22,7 @@ ENVIRONMENT = ROOT / ".venv-llmlingua"
 # What the default run plans: everything beyond its own steps is of the paper.
 DEFAULT = {
     "model": 1, "check": 1, "data": 1, "saliency": 2, "saliency_index": 1, "train": 1, "benchmark": 3, "tables": 1,
-    "evaluate": 29,  # unpruned, 4 methods and 5 peers at 3 ratios, and H2O on the unpruned model
+    "evaluate": 32,  # unpruned, 4 methods and 6 peers at 3 ratios, and H2O on the unpruned model
     "time_methods": 3, "time_compression": 1, "tradeoff_tables": 1,
     "ruler_data": 1, "predict": 4, "score": 4, "ruler_table": 1,
     "sweep_train": 1, "sweep_evaluate": 36, "sweep_table": 1,  # 10 layers at 3 ratios, 7 counts, one of both
@@ -47,8 +47,11 @@ def test_default_configuration_plans_every_part(clone: Path) -> None:
 
 
 def test_offline_configuration_plans_every_part(clone: Path) -> None:
-    # 3 methods and 6 peers at 2 ratios, the unpruned model and H2O on it; 3 methods of the suites at one ratio.
-    ratios = {"benchmark": 2, "evaluate": 20, "time_methods": 2, "paper_evaluate": 4, "harness_answers": 5}
+    # 3 methods and 6 peers at 2 ratios, the unpruned model and H2O on it; 3 methods of the suites at 2.
+    ratios = {
+        "benchmark": 2, "evaluate": 20, "time_methods": 2, "paper_evaluate": 4, "harness_answers": 5, "predict": 7,
+        "score": 7,
+    }  # fmt: skip
     presses = {"budgets": 2, "kvpress": 4, "timed_budgets": 2, "kvpress_time": 4}
     assert planned(clone, "--configfile", "config/paper/smollm2-135m.yaml") == DEFAULT | ratios | presses
 
