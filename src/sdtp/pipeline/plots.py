@@ -168,7 +168,7 @@ def sparsity(
         labels.append((left[-1], f"kept at ratio {ratio:g}", colour))
     axes.set(xlabel="decoder layer", ylabel="share of the prompt's tokens", xticks=layers)
     axes.set_ylim(0, None)
-    axes.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(1, decimals=0))
+    axes.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(1))
     axes.set_title(f"mean and quartiles of {len(examples)} prompts")
     label_ends(figure, axes, layers[-1], labels)
     return figure

@@ -43,7 +43,7 @@ def tuning(
     )
     left.xaxis.set_inverted(True)
     left.set_ylim(0, None)
-    left.xaxis.set_major_formatter(mpl.ticker.PercentFormatter(1, decimals=0))
+    left.xaxis.set_major_formatter(mpl.ticker.PercentFormatter(1))
     # Little is lost where much is kept: there is room.
     left.legend(title="stage at layer", ncols=-(-len(curves) // 5), loc="upper left")
     for name, lengths in schedules.items():
@@ -55,6 +55,6 @@ def tuning(
         xlabel="decoder layer", ylabel="share of the prompt's tokens", title=f"a prompt of {prompt_tokens:,} tokens"
     )
     right.set_ylim(0, 1.03)
-    right.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(1, decimals=0))
+    right.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(1))
     right.legend()
     return figure

@@ -11,6 +11,7 @@ import pytest
 from sdtp.errors import UserError
 from sdtp.pipeline.paper import missing
 from sdtp.pipeline.paper.ablation import ablation
+from sdtp.pipeline.paper.drawing import sparsity
 from sdtp.pipeline.paper.part import Part
 from sdtp.pipeline.paper.published import load, numbers
 from sdtp.pipeline.paper.quality import speeds_of, table_1, table_3, table_6, with_llmlingua
@@ -107,6 +108,15 @@ def test_sparsity_is_the_mean_of_the_examples_with_its_interval_and_quartiles() 
     assert found["layer"] == 7
     assert (found["salient"], found["q25"], found["q75"], found["n"]) == (0.5, 0.4375, 0.5625, 4)
     assert 0.25 <= found["salient_low"] < 0.5 < found["salient_high"] <= 0.75
+
+
+def test_sparsity_is_drawn_on_an_axis_whose_labels_are_its_ticks() -> None:
+    # Up to 0.2, ticks stand at 0.025, 0.05, ...: rounded to whole percents they would say 2%, 5%, 8%.
+    examples = [np.array([[10.0] * few + [0.5] * (20 - few)]) for few in (2, 3, 4)]
+    figure = sparsity(figure_2(examples, [7], {}))
+    figure.canvas.draw()
+    labels = [float(label.get_text().rstrip("%")) for label in figure.axes[0].get_yticklabels()]
+    assert labels == pytest.approx(100 * figure.axes[0].get_yticks())
 
 
 def test_map_has_every_token_of_every_layer_with_its_share_of_the_layers_saliency() -> None:

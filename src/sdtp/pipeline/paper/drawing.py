@@ -153,6 +153,6 @@ def sparsity(part: Part) -> Figure:
     axes.errorbar(rows["layer"], rows["salient"], yerr=bars, color=colour, marker="o", capsize=3)
     axes.set(xlabel="entering decoder layer", ylabel="salient tokens", xticks=rows["layer"])
     axes.set_ylim(0, None)
-    axes.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(1, decimals=0))
+    axes.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(1))
     axes.set_title(f"mean, its 95% interval and the quartiles of {int(rows['n'].min())} prompts")
     return figure
