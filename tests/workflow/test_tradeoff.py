@@ -31,8 +31,8 @@ def test_default_plan(tmp_path: Path) -> None:
     folder = copy_project(tmp_path / "sdtp")
     counts = job_counts(snakemake(folder, "--dry-run", "tradeoff").stdout)
     run = {"model": 1, "check": 1, "data": 1, "saliency": 2, "saliency_index": 1, "train": 1}
-    # Unpruned, 4 methods of the run and 5 peers at 3 ratios, and H2O on the whole prompt.
-    own = {"evaluate": 1 + 9 * 3 + 1, "time_methods": 3, "time_compression": 1, "tradeoff_tables": 1}
+    # Unpruned, 4 methods of the run and 6 peers at 3 ratios, and H2O on the whole prompt.
+    own = {"evaluate": 1 + 10 * 3 + 1, "time_methods": 3, "time_compression": 1, "tradeoff_tables": 1}
     assert counts == run | own
     output = snakemake(folder, "--dry-run", "tradeoff", "--configfile", "config/paper/qwen2-7b.yaml").stdout
     assert job_counts(output)["kvpress_time"] == 2 * 3
