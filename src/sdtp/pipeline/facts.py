@@ -129,8 +129,8 @@ TRAIN = Vocabulary(
         ValueType(
             "language",
             _words(
-                "English, French, Spanish, German, Italian, Russian, Chinese, Japanese, Arabic, Greek, Latin, "
-                "Hebrew, Turkish, Polish, Dutch, Swedish, Danish, Korean, Persian, Welsh"
+                "English, French, Spanish, German, Italian, Russian, Chinese, Japanese, Arabic, Greek, Latin, Hebrew, "
+                "Turkish, Polish, Dutch, Swedish, Danish, Korean, Persian, Welsh"
             ),
         ),
         ValueType(
@@ -147,8 +147,8 @@ TRAIN = Vocabulary(
         ValueType(
             "profession",
             _words(
-                "teacher, doctor, farmer, lawyer, painter, baker, sailor, carpenter, engineer, nurse, pilot, judge, "
-                "writer, singer, soldier, tailor, barber, miner, butcher, librarian"
+                "teacher, doctor, farmer, lawyer, painter, baker, sailor, carpenter, engineer, nurse, pilot, "
+                "judge, writer, singer, soldier, tailor, barber, miner, butcher, librarian"
             ),
         ),
         ValueType(
@@ -168,35 +168,35 @@ TRAIN = Vocabulary(
         ValueType(
             "serial number",
             _words(
-                "48213, 90417, 27365, 61582, 35094, 82746, 14938, 73601, 56279, 20853, 418527, 967034, 253186, "
-                "780945, 136472, 594318, 801269, 342750, 675893, 129604"
+                "48213, 90417, 27365, 61582, 35094, 82746, 14938, 73601, 56279, 20853, 418527, 967034, 253186, 780945, "
+                "136472, 594318, 801269, 342750, 675893, 129604"
             ),
         ),
         ValueType(
             "date",
             _words(
-                "3 March 1871, 17 June 1804, 29 October 1932, 8 January 1899, 21 May 1846, 12 August 1917, 5 April "
-                "1783, 30 November 1865, 14 February 1928, 26 September 1811, 9 July 1890, 19 December 1854, 2 May "
-                "1941, 23 January 1838, 11 October 1876, 6 June 1795, 28 March 1903, 16 August 1829, 4 December "
-                "1919, 13 November 1887"
+                "3 March 1871, 17 June 1804, 29 October 1932, 8 January 1899, 21 May 1846, 12 August 1917, "
+                "5 April 1783, 30 November 1865, 14 February 1928, 26 September 1811, 9 July 1890, 19 December 1854, "
+                "2 May 1941, 23 January 1838, 11 October 1876, 6 June 1795, 28 March 1903, 16 August 1829, "
+                "4 December 1919, 13 November 1887"
             ),
         ),
         ValueType(
             "keeper",
             _words(
-                "Margaret Lewis, Samuel Porter, Agnes Holloway, Julian Frost, Beatrice Nolan, Rupert Dawson, Cecilia "
-                "Grant, Harold Finch, Matilda Rhodes, Gilbert Stone, Eleanor Pike, Wilfred Marsh, Rosalind Ames, "
-                "Bernard Locke, Florence Webb, Clement Hardy, Sylvia Barton, Ernest Quill, Theresa Vaughn, Conrad "
-                "Blythe"
+                "Margaret Lewis, Samuel Porter, Agnes Holloway, Julian Frost, Beatrice Nolan, Rupert Dawson, "
+                "Cecilia Grant, Harold Finch, Matilda Rhodes, Gilbert Stone, Eleanor Pike, Wilfred Marsh, "
+                "Rosalind Ames, Bernard Locke, Florence Webb, Clement Hardy, Sylvia Barton, Ernest Quill, "
+                "Theresa Vaughn, Conrad Blythe"
             ),
         ),
         ValueType(
             "address",
             _words(
-                "27 Mill Lane, 4 Chapel Street, 112 River Road, 63 Orchard Avenue, 8 Quarry Hill, 35 Abbey Close, 91 "
-                "Harbour Walk, 19 Meadow Court, 240 Station Road, 52 Garden Row, 76 Castle Street, 11 Bridge End, "
-                "138 Forest Drive, 45 Tanner Square, 83 Church Lane, 20 Windmill Way, 317 Canal Street, 6 Market "
-                "Place, 59 Bishop Gate, 104 Hazel Grove"
+                "27 Mill Lane, 4 Chapel Street, 112 River Road, 63 Orchard Avenue, 8 Quarry Hill, 35 Abbey Close, "
+                "91 Harbour Walk, 19 Meadow Court, 240 Station Road, 52 Garden Row, 76 Castle Street, 11 Bridge End, "
+                "138 Forest Drive, 45 Tanner Square, 83 Church Lane, 20 Windmill Way, 317 Canal Street, "
+                "6 Market Place, 59 Bishop Gate, 104 Hazel Grove"
             ),
         ),
         ValueType(
@@ -209,10 +209,10 @@ TRAIN = Vocabulary(
         ValueType(
             "motto",
             _words(
-                "patience before pride, work and wait, truth without fear, never look back, one step further, hope "
-                "against hope, speak when asked, mercy over might, steady as stone, give and forgive, light in "
-                "darkness, few words suffice, always at sea, bend but stand, learn by losing, peace through trade, "
-                "first to help, courage costs nothing, time tells all, plain and honest"
+                "patience before pride, work and wait, truth without fear, never look back, one step further, "
+                "hope against hope, speak when asked, mercy over might, steady as stone, give and forgive, "
+                "light in darkness, few words suffice, always at sea, bend but stand, learn by losing, "
+                "peace through trade, first to help, courage costs nothing, time tells all, plain and honest"
             ),
         ),
     ),
@@ -260,8 +260,8 @@ TEST = Vocabulary(
         ValueType(
             "animal",
             _words(
-                "horse, dog, cat, wolf, bear, lion, tiger, rabbit, eagle, fox, sheep, goat, camel, elephant, monkey, "
-                "snake, turtle, whale, deer, owl, duck, mouse"
+                "horse, dog, cat, wolf, bear, lion, tiger, rabbit, eagle, fox, sheep, goat, camel, elephant, "
+                "monkey, snake, turtle, whale, deer, owl, duck, mouse"
             ),
         ),
         ValueType(
@@ -282,29 +282,29 @@ TEST = Vocabulary(
         ValueType(
             "favourite book",
             _words(
-                "The Silent Valley, A Winter in Siberia, Letters to Nobody, The Clockmaker's Daughter, Beyond the "
-                "Salt Marsh, Seven Empty Rooms, The Last Ferry Home, A Theory of Rain, The Orphan of Ghent, Under "
-                "Copper Skies, The Botanist's War, Night Train to Tangier, The Weight of Snow, An Honest Forgery, "
-                "Children of the Delta, The Glass Ladder, No Road North, The Beekeeper's Ledger, Half a Kingdom, The "
-                "Map Without Names"
+                "The Silent Valley, A Winter in Siberia, Letters to Nobody, The Clockmaker's Daughter, "
+                "Beyond the Salt Marsh, Seven Empty Rooms, The Last Ferry Home, A Theory of Rain, The Orphan of Ghent, "
+                "Under Copper Skies, The Botanist's War, Night Train to Tangier, The Weight of Snow, "
+                "An Honest Forgery, Children of the Delta, The Glass Ladder, No Road North, The Beekeeper's Ledger, "
+                "Half a Kingdom, The Map Without Names"
             ),
         ),
         ValueType(
             "password",
             _words(
                 "seven quiet rivers, broken candle moon, tall velvet door, hungry paper kite, frozen summer bell, "
-                "lost silver thimble, brave little engine, hollow oak feather, distant thunder song, crooked garden "
-                "wall, sleepy harvest crow, hidden pocket watch, gentle desert wind, rusty iron anchor, bright "
-                "copper coin, narrow forest path, sudden autumn storm, lonely harbour light, painted wooden horse, "
-                "early morning ferry"
+                "lost silver thimble, brave little engine, hollow oak feather, distant thunder song, "
+                "crooked garden wall, sleepy harvest crow, hidden pocket watch, gentle desert wind, rusty iron anchor, "
+                "bright copper coin, narrow forest path, sudden autumn storm, lonely harbour light, "
+                "painted wooden horse, early morning ferry"
             ),
         ),
         ValueType(
             "debt",
             _words(
                 "3450 crowns, 718 pounds, 12600 francs, 94 guilders, 5275 marks, 860 rubles, 41300 lire, 1925 pesos, "
-                "637 crowns, 8080 pounds, 249 francs, 16750 guilders, 503 marks, 7140 rubles, 2815 lire, 96400 "
-                "pesos, 1360 pounds, 4590 francs, 372 guilders, 10220 marks"
+                "637 crowns, 8080 pounds, 249 francs, 16750 guilders, 503 marks, 7140 rubles, 2815 lire, 96400 pesos, "
+                "1360 pounds, 4590 francs, 372 guilders, 10220 marks"
             ),
         ),
     ),

@@ -52,7 +52,7 @@ def heat_maps(maps: Mapping[str, HeatMap]) -> Figure:
                 ink = "white" if value < _DARK else "black"
                 axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color=ink)
         axes.set_xticks(range(len(own.lengths)), [f"{length:,}" for length in own.lengths])
-        axes.set_yticks(range(len(own.depths)), [f"{depth:.0%}" for depth in own.depths])
+        axes.set_yticks(range(len(own.depths)), [f"{100 * depth:g}%" for depth in own.depths])
         axes.set(xlabel="prompt length (tokens)", title=f"{name_of(method)}, {smoke(own.n)} a cell")
     for axes in panels[:, 0]:
         axes.set_ylabel("depth of the fact")

@@ -94,7 +94,7 @@ def written(spool: Path, opening: Mapping[str, Any]) -> Iterator[Entry]:
 
 def number_waiting(spool: Path) -> int:
     """How many runs wait, those whose steps still work among them. Touches nothing."""
-    return sum(not path.parent.name.startswith(_DONE) for path in spool.glob(f"*/{_RUN}"))
+    return len(_entries(spool))
 
 
 def waiting(spool: Path) -> list[Path]:
@@ -103,8 +103,12 @@ def waiting(spool: Path) -> list[Path]:
         return []
     for done in spool.glob(f"{_DONE}*"):
         shutil.rmtree(done, ignore_errors=True)
-    entries = [Entry(path.parent) for path in spool.glob(f"*/{_RUN}")]
-    return [entry.folder for entry in sorted(entries, key=lambda entry: (entry.opening["started"], entry.folder))]
+    return [entry.folder for entry in sorted(_entries(spool), key=lambda one: (one.opening["started"], one.folder))]
+
+
+def _entries(spool: Path) -> list[Entry]:
+    """The runs of a spool in no order, none that is uploaded already."""
+    return [Entry(path.parent) for path in spool.glob(f"*/{_RUN}") if not path.parent.name.startswith(_DONE)]
 
 
 @contextmanager
