@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -96,7 +97,8 @@ def test_tasks_write_one_pruner_that_is_one_processs(
 def test_a_failure_is_told_once_and_ends_all_tasks(cluster: Path, inputs: Path, tmp_path: Path) -> None:  # noqa: F811
     settings = {**TWO, "pruning": {**TWO["pruning"], "start": 2}}
     found = srun(cluster, inputs, tmp_path / "run", "--nodes=2", "--ntasks=2", settings=settings)
-    assert found.returncode == 1
+    # srun returns the highest status of its tasks: 128 + SIGTERM where it ended the second before that had exited.
+    assert found.returncode in (1, 128 + signal.SIGTERM), found.stderr[-3000:]
     assert found.stderr.count("layers is [1, 3], but [2] is needed here") == 1
     assert "Traceback" not in found.stderr
     assert not (tmp_path / "run" / "pruner").exists()
