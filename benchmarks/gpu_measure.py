@@ -228,24 +228,10 @@ def passes_of(bench: Bench, tokens: int, ratios: Sequence[float]) -> dict[str, C
     for ratio in ratios:
         pruner = bench.pruners[ratio]
         arms = latency.arms(bench.model, pruner, prompt, bench.new_tokens, watch)
-        entering = [tokens, *pruner.schedule.surviving(tokens)[:-1]]
-        scoring = functools.partial(scoring_pass, scorer_of(pruner), entering, bench.model.dtype, watch)
+        scoring = latency.scoring_arm(bench.model, pruner, tokens, watch)
         passes |= {"unpruned": arms["unpruned"], f"sdtp/{ratio}": arms["sdtp"]}
         passes |= {f"ideal/{ratio}": arms["ideal"], f"scoring/{ratio}": scoring}
     return passes
-
-
-def scoring_pass(scorer: Learned, entering: Sequence[int], dtype: torch.dtype, watch: Stopwatch) -> Timing:
-    """The scorer's own time: scores for the given number of hidden states at each stage."""
-    states = torch.randn(1, max(entering), scorer.hidden_size, dtype=dtype, device=watch.device)
-    positions = torch.arange(max(entering), device=watch.device)[None]
-    lengths = torch.full((1,), max(entering), device=watch.device)
-
-    def score() -> None:
-        for stage, tokens in enumerate(entering):
-            scorer(stage, states[:, -tokens:], positions[:, -tokens:], lengths)
-
-    return seconds_of(score, watch)
 
 
 @dataclasses.dataclass

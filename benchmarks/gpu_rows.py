@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping
 from typing import Any
 
@@ -86,7 +85,6 @@ def _row(bench: Bench, columns: dict[str, Any], raw: dict[str, Any], unpruned: d
         ratios["decode_speedup"] = paired_ratios(unpruned["decode_s"], raw["decode_s"])
     return row | {
         "quartiles": ratios,
-        "scoring_s": statistics.median(raw["scoring_s"]),
         "scoring_share": paired_ratios(raw["scoring_s"], raw["prefill_s"])[1],
         "scoring_flop_share": raw["scoring_flop"] / raw["prefill_flop"],
         "overhead_share": columns["overhead_s"] / seconds,

@@ -31,6 +31,7 @@ def test_rows_have_both_arms_of_each_shape(
     monkeypatch.setattr(
         sys, "argv", ["saliency", "tiny", *shapes, "--device", "cpu", "--out", str(tmp_path / "r.json")]
     )
+    monkeypatch.setattr(benchmark, "TARGET", 1e9)  # so small a model on a busy machine is no measure of it
     assert benchmark.main() == 0
     result = json.loads((tmp_path / "r.json").read_text())
     assert result["layers"] == [4, 7]
@@ -41,6 +42,28 @@ def test_rows_have_both_arms_of_each_shape(
         assert row["ratio"]["q25"] <= row["ratio"]["median"] <= row["ratio"]["q75"]
         assert 0.2 < row["ratio"]["median"] < 5
         assert row["tokens_per_second"] == pytest.approx(row["batch"] * row["tokens"] / row["seconds"])
+
+
+@pytest.mark.parametrize(("target", "status"), [(1e-9, 1), (1e9, 0)])
+def test_shape_above_the_target_is_named_and_fails(
+    benchmark: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    target: float,
+    status: int,
+) -> None:
+    shapes = ["--lengths", "12", "--batches", "2", "--response-tokens", "3", "--repeats", "2"]
+    monkeypatch.setattr(
+        sys, "argv", ["saliency", "tiny", *shapes, "--device", "cpu", "--out", str(tmp_path / "r.json")]
+    )
+    monkeypatch.setattr(benchmark, "TARGET", target)
+    assert benchmark.main() == status
+    found = [line for line in capsys.readouterr().out.splitlines() if line.startswith("above the target of 0.00: ")]
+    shown = [f"above the target of 0.00: 12 tokens x 2, {how}, ratio " for how in ("plain", "checkpointing")]
+    assert [line.rpartition(" ")[0] + " " for line in found] == shown * status
+    # Written all the same.
+    assert json.loads((tmp_path / "r.json").read_text())["target_ratio"] == target
 
 
 @pytest.mark.parametrize("fault", ["another stage", "mean over the batch"])

@@ -177,7 +177,8 @@ class TestCommand:
     def test_scoring_has_its_own_line(self, run: Run) -> None:
         for (_, ratio), row in run.rows.items():
             if ratio is None:
-                assert "scoring_s" not in row
+                assert row["scoring_s"] == 0.0
+                assert "scoring_share" not in row
             else:
                 samples = row["samples"]
                 pairs = [a / b for a, b in zip(samples["scoring_s"], samples["prefill_s"], strict=True)]

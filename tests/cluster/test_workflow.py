@@ -29,7 +29,7 @@ pytestmark = [
 # Sums depend on the number of threads that make them: those of the local run, on two cores. And nobody waits for a file
 # that does not show here.
 OPTIONS = [
-    *("--set-threads", "saliency=1", "train=2", "generate=1", "benchmark=2", "evaluate=1"),
+    *("--set-threads", "saliency=1", "train=2", "generate=1", "benchmark=2", "reference=1", "evaluate=1"),
     *("--slurm-partition-config", "partitions.yaml", "--slurm-init-seconds-before-status-checks", "2"),
     *("--latency-wait", "5"),
 ]
@@ -39,6 +39,7 @@ GPU_JOBS = {
     "train": (1440, 96_000),
     "generate": (240, 64_000),
     "benchmark": (240, 96_000),
+    "reference": (240, 64_000),
     "evaluate": (240, 64_000),
 }
 

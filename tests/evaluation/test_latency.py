@@ -298,6 +298,36 @@ class TestCompare:
         assert after.decode_s == pytest.approx(0.011)
 
 
+def test_scorer_alone_scores_what_enters_the_stages_that_remove_some(
+    tiny_model: Callable[..., PreTrainedModel],
+) -> None:
+    clock, scored = CostClock(), []
+
+    class Slow(scorers.Learned):
+        def score(self, view: scorers.StageView) -> torch.Tensor:
+            clock.now += 0.001 * view.hidden.shape[1]
+            scored.append(
+                (view.stage, view.layer, tuple(view.hidden.shape), view.hidden.dtype, view.positions[0, -1].item())
+            )
+            return super().score(view)
+
+    model = tiny_model()
+    model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+    # 40 -> 20, nothing at the second, 20 -> 10.
+    schedule = PruningSchedule((1, 2, 3), (0.5, 0.5, 0.25), sinks=2, min_local=4)
+    pruner = TokenPruner(schedule, Slow(32, 3, width=8))
+    timing = latency.scoring_arm(model, pruner, 40, Stopwatch(CPU, clock))()
+    assert scored == [(0, 1, (1, 40, 32), torch.float32, 39), (2, 3, (1, 20, 32), torch.float32, 39)]
+    assert timing.prefill_s == pytest.approx(0.06)
+    assert clock.readings == 2
+
+
+def test_scorer_that_reads_attention_has_no_time_of_its_own(tiny_model: Callable[..., PreTrainedModel]) -> None:
+    run = latency.scoring_arm(tiny_model(), TokenPruner(SCHEDULE, scorers.LastQuery()), 40, Stopwatch(CPU))
+    with pytest.raises(TypeError, match="cannot be timed alone"):
+        run()
+
+
 def test_prompt_tokens_per_second_count_every_row() -> None:
     assert latency.prefill_tokens_per_second(batch=2, prompt_tokens=1000, prefill_s=0.5) == 4000.0
 

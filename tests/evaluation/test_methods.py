@@ -47,6 +47,7 @@ def test_every_name_is_made_from_what_it_needs_and_runs(
     expected = {
         "unpruned": 40,
         "sdtp-half": 10,  # a half at layer 1 and a half at layer 3
+        "sdtp-tuned": 29,  # what its own schedule leaves, 0.9 after 0.9 after 0.9
         "snapkv": 19,  # 75 entries in four layers
         "h2o": 19,
         "fastkv": 5,
@@ -70,6 +71,7 @@ def test_names_and_their_makers_are_the_same() -> None:
         ("unpruned", set()),
         ("sdtp", {"schedule", "pruner"}),
         ("sdtp-half", {"schedule", "pruner"}),
+        ("sdtp-tuned", {"schedule", "pruner"}),
         ("random", {"schedule", "seed"}),
         ("recent", {"schedule"}),
         ("oracle", {"schedule", "labels"}),

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy import stats as scipy_stats
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -17,7 +16,7 @@ from sdtp.evaluation.peers.budgets import fraction
 from sdtp.evaluation.peers.compression import Compression
 from sdtp.evaluation.peers.snapkv import SnapKV
 from sdtp.evaluation.ruler.predicting import predict
-from sdtp.evaluation.ruler.scoring import heat_map, score, scored, scores
+from sdtp.evaluation.ruler.scoring import heat_map, score
 from sdtp.evaluation.ruler.tasks import RulerExample
 from sdtp.pruning import scorers
 from sdtp.pruning.pruner import TokenPruner
@@ -52,65 +51,32 @@ def test_a_score_without_references_is_refused() -> None:
         score("single", "12", [""])
 
 
-def row(number: int, hit: float, **columns: Any) -> dict[str, Any]:
-    """A prediction that finds `hit` quarters of four references, in 100 tokens of which `number` are kept."""
-    found = ["11", "22", "33", "44"]
-    return {
-        "id": f"e{number}",
-        "task": "single",
-        "length": 100,
-        "depth": 0.0,
-        "prompt_tokens": 100,
-        "kept_tokens": number,
-        "prediction": " ".join(found[: int(4 * hit)]),
-        "references": found,
-        **columns,
-    }
-
-
-def test_scores_are_means_with_wilson_intervals_by_task_and_length() -> None:
-    rows = [row(n, hit) for n, hit in enumerate([1, 1, 0.5, 0])] + [row(9, 1, length=200), row(8, 0, task="qa")]
-    cells = scores(scored(json.loads(json.dumps(rows))))
-    assert [(cell.group, cell.value, cell.n) for cell in cells] == [
-        ({"task": "single", "length": 100}, 62.5, 4),
-        ({"task": "single", "length": 200}, 100.0, 1),
-        ({"task": "qa", "length": 100}, 0.0, 1),
-    ]
-    alone = scipy_stats.binomtest(1, 1).proportion_ci(0.95, method="wilson")
-    assert (cells[1].ci_low, cells[1].ci_high) == pytest.approx((100 * alone.low, 100.0))
-    # 2.5 of 4 by hand: (0.625 + 3.8415 / 8 ± 1.96 √(0.625 · 0.375 / 4 + 3.8415 / 64)) / (1 + 3.8415 / 4)
-    assert (cells[0].ci_low, cells[0].ci_high) == pytest.approx((21.94, 90.81), abs=0.01)
-    assert (cells[0].prompt_tokens, cells[0].kept_tokens) == (100.0, 1.5)
-
-
-def test_scores_can_be_grouped_by_any_column_and_a_method_is_not_mixed_with_another() -> None:
-    rows = list(scored(row(n, n % 2, depth=n / 2, method=method) for method in ("unpruned", "sdtp") for n in range(3)))
-    assert [(cell.group["method"], cell.value) for cell in scores(rows, ("method",))] == [
-        ("unpruned", pytest.approx(100 / 3)),
-        ("sdtp", pytest.approx(100 / 3)),
-    ]
-    assert len(scores(rows, ("method", "task", "length", "depth"))) == 6
-    with pytest.raises(ValueError, match=r"example e0 stands twice in the group \{'task': 'single', 'length': 100\}"):
-        scores(rows)
-    with pytest.raises(ValueError, match="prediction e0 has no 'ratio'"):
-        scores(rows, ("ratio",))
+def row(number: int, value: float, **columns: Any) -> dict[str, Any]:
+    place = {"task": "single", "length": 100, "depth": 0.0}
+    return {"id": f"e{number}", "score": value, **place, **columns}
 
 
 def test_heat_map_has_depths_down_and_lengths_across() -> None:
-    hits = {(0.0, 100): [1, 1], (0.5, 100): [1, 0], (0.0, 50): [0.25, 0.25], (0.5, 50): [0, 0, 0]}
+    scores = {(0.0, 100): [100, 100], (0.5, 100): [100, 0], (0.0, 50): [25, 25], (0.5, 50): [0, 0, 0]}
     rows = [
-        row(100 * place + n, hit, depth=depth, length=length)
-        for place, ((depth, length), cell) in enumerate(hits.items())
-        for n, hit in enumerate(cell)
+        row(100 * place + n, value, depth=depth, length=length)
+        for place, ((depth, length), cell) in enumerate(scores.items())
+        for n, value in enumerate(cell)
     ]
-    rows = list(scored(rows))
-    found = heat_map([*rows, *scored([row(999, 1, task="multi_key", depth=None)])])
+    found = heat_map([*rows, row(999, 100, task="multi_key", depth=None)])
     assert (found.depths, found.lengths, found.n) == ((0.0, 0.5), (50, 100), 2)
     np.testing.assert_allclose(found.values, [[25.0, 100.0], [0.0, 50.0]])
     with pytest.raises(ValueError, match=r"no prediction at depth 0\.5 and length 100: each depth"):
         heat_map([own for own in rows if (own["depth"], own["length"]) != (0.5, 100)])
     with pytest.raises(ValueError, match="no prediction has a depth"):
-        heat_map(scored([row(1, 1, depth=None)]))
+        heat_map([row(1, 100, depth=None)])
+
+
+def test_an_id_is_one_example_in_its_task_only() -> None:
+    found = heat_map([row(1, 100), row(1, 0, task="multi_key")])
+    assert (found.n, found.values.tolist()) == (2, [[50.0]])
+    with pytest.raises(ValueError, match=r"single 'e1' stands twice at depth 0\.0"):
+        heat_map([row(1, 100), row(1, 0)])
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +87,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 def example(number: int, tokens: int, new_tokens: int = 5, first: int = 3) -> RulerExample:
     prompt = [first + (7 * place + number) % 90 for place in range(tokens)]
-    return RulerExample(f"e{number}", "single", tokens, 0.5, prompt, "", ["w1"], new_tokens, False, "")
+    return RulerExample(f"e{number}", "single", tokens, 0.5, prompt, (0, tokens), "", ["w1"], new_tokens, False, "")
 
 
 def expected(model: Any, own: RulerExample) -> str:

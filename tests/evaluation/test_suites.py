@@ -9,7 +9,8 @@ import pytest
 
 from sdtp.evaluation.longbench.tasks import TASKS
 from sdtp.evaluation.ruler.tasks import CATEGORIES
-from sdtp.evaluation.suites import category_of, score_rows
+from sdtp.evaluation.suite_rows import category_of
+from sdtp.evaluation.suites import score_rows
 from sdtp.pipeline.ruler.settings import TASKS as RULER_TASKS
 
 WHO = {"method": "sdtp", "keep_ratio": 0.8, "seed": None, "prompt_tokens": 100, "kept_tokens": 40}

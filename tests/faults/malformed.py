@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from tests.faults.forking import SITE
 
 CANARY = "canary"
+REFERENCE = "results/tiny/evaluation/reference.safetensors"
 MODEL, DATA, PRUNER, SALIENCY = (
     "results/tiny/model",
     "results/tiny/data",
@@ -484,6 +485,22 @@ def data_rows_cut_off(folder: Path) -> None:
 @case("evaluate/unpruned-1.0", f"{DATA}/test")
 def data_rows_pickle(folder: Path) -> None:
     next((folder / DATA / "test").glob("*.arrow")).write_bytes(pickle.dumps(Evil()))
+
+
+@case("evaluate/random-0.8", "evaluation/reference.safetensors")
+def reference_cut_off(folder: Path) -> None:
+    truncate(folder / REFERENCE)
+
+
+@case("evaluate/random-0.5", "evaluation/reference.safetensors")
+def reference_pickle(folder: Path) -> None:
+    (folder / REFERENCE).write_bytes(pickle.dumps(Evil()))
+
+
+@case("evaluate/sdtp-0.8", "evaluation/reference.safetensors", "does not match its checksum")
+def reference_with_a_changed_bit(folder: Path) -> None:
+    data = (folder / REFERENCE).read_bytes()
+    (folder / REFERENCE).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
 
 
 @case("benchmark/0.8", f"{DATA}/benchmark.json")

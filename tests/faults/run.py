@@ -20,7 +20,11 @@ from tests.workflow.project import TINY, copy_project, snakemake
 
 # The arguments of a step that name what it writes; other steps read what the further ones name.
 WRITTEN = ("--output", "--metrics")
-FURTHER = {"train": ("--history",), "tables": ("--latency", "--quality", "--comparisons")}
+FURTHER = {
+    "train": ("--history",),
+    "tables": ("--latency", "--quality", "--comparisons", "--targets"),
+    "figures": ("--sparsity", "--foresight"),
+}
 LONGEST = 160  # characters of a message in the table
 # What a clock or a meter says, in files that hold it beside results.
 MEASURED = re.compile(r"_s$|seconds$|^peak_|per_second/|speedup/|resumed$")

@@ -21,7 +21,7 @@ TRIES = 6
 # One job of each step of the default run.
 JOBS = (
     "model", "check", "data", "saliency/0", "saliency-index", "train", "generate/0.8", "benchmark/0.5",
-    "evaluate/sdtp-0.8", "tables", "figures", "report", "register",
+    "reference", "evaluate/sdtp-0.8", "tables", "figures", "report", "register",
 )  # fmt: skip
 
 

@@ -26,15 +26,18 @@ PHASES: dict[str, tuple[Any, str, int, str]] = {
     "compute: a label epoch": (label_fit, "_loss", 3, "before"),
     "compute: a forward": (gradients, "example_losses", 6, "before"),  # in the third step, of two examples each
     "compute: an update": (trainer, "batch_gradient", 3, "after"),
-    "write: half the tensors": (checkpoints, "save_file", 2, "half"),
-    "write: before the disk has it": (checkpoints, "sync", 4, "before"),  # three calls a checkpoint
-    "rename: before": (checkpoints.os, "rename", 2, "before"),
-    "rename: after": (checkpoints.os, "rename", 2, "after"),
+    # Both label epochs have a checkpoint, and so has step 0.
+    "write: half the tensors of a label epoch": (checkpoints, "save_file", 2, "half"),
+    "write: half the tensors": (checkpoints, "save_file", 4, "half"),
+    "write: before the disk has it": (checkpoints, "sync", 10, "before"),  # three calls a checkpoint
+    "rename: a label epoch": (checkpoints.os, "rename", 2, "after"),
+    "rename: before": (checkpoints.os, "rename", 4, "before"),
+    "rename: after": (checkpoints.os, "rename", 4, "after"),
     "tracking: metrics": (Store, "log_batch", 6, "before"),  # the first has the settings
     "tracking: before a pruner": (TrackedRun, "artifact", 2, "before"),
     "tracking: after a pruner": (TrackedRun, "artifact", 2, "after"),
     "tracking: removing old ones": (TrackedRun, "latest_artifacts", 2, "before"),
-    "output: the pruner": (files.os, "rename", 6, "before"),  # after those of five checkpoints
+    "output: the pruner": (files.os, "rename", 8, "before"),  # after those of seven checkpoints
     "output: the curves": (train.csv, "writer", 1, "before"),
 }
 

@@ -1,6 +1,7 @@
 """A small made-up run: well-formed inputs of figures and report, with numbers that are easy to check by hand."""
 
 from itertools import product
+from math import nan
 from typing import Any
 
 import numpy as np
@@ -58,20 +59,23 @@ def _latency_row(
         "cold_prefill_s": 2 * prefill,
         "scoring_tflop": length * 1e-6 if method == "sdtp" else 0.0,
         "overhead_s": 0.03 * prefill if method == "sdtp" else 0.0,
+        "scoring_s": 0.01 * prefill if method == "sdtp" else 0.0,
     }
 
 
 def quality(n: int = 28) -> pd.DataFrame:
     """Unpruned: accuracy 0.75, retrieval loss 1.1, continuation loss 3.1; SDTP 0.9 keeps the first exactly."""
     unpruned = {("retrieval", "accuracy"): 0.75, ("retrieval", "loss"): 1.1, ("continuation", "loss"): 3.1}
+    unpruned |= {("continuation", "kl"): 0.0, ("continuation", "top1"): 1.0}
     harm = {"sdtp": 1.0, "random": 6.0, "recent": 2.5, "lastquery": 4.0}
     rows = []
     for (task, metric), base in unpruned.items():
         rows.append((task, metric, "unpruned", 1.0, base, base - 0.1, base + 0.1, n, 1.0))
         for method, ratio in product(METHODS, RATIOS):
             change = harm[method] * (0.9 - ratio + (0 if method == "sdtp" else 0.1))
-            value = max(0.0, base - change) if metric == "accuracy" else base + change
-            rows.append((task, metric, method, ratio, value, max(0.0, value - 0.08), value + 0.08, n, value / base))
+            value = max(0.0, base - change) if metric in ("accuracy", "top1") else base + change
+            retained = value / base if base else nan
+            rows.append((task, metric, method, ratio, value, max(0.0, value - 0.08), value + 0.08, n, retained))
     names = ["task", "metric", "method", "keep_ratio", "value", "ci_low", "ci_high", "n", "retained"]
     return pd.DataFrame(rows, columns=names)
 

@@ -13,9 +13,11 @@ import pytest
 from sdtp.errors import UserError
 from sdtp.evaluation.stats import mean_interval, paired_difference, wilson_interval
 from sdtp.pipeline.ablation_plot import ablation
-from sdtp.pipeline.ablations import ABLATION_COLUMNS, ablation_table, markdown
+from sdtp.pipeline.ablations import ABLATION_COLUMNS, ablation_table, all_rows, arm, markdown
 from sdtp.pipeline.plotstyle import save
-from sdtp.pipeline.steps.ablation import by_variant
+from sdtp.pipeline.steps.ablation import by_variant, read_training
+from sdtp.pipeline.tables import quality_cells
+from sdtp.pipeline.targets import target_table
 from tests.pipeline.rows import only
 
 
@@ -26,6 +28,8 @@ def evaluated(
     rows = []
     for index, (right, loss) in enumerate(zip(correct, losses, strict=True)):
         same = {"method": method, "keep_ratio": ratio, "seed": seed, "prompt_tokens": 100, "kept_tokens": kept + index}
+        same |= {"kl": loss / 8, "top1": 1 - loss / 8}
+        same |= {"kl": 0.1, "top1": 0.5}
         rows.append({"id": f"r{index}", "task": "retrieval", "correct": right, "loss": loss, **same})
         rows.append({"id": f"c{index}", "task": "continuation", "correct": None, "loss": loss + 10, **same})
     return rows
@@ -57,9 +61,20 @@ VARIANTS = {
 }
 
 
+TRAINING = {
+    "full": {"label_updates": 960, "optimizer_steps": 8, "kept_step": 0},
+    "recent": {"label_updates": 0, "optimizer_steps": 1200, "kept_step": 1100},
+}
+
+
+def made(references: list[dict[str, Any]], variants: dict[str, list[dict[str, Any]]]) -> pd.DataFrame:
+    rows = all_rows(references, variants)
+    return ablation_table(rows, quality_cells(rows), {name: TRAINING.get(name, TRAINING["full"]) for name in variants})
+
+
 @pytest.fixture(scope="module")
 def table() -> pd.DataFrame:
-    return ablation_table(REFERENCES, VARIANTS)
+    return made(REFERENCES, VARIANTS)
 
 
 def test_every_cell_has_one_row_variants_after_the_methods_in_their_order(table: pd.DataFrame) -> None:
@@ -67,9 +82,13 @@ def test_every_cell_has_one_row_variants_after_the_methods_in_their_order(table:
     assert list(dict.fromkeys(zip(table["task"], table["metric"], strict=True))) == [
         ("retrieval", "accuracy"),
         ("retrieval", "loss"),
+        ("retrieval", "kl"),
+        ("retrieval", "top1"),
         ("continuation", "loss"),
+        ("continuation", "kl"),
+        ("continuation", "top1"),
     ]
-    panel = table[(table["task"] == "continuation")]
+    panel = table[(table["task"] == "continuation") & (table["metric"] == "loss")]
     assert list(zip(panel["method"], panel["variant"], panel["keep_ratio"], strict=True)) == [
         ("unpruned", "", 1.0),
         *((method, "", ratio) for ratio in (0.8, 0.5) for method in ("recent", "lastquery", "oracle")),
@@ -82,7 +101,7 @@ def test_value_interval_and_kept_share_are_the_variants_own(table: pd.DataFrame)
     assert (row["method"], row["value"], row["n"], row["retained"]) == ("sdtp", 0.5, 4, 0.5)
     assert (row["ci_low"], row["ci_high"]) == pytest.approx(wilson_interval([1, 0, 0, 1]))
     assert row["kept_share"] == pytest.approx((0.30 + 0.31 + 0.32 + 0.33) / 4)
-    loss = only(table, task="continuation", variant="recent", keep_ratio=0.5)
+    loss = only(table, task="continuation", metric="loss", variant="recent", keep_ratio=0.5)
     assert loss["value"] == pytest.approx(13.25)
     assert (loss["ci_low"], loss["ci_high"]) == pytest.approx(mean_interval([12.5, 12.5, 14.5, 13.5]))
     assert loss["kept_share"] == pytest.approx((0.08 + 0.09 + 0.10 + 0.11) / 4)
@@ -124,23 +143,59 @@ def test_methods_are_compared_too_and_nothing_with_itself(table: pd.DataFrame) -
 
 def test_without_a_baseline_there_is_no_difference_to_one() -> None:
     references = [row for row in REFERENCES if row["method"] in ("unpruned", "oracle")]
-    table = ablation_table(references, VARIANTS)
+    table = made(references, VARIANTS)
     assert set(table["baseline"]) == {""}
     assert table["minus_baseline"].isna().all()
-    assert only(table, task="continuation", variant="recent", keep_ratio=0.8)["minus_first"] == pytest.approx(0.425)
+    row = only(table, task="continuation", metric="loss", variant="recent", keep_ratio=0.8)
+    assert row["minus_first"] == pytest.approx(0.425)
 
 
 def test_variant_on_other_examples_is_refused_by_name() -> None:
     with pytest.raises(UserError, match=r"sdtp:recent at keep ratio 0.8 was evaluated on 3 examples and unpruned on 4"):
-        ablation_table(REFERENCES, VARIANTS | {"recent": VARIANTS["recent"][2:]})
+        made(REFERENCES, VARIANTS | {"recent": VARIANTS["recent"][2:]})
+
+
+def test_rows_of_a_variant_say_how_it_was_trained(table: pd.DataFrame) -> None:
+    row = only(table, task="retrieval", metric="loss", variant="recent", keep_ratio=0.5)
+    assert (row["label_updates"], row["optimizer_steps"], row["kept_step"]) == (0, 1200, 1100)
+    assert set(table.loc[table["variant"] == "full", "kept_step"]) == {0}
+    assert table.loc[table["variant"] == "", "label_updates"].isna().all()
+    # As whole numbers, also beside rows that have none.
+    assert ",960,8,0,\n" in table.to_csv(index=False)
+
+
+def test_variants_with_the_same_value_of_every_example_are_named(table: pd.DataFrame) -> None:
+    assert set(table["same_as"]) == {""}
+    twin = list(reversed(VARIANTS["full"]))
+    other = [{**row, "loss": row["loss"] + (row["id"] == "c0")} for row in twin]
+    table = made(REFERENCES, VARIANTS | {"twin": twin, "other": other, "third": twin})
+    assert dict(zip(table["variant"], table["same_as"], strict=True)) == {
+        "": "", "full": "", "recent": "", "twin": "full", "other": "", "third": "full",
+    }  # fmt: skip
+
+
+def test_metrics_of_another_training_are_refused_by_what_they_lack(tmp_path: Path) -> None:
+    path = tmp_path / "train.json"
+    path.write_text('{"label_updates": 960.0, "optimizer_steps": 8.0, "kept_step": 4.0, "wall_seconds": 1.5}')
+    assert read_training(path) == {"label_updates": 960, "optimizer_steps": 8, "kept_step": 4}
+    path.write_text('{"label_updates": 960.0, "wall_seconds": 1.5}')
+    with pytest.raises(UserError, match=r"train.json: no optimizer_steps, kept_step; accepted: the metrics that"):
+        read_training(path)
 
 
 def test_page_says_what_the_differences_show(table: pd.DataFrame) -> None:
-    lines = markdown(table, "mine").splitlines()
+    rows = all_rows(REFERENCES, VARIANTS)
+    lines = markdown(table, target_table(quality_cells(rows), arm("full")), "mine").splitlines()
     assert lines[0] == "# Variants of run mine"
     titles = [line for line in lines if line.startswith("## ")]
-    assert len(titles) == 6
-    assert titles[3] == "## retrieval: loss (lower is better), keep ratio 0.5, smoke: n = 4"
+    assert len(titles) == 2 + 7 * 2
+    assert titles[4] == "## retrieval: loss (lower is better), keep ratio 0.5, smoke: n = 4"
+    assert (titles[0], titles[-1]) == ("## How each was trained", "## Targets of full")
+    assert "| full | 960 | 8 | 0 | – |" in lines
+    assert "| recent | 0 | 1,200 | 1,100 | – |" in lines
+    needs = "not decided: 4 examples, and 400 are needed |"
+    assert len([line for line in lines if "| sdtp/full@0.8 − recent@0.8 | 4 |" in line and line.endswith(needs)]) == 6
+    assert lines[-1].endswith("| not measured: no sdtp/paper@0.9 in this configuration |")
     start = lines.index("## retrieval: loss (lower is better), keep ratio 0.8, smoke: n = 4")
     section = lines[start : start + 10]
     assert section[2] == "| | loss | minus full | minus recent | kept |"
@@ -185,5 +240,5 @@ def test_equal_tables_give_equal_figures(table: pd.DataFrame, tmp_path: Path) ->
 def test_evaluations_belong_to_the_variants_in_order() -> None:
     paths = [Path(name) for name in "abcd"]
     assert by_variant(["x", "y"], paths, 2) == {"x": paths[:2], "y": paths[2:]}
-    with pytest.raises(UserError, match="--evaluations are 4 files: 2 of each of 3 variants are needed"):
+    with pytest.raises(UserError, match="4 files of 3 variants: 2 of each are needed"):
         by_variant(["x", "y", "z"], paths, 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from datasets import Dataset
 
 from sdtp.pipeline.steps import budgets
@@ -44,3 +45,30 @@ def test_prompts_that_are_timed_have_no_response(tmp_path: Path) -> None:
         {"id": "100", "task": None, "prompt_ids": list(range(100)), "response_ids": [], "entries": 47},
         {"id": "12", "task": None, "prompt_ids": list(range(12)), "response_ids": [], "entries": 12},
     ]
+
+
+def test_rows_of_a_suite_stay_whole_and_ids_may_repeat(tmp_path: Path) -> None:
+    rows = [
+        {
+            "suite": "longbench",
+            "id": "1",
+            "task": task,
+            "prompt_ids": list(range(tokens)),
+            "context": [2, 9],
+            "chat": True,
+        }
+        for task, tokens in (("qasper", 100), ("lcc", 10))
+    ]
+    (tmp_path / "examples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "manifest.json").write_text(json.dumps({"num_layers": 4}))
+    output = tmp_path / "budgets.jsonl"
+    files = ["--model", str(tmp_path), "--suite", str(tmp_path / "examples.jsonl"), "--output", str(output)]
+    settings = ["--settings", json.dumps(SETTINGS), "--keep-ratio", "0.5", "--metrics", str(tmp_path / "metrics.json")]
+    budgets.main([*settings, *files])
+    # The mean of 100, 50, 25 and 12, not the 12 of the last layer.
+    assert [json.loads(line) for line in output.read_text().splitlines()] == [
+        {**rows[0], "entries": 47},
+        {**rows[1], "entries": 10},
+    ]
+    with pytest.raises(SystemExit):
+        budgets.main([*settings, *files, "--timed"])

@@ -100,6 +100,24 @@ def test_command_line_decides_no_step() -> None:
     assert all(module not in modules_of(f"sdtp.pipeline.steps.{step}") for step in STEPS for module in NEUTRAL)
 
 
+# What turns a prediction into a score.
+SCORING = {
+    "sdtp.evaluation.longbench.metrics",
+    "sdtp.evaluation.longbench.scoring",
+    "sdtp.evaluation.ruler.scoring",
+    "sdtp.evaluation.suites",
+}
+
+
+def test_mended_metric_makes_scores_anew_and_nothing_that_a_model_is_needed_for() -> None:
+    assert modules_of("sdtp.pipeline.steps.score") >= SCORING
+    for step in ("predict", *(step for step in STEPS if step.endswith("_data"))):
+        assert not SCORING & modules_of(f"sdtp.pipeline.steps.{step}"), step
+    # Nor are prompts written anew for a change of how they are answered.
+    for step in ("longbench_data", "ruler_data"):
+        assert "sdtp.evaluation.generation" not in modules_of(f"sdtp.pipeline.steps.{step}")
+
+
 def test_neutral_modules_exist() -> None:
     assert set(modules()) >= NEUTRAL
 

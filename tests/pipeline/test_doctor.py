@@ -243,28 +243,6 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
         assert storage.disk(Path("/proc/sdtp"))[0].status == "failure"
 
 
-def test_memory_left_by_machine_and_control_group(tmp_path: Path) -> None:
-    def system(meminfo: str, limit: str = "", used: str = "") -> int | None:
-        (tmp_path / "proc").mkdir(exist_ok=True)
-        (tmp_path / "sys/fs/cgroup").mkdir(parents=True, exist_ok=True)
-        (tmp_path / "proc/meminfo").write_text(meminfo)
-        for name, text in (("memory.max", limit), ("memory.current", used)):
-            path = tmp_path / "sys/fs/cgroup" / name
-            path.unlink(missing_ok=True)
-            if text:
-                path.write_text(text + "\n")
-        return hardware.available_memory(tmp_path)
-
-    assert hardware.available_memory(tmp_path) is None
-    meminfo = "MemTotal:       9000 kB\nMemAvailable:    8000 kB\n"
-    assert system(meminfo) == 8000 * 1024
-    assert system(meminfo, "max", "5000") == 8000 * 1024
-    assert system(meminfo, "1000000", "400000") == 600000
-    assert system(meminfo, "1000000000", "400000") == 8000 * 1024
-    assert system(meminfo, "1000", "4000") == 0
-    assert system("MemTotal: 9000 kB\n") is None
-
-
 def test_little_memory_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     for free, status in ((2**31 - 1, "warning"), (2**31, "ok"), (None, "ok")):

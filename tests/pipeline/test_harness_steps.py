@@ -26,6 +26,7 @@ from sdtp.evaluation.harness_scores import evaluate
 from sdtp.evaluation.stats import paired_difference, wilson_interval
 from sdtp.pipeline.files import read_jsonl
 from sdtp.pipeline.multiple_choice import SHOTS
+from sdtp.pipeline.predictions import Predictions
 from sdtp.pipeline.steps import harness, harness_table, multiple_choice_data
 from sdtp.pruning import scorers
 from sdtp.pruning.pruner import TokenPruner
@@ -60,7 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, an untrained pruner for it, and local tasks of five questions over a folder of texts."""
     folder = tmp_path_factory.mktemp("harness")
     tiny_model.make(folder / "model")
-    manifest = {"num_layers": 4, "context_length": 1024, "trust_remote_code": False}
+    manifest = {"num_layers": 4, "context_length": 1024, "trust_remote_code": False, "weights_sha256": "0" * 64}
     (folder / "model" / "manifest.json").write_text(json.dumps(manifest))
     torch.manual_seed(1)
     pruner = TokenPruner(SCHEDULE, scorers.Learned(32, SCHEDULE.stages, width=8))
@@ -83,13 +84,14 @@ def offline(monkeypatch: pytest.MonkeyPatch, no_tracking: None) -> None:
 
 
 def answered(
-    folder: Path, method: str, ratio: float, output: Path, pruner: bool = False, **changes: Any
+    folder: Path, method: str, ratio: float, output: Path, pruner: bool = False, code: str = "c", **changes: Any
 ) -> list[dict[str, Any]]:
-    """The rows of `sdtp harness`; its results and metrics lie beside `output`."""
+    """The rows of `sdtp harness`; its results, metrics and checkpoint lie beside `output`."""
     settings = {**SETTINGS, "harness": {**SETTINGS["harness"], **changes}}
     given = ["--settings", json.dumps(settings), "--model", str(folder / "model"), "--tasks", str(folder / "tasks")]
     given += ["--pruner", str(folder / "pruner")] if pruner else []
     written = ["--results", str(output.with_suffix(".json")), "--metrics", str(output.with_suffix(".metrics"))]
+    written += ["--checkpoint", str(output.with_suffix(".checkpoint")), "--code", code]
     harness.main([*given, "--method", method, "--keep-ratio", str(ratio), "--output", str(output), *written])
     return read_jsonl(output)
 
@@ -171,6 +173,91 @@ def test_what_chooses_at_random_runs_once_a_seed(jobs: dict[str, Path]) -> None:
     assert len({result["config"]["context_tokens"] for result in results}) == 1
 
 
+def taken_over(output: Path) -> tuple[int, int]:
+    """Of the job's answers all, and those that were not computed."""
+    metrics = json.loads(output.with_suffix(".metrics").read_text())
+    return int(metrics["answers"]), int(metrics["answers_taken_over"])
+
+
+def pruning_of(output: Path) -> list[tuple[int, int, int]]:
+    """What lm-eval's results say was pruned, seed by seed."""
+    results = json.loads(output.with_suffix(".json").read_text())
+    return [tuple(one["config"][name] for name in ("contexts", "context_tokens", "kept_tokens")) for one in results]
+
+
+class Killed(BaseException):
+    """What no step catches."""
+
+
+def test_a_killed_job_goes_on_where_it_was(
+    folder: Path, jobs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "random-0.5.jsonl"
+    checkpoint, original, seen = output.with_suffix(".checkpoint"), Predictions.add, list[str]()
+
+    def killed(self: Predictions[Any], key: str, answer: Any) -> None:
+        if len(seen) == 30:  # in the second seed, between two choices of a question
+            raise Killed
+        seen.append(key)
+        original(self, key, answer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Predictions, "add", killed)
+        with pytest.raises(Killed):
+            answered(folder, "random", 0.5, output)
+    assert not output.exists()
+    made = jobs["random-0.5"].with_suffix(".checkpoint").read_bytes().splitlines(keepends=True)
+    assert len(made) == 48  # two seeds, two tasks, three questions, four choices
+    assert checkpoint.read_bytes() == b"".join(made[:30])
+    with checkpoint.open("ab") as file:
+        file.write(made[30][:100])
+    assert answered(folder, "random", 0.5, output) == read_jsonl(jobs["random-0.5"])
+    assert taken_over(jobs["random-0.5"]) == (48, 0)
+    assert taken_over(output) == (48, 30)
+    assert pruning_of(output) == pruning_of(jobs["random-0.5"])
+    # Only what was missing was computed, and is there once.
+    assert sorted(checkpoint.read_bytes().splitlines()) == sorted(line.rstrip() for line in made)
+
+
+def test_only_new_questions_are_asked(
+    folder: Path, jobs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int]] = []
+    original = PrunedLM._score
+
+    def counted(self: PrunedLM, batch: Any, requests: Any, at_once: int) -> Any:
+        asked.append((len(batch), sum(len(indices) for indices, _, _ in batch)))
+        return original(self, batch, requests, at_once)
+
+    output = tmp_path / "sdtp-0.5.jsonl"
+    few = answered(folder, "sdtp", 0.5, output, pruner=True, tasks=TASKS[:1], limit=2)
+    monkeypatch.setattr(PrunedLM, "_score", counted)
+    # A task more and a question more: those choices of a question share their context as ever.
+    assert answered(folder, "sdtp", 0.5, output, pruner=True) == read_jsonl(jobs["sdtp-0.5"])
+    assert asked == 4 * [(1, 4)]
+    assert taken_over(output) == (24, 8)
+    assert few == read_jsonl(output)[:2]
+    # Nothing is new, in another number at a time; the results are the same but for time.
+    assert answered(folder, "sdtp", 0.5, output, pruner=True, batch_size=4) == read_jsonl(jobs["sdtp-0.5"])
+    assert taken_over(output) == (24, 24)
+    assert len(asked) == 4
+    assert pruning_of(output) == pruning_of(jobs["sdtp-0.5"])
+
+
+def test_answers_of_another_code_ratio_or_fewshot_do_not_count(folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "sdtp.jsonl"
+    one = {"tasks": TASKS[:1], "limit": 1, "pruner": True}
+    answered(folder, "sdtp", 0.5, output, **one)
+    answered(folder, "sdtp", 0.5, output, code="other", **one)
+    assert taken_over(output) == (4, 0)
+    answered(folder, "sdtp", 0.6, output, **one)
+    assert taken_over(output) == (4, 0)
+    answered(folder, "sdtp", 0.5, output, fewshot=1, **one)
+    assert taken_over(output) == (4, 0)
+    answered(folder, "sdtp", 0.5, output, **one)
+    assert taken_over(output) == (4, 4)
+
+
 def test_table_is_the_rows_means_with_differences_on_the_same_examples(
     jobs: dict[str, Path], folder: Path, tmp_path: Path
 ) -> None:
@@ -179,8 +266,9 @@ def test_table_is_the_rows_means_with_differences_on_the_same_examples(
     written = ["--figure", str(tmp_path / "harness.svg"), "--metrics", str(tmp_path / "metrics.json")]
     harness_table.main([*given, "--table", str(table_file), *written])
     table = pd.read_csv(table_file)
-    columns = "suite category task method keep_ratio value low high n difference difference_low difference_high p_value"
-    assert list(table.columns) == [*columns.split(), "compression", "chance", "kept_share"]
+    columns = "suite category task method keep_ratio value low high n difference difference_low difference_high"
+    tested = ["p_value", "p_holm", "verdict", "prompt_tokens"]
+    assert list(table.columns) == [*columns.split(), *tested, "compression", "chance", "kept_share"]
     cells = {(row["task"], row["method"]): row for row in table.to_dict("records")}
     assert set(cells) == {(task, method) for task in [*TASKS, "all"] for method in ("unpruned", "sdtp", "random")}
     for task in TASKS:

@@ -7,16 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from sdtp.errors import UserError
-from sdtp.evaluation.longbench.scoring import Reference
+from sdtp.evaluation.longbench.references import Reference
 from sdtp.evaluation.longbench.tasks import TASKS
 from sdtp.evaluation.longbench.templates import TEMPLATES, Template, parse
 from sdtp.pipeline.longbench_data import Example
 from sdtp.pipeline.longbench_prompts import longbench_prompt, read_templates
 from sdtp.pipeline.prompts import decode, encode, frame
-from tests.pipeline.conftest import TURNS
+from tests.pipeline.conftest import CORPUS, TURNS
 
 Make = Callable[..., PreTrainedTokenizerBase]
 WORDS = "the city of Washington and the United States; " * 40
@@ -157,3 +158,72 @@ def test_unusable_templates_are_named_by_file_and_key(tmp_path: Path, content: s
         (tmp_path / "dataset2prompt.json").write_text(content)
     with pytest.raises(UserError, match=rf"{tmp_path}/dataset2prompt\.json: {error}"):
         read_templates(tmp_path, ["qasper"])
+
+
+@pytest.mark.parametrize(
+    ("adds_bos", "template"), [(True, None), (False, None), (False, TURNS), (True, "[bos]" + TURNS)]
+)
+@pytest.mark.parametrize("task", ["qasper", "trec"])
+def test_context_is_what_stands_between_the_templates_texts(
+    make_tokenizer: Make, adds_bos: bool, template: str | None, task: str
+) -> None:
+    tokenizer = make_tokenizer(adds_bos=adds_bos, template=template)
+    chat = task == "qasper" and template is not None
+    bos, opening = "[bos]" if adds_bos else "", "[turn]user\n" if chat else ""
+    closing = "[end]\n[turn]assistant\n" if chat else ""
+    whole = longbench_prompt(tokenizer, example(task), PLAIN, 10_000)
+    # With room for all of it, and with its middle cut out.
+    for limit in (10_000, len(whole.ids) - 1, 200, 201):
+        prompt = longbench_prompt(tokenizer, example(task), PLAIN, limit)
+        start, end = prompt.context
+        ids = prompt.ids
+        assert decode(tokenizer, ids[:start]) == f"{bos}{opening}Read the text.\n"
+        assert decode(tokenizer, ids[end:]) == f"\n\nQuestion: What is the value?\nAnswer:{closing}"
+        text = decode(tokenizer, ids[start:end])
+        assert (text == WORDS) is (prompt.tokens_cut == 0)
+        assert text.startswith("the city of")
+        assert text.endswith("United States; ")
+
+
+def test_token_that_context_and_template_share_is_of_the_context(make_tokenizer: Make) -> None:
+    tokenizer = make_tokenizer()
+    template = parse("Wash{context}and on")
+    text = "ington met the count"
+    # One token is "Washington", which neither side has alone.
+    assert len(encode(tokenizer, "Washington")) < len(encode(tokenizer, "Wash")) + len(encode(tokenizer, "ington"))
+    prompt = longbench_prompt(tokenizer, example("lcc", text), template, 100)
+    start, end = prompt.context
+    assert decode(tokenizer, prompt.ids) == "Washington met the countand on"
+    assert text in decode(tokenizer, prompt.ids[start:end])
+
+
+def test_cut_that_reaches_into_what_follows_leaves_the_rest_of_it(make_tokenizer: Make) -> None:
+    tokenizer = make_tokenizer()
+    prompt = longbench_prompt(tokenizer, example("lcc", "0123456789"), parse("{context}9876543210"), 6)
+    assert decode(tokenizer, prompt.ids) == "012210"
+    assert prompt.context == (0, 3)
+
+
+@pytest.mark.parametrize("task", ["qasper", "trec"])
+def test_context_is_found_where_every_text_begins_with_a_space(task: str) -> None:
+    """As tokenizers of the Llama 2 kind: a text alone has other first ids than inside another one."""
+    backend = Tokenizer(models.BPE(unk_token="[unk]"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    special = ["[unk]", "[turn]", "[end]"]
+    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=special, show_progress=False)
+    backend.train_from_iterator([*CORPUS, "user\nassistant\n\nQuestion: value?\nAnswer: ;"], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[unk]")
+    tokenizer.chat_template = TURNS
+    assert (
+        encode(tokenizer, "a text")[:1]
+        != encode(tokenizer, "[turn]user\na text")[-len(encode(tokenizer, "a text")) :][:1]
+    )
+    whole = longbench_prompt(tokenizer, example(task), PLAIN, 10_000)
+    for limit in (10_000, len(whole.ids) - 1, 200):
+        prompt = longbench_prompt(tokenizer, example(task), PLAIN, limit)
+        start, end = prompt.context
+        assert decode(tokenizer, prompt.ids[:start]).endswith("Read the text.\n")
+        assert decode(tokenizer, prompt.ids[start:end]).lstrip().startswith("the city of")
+        assert decode(tokenizer, prompt.ids[start:end]).rstrip().endswith("States;")
+        assert "Question: What is the value?" in decode(tokenizer, prompt.ids[end:])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from sdtp.errors import UserError
 from sdtp.evaluation import methods
+from sdtp.evaluation.head import response_states
 from sdtp.pipeline.config import BenchmarkSettings
 from sdtp.pipeline.steps import benchmark, evaluate, generate
 from sdtp.pruning import flops, scorers
@@ -67,13 +68,24 @@ def test_benchmark_rows(tiny_model: Callable[..., PreTrainedModel]) -> None:
         assert [len(row[name]) for name in ("prefill_s", "decode_s", "end_to_end_s")] == [4, 4, 4]
         for prefill, decode, total in zip(row["prefill_s"], row["decode_s"], row["end_to_end_s"], strict=True):
             assert prefill + decode == pytest.approx(total)
-    assert len(pruned["ideal_s"]) == 4
+    assert len(pruned["ideal_s"]) == len(pruned["scoring_s"]) == 4
+    assert all(0 < scoring < prefill for scoring, prefill in zip(pruned["scoring_s"], pruned["prefill_s"], strict=True))
     assert (unpruned["kept_tokens"], pruned["kept_tokens"]) == (40, 10)
     assert (unpruned["kv_cache_bytes"], pruned["kv_cache_bytes"]) == (160 * 128, 90 * 128)
     scoring = pruned["scoring_flop"]
     assert scoring == (40 + 20) * 2 * (32 * 8 + 2 * 8)
     assert pruned["prefill_flop"] == flops.prefill(model.config, 40, SCHEDULE) + scoring
     assert unpruned["prefill_flop"] == flops.prefill(model.config, 40)
+
+
+def states_of(model: PreTrainedModel) -> Callable[[Mapping[str, Any]], torch.Tensor]:
+    """The unpruned model's states on an example, each run alone."""
+
+    def states(example: Mapping[str, Any]) -> torch.Tensor:
+        [(found, _)] = response_states(model, [example["prompt_ids"]], [example["response_ids"]])
+        return found
+
+    return states
 
 
 def test_evaluation_rows(tiny_model: Callable[..., PreTrainedModel]) -> None:
@@ -85,13 +97,17 @@ def test_evaluation_rows(tiny_model: Callable[..., PreTrainedModel]) -> None:
         {"id": "b", "task": "retrieval", "prompt_ids": prompt, "response_ids": [(best + 1) % 128]},
         {"id": "c", "task": "continuation", "prompt_ids": prompt, "response_ids": [best, 5]},
     ]
-    rows = evaluate.evaluate(model, examples, methods.unpruned, 4096)
+    rows = evaluate.evaluate(model, examples, methods.unpruned, 4096, states_of(model))
     assert [row["correct"] for row in rows] == [True, False, None]
     assert [row["kept_tokens"] for row in rows] == [40, 40, 40]
     assert [row["response_tokens"] for row in rows] == [1, 1, 2]
     assert rows[0]["loss"] < rows[1]["loss"]
-    pruned = evaluate.evaluate(model, examples, methods.baseline("recent", SCHEDULE, 0), 4096)
+    assert [row["kl"] for row in rows] == pytest.approx([0.0, 0.0, 0.0], abs=1e-6)
+    assert [row["top1"] for row in rows] == [1.0, 1.0, 1.0]
+    pruned = evaluate.evaluate(model, examples, methods.baseline("recent", SCHEDULE, 0), 4096, states_of(model))
     assert [row["kept_tokens"] for row in pruned] == [10, 10, 10]
+    assert pruned[0]["kl"] == pytest.approx(pruned[1]["kl"], abs=1e-6)  # the same place, whatever the response says
+    assert pruned[0]["kl"] > 1e-4
 
 
 @pytest.mark.parametrize("method", ["unpruned", "lastquery", "oracle", "snapkv"])
@@ -116,16 +132,17 @@ def test_examples_that_run_together_have_the_rows_they_have_alone(
             ]
         )
     ]
+    states = {example["id"]: states_of(model)(example) for example in examples}
     prefills = []
     model.register_forward_pre_hook(
         lambda _, args, inputs: prefills.append(tuple(inputs["input_ids"].shape)), with_kwargs=True
     )
-    rows = evaluate.evaluate(model, examples, pruner_for, 80)
+    rows = evaluate.evaluate(model, examples, pruner_for, 80, lambda example: states[example["id"]])
     together = {shape for shape in prefills if shape[1] in (31, 40)}
     assert together == ({(2, 40), (1, 40), (1, 31)} if method in ("unpruned", "lastquery") else {(1, 40), (1, 31)})
     for row, example in zip(rows, examples, strict=True):
-        (alone,) = evaluate.evaluate(model, [example], pruner_for, 1)
-        assert row == {**alone, "loss": pytest.approx(alone["loss"], abs=1e-5)}
+        (alone,) = evaluate.evaluate(model, [example], pruner_for, 1, lambda example: states[example["id"]])
+        assert row == {**alone, **{name: pytest.approx(alone[name], abs=1e-5) for name in ("loss", "kl")}}
 
 
 @pytest.mark.parametrize(
@@ -137,6 +154,7 @@ def test_examples_that_run_together_have_the_rows_they_have_alone(
 )
 def test_evaluate_refuses_arguments_that_do_not_go_together(arguments: list[str], named: str) -> None:
     files = ["--settings", "{}", "--model", "m", "--data", "d", "--output", "o", "--metrics", "f"]
+    files += ["--reference", "r"]
     with pytest.raises(UserError, match=named):
         evaluate.main([*files, *arguments])
 

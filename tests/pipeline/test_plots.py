@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from itertools import pairwise
@@ -54,30 +53,6 @@ def texts(figure: Figure) -> list[str]:
     return [text.get_text() for text in found]
 
 
-@pytest.mark.parametrize(
-    ("scores", "mass", "expected"),
-    [
-        # 5 + 3 = 8 is exactly 80% of 10; one thing more is needed for anything above.
-        ([[1, 5, 1, 3]], 0.8, [2 / 4]),
-        ([[1, 5, 1, 3]], 0.81, [3 / 4]),
-        ([[1, 5, 1, 3]], 0.5, [1 / 4]),
-        ([[1, 5, 1, 3]], 1.0, [4 / 4]),
-        # Magnitudes count: the signed sum of the first stage would be zero.
-        ([[4, -4, 0, 0], [1, 1, 1, 1]], 0.9, [2 / 4, 4 / 4]),
-        # 0.9 * 10 is met exactly by nine equal tokens, in floating point as well.
-        ([[0.1] * 10], 0.9, [9 / 10]),
-    ],
-)
-def test_salient_share_is_the_fewest_tokens_that_carry_the_mass(scores: Any, mass: Any, expected: Any) -> None:
-    np.testing.assert_allclose(plots.salient_share(np.array(scores, dtype=float), mass), expected)
-
-
-@pytest.mark.parametrize("stage", [[0.0, 0.0], [np.nan, 1.0], [np.inf, 1.0]])
-def test_salient_share_refuses_what_has_no_share(stage: Any) -> None:
-    with pytest.raises(UserError, match="zero or is not finite"):
-        plots.salient_share(np.array([[1.0, 2.0], stage]), 0.5)
-
-
 def test_sparsity_draws_the_mean_of_examples_and_their_quartiles() -> None:
     # 90% of the mass: 1, 2, 3 and 4 tokens of four, so mean 0.625 and quartiles 0.4375 and 0.8125; drawn first.
     examples = [np.array([row], dtype=float) for row in ([97, 1, 1, 1], [48, 48, 2, 2], [33, 33, 33, 1], [1, 1, 1, 1])]
@@ -85,22 +60,6 @@ def test_sparsity_draws_the_mean_of_examples_and_their_quartiles() -> None:
     assert heights(axes.lines[0]) == pytest.approx([0.625])
     band = np.asarray(axes.collections[0].get_paths()[0].vertices)[:, 1]
     assert (band.min(), band.max()) == pytest.approx((0.4375, 0.8125))
-
-
-def test_rank_correlations_are_spearmans_of_magnitudes() -> None:
-    # Ranks 1 2 3 4, the same of magnitudes, and 2 1 4 3: 1 - 6 * (1 + 1 + 1 + 1) / (4 * 15) = 0.6.
-    scores = np.array([[0.1, 0.2, 0.3, 9.0], [-1.0, 2.0, -30.0, 40.0], [2.0, 1.0, 4.0, 3.0]])
-    expected = [[1, 1, 0.6], [1, 1, 0.6], [0.6, 0.6, 1]]
-    np.testing.assert_allclose(plots.rank_correlations(scores), expected)
-    # Two tokens that tie share their rank: 1.5 1.5 3 against 1 2 3 correlates by sqrt(3) / 2.
-    tied = plots.rank_correlations(np.array([[5.0, 5.0, 7.0], [1.0, 2.0, 3.0]]))
-    assert tied[0, 1] == pytest.approx(math.sqrt(3) / 2)
-
-
-@pytest.mark.parametrize("stage", [[1.0, -1.0], [np.nan, 1.0]])
-def test_rank_correlations_refuse_what_has_no_order(stage: Any) -> None:
-    with pytest.raises(UserError, match="two that differ"):
-        plots.rank_correlations(np.array([[1.0, 2.0], stage]))
 
 
 def test_foresight_draws_the_mean_of_examples() -> None:

@@ -44,12 +44,12 @@ def test_hash_is_of_what_decides_a_prediction() -> None:
 
 def test_answers_are_there_after_the_process_is_gone(tmp_path: Path) -> None:
     path = tmp_path / "checkpoints" / "sdtp-0.8.jsonl"
-    first = Predictions(path)
+    first = Predictions(path, Answer)
     assert "k1" not in first
     first.add("k1", answer("Straße\n42"))
     first.add("k2", answer(""))
     assert first["k2"] == answer("")
-    again = Predictions(path)
+    again = Predictions(path, Answer)
     assert again["k1"] == answer("Straße\n42")
     assert "k2" in again
     assert "k3" not in again
@@ -59,14 +59,14 @@ def test_answers_are_there_after_the_process_is_gone(tmp_path: Path) -> None:
 def test_a_line_that_a_kill_cut_short_is_none(tmp_path: Path, cut: int) -> None:
     path = tmp_path / "p.jsonl"
     for key in ("k1", "k2"):
-        Predictions(path).add(key, answer("some text"))
+        Predictions(path, Answer).add(key, answer("some text"))
     whole = path.read_bytes()
     path.write_bytes(whole[:-cut])
-    again = Predictions(path)
+    again = Predictions(path, Answer)
     assert "k1" in again
     assert "k2" not in again
     again.add("k2", answer("other text"))
-    last = Predictions(path)
+    last = Predictions(path, Answer)
     assert (last["k1"], last["k2"]) == (answer("some text"), answer("other text"))
     assert len(path.read_bytes().splitlines()) == 2
 
@@ -74,7 +74,7 @@ def test_a_line_that_a_kill_cut_short_is_none(tmp_path: Path, cut: int) -> None:
 def test_lines_of_something_else_are_removed(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text('[]\n{"hash": "k"}\n\n{"hash": "k1", "prediction": "a", "kept_tokens": 1}\n', encoding="utf-8")
-    assert "k1" in Predictions(path)
+    assert "k1" in Predictions(path, Answer)
     assert path.read_text(encoding="utf-8") == '{"hash": "k1", "prediction": "a", "kept_tokens": 1}\n'
 
 

@@ -48,6 +48,7 @@ def evaluation(method: str, ratio: float, n: int = N) -> list[dict[str, Any]]:
     """One row an example of both tasks; a prompt has 400 tokens."""
     kept = 400 if method == "unpruned" else round(400 * ratio**3)
     same = {"prompt_tokens": 400, "kept_tokens": kept, "method": method, "keep_ratio": ratio, "seed": None}
+    same |= {"kl": 0.5, "top1": 0.75}
     rows = []
     for index in range(n):
         right = index < RIGHT[ratio] * n / N

@@ -261,6 +261,7 @@ def test_what_is_measured_is_of_the_ratio_and_the_longest_prompt() -> None:
             ("continuation", "loss", "sdtp", 0.9, 1.0, 20),
             ("continuation", "loss", "sdtp", 0.8, 0.9, 20),
             ("retrieval", "accuracy", "recent", 0.8, 0.1, 24),
+            ("retrieval", "top1", "sdtp", 0.8, 0.2, 24),  # agreement with the unpruned model, and no quality
         ],
         columns=["task", "metric", "method", "keep_ratio", "retained", "n"],
     )

@@ -104,11 +104,11 @@ def test_smoke_stands_where_quality_is_shown_on_few_examples_and_nowhere_else() 
     few = page(n=28).text
     rows = len(synthetic_run.quality())
     # The head of the summary, each cost of each ratio, each row of the tables, SDTP against three others at each ratio
-    # for each of three metrics, the figure's caption.
-    assert few.count("smoke: n = 28") == 1 + 3 * 3 + rows + 27 + 1
+    # for each of five panels, the figure's caption.
+    assert few.count("smoke: n = 28") == 1 + 3 * 3 + rows + 45 + 1
     many = page(n=400).text
     assert "smoke" not in many
-    assert many.count("n = 400") == 3 * 3 + rows + 27 + 1
+    assert many.count("n = 400") == 3 * 3 + rows + 45 + 1
 
 
 def test_rows_of_every_split_are_counted_and_add_up() -> None:

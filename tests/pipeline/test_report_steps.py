@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
@@ -103,7 +104,10 @@ def common(folder: Path) -> list[str]:
 
 
 def draw(folder: Path) -> None:
-    figures.main([*common(folder), "--output", str(folder / "figures")])
+    tables = [
+        part for name in ("sparsity", "foresight") for part in (f"--{name}", str(folder / "tables" / f"{name}.csv"))
+    ]
+    figures.main([*common(folder), *tables, "--output", str(folder / "figures")])
 
 
 def write(folder: Path) -> str:
@@ -121,6 +125,10 @@ def test_figures_then_report(folder: Path) -> None:
     draw(folder)
     drawn = sorted(path.name for path in (folder / "figures").iterdir() if not path.name.startswith("."))
     assert drawn == sorted(f"{name}.{kind}" for name in FIGURES for kind in ("svg", "png"))
+    # The figures' numbers, of all three examples that have labels.
+    for name in ("sparsity", "foresight"):
+        table = pd.read_csv(folder / "tables" / f"{name}.csv")
+        assert (len(table), set(table["n"])) == ({"sparsity": 9, "foresight": 3}[name], {3})
     html = write(folder)
     assert html.count("data:image/svg+xml;base64,") == len(FIGURES)
     # Both examples have 120 tokens: the first is shown. The pruner's stages name the layers.

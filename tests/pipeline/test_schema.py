@@ -63,10 +63,15 @@ HUB = {"kind": "hub", "ref": "a/b", "revision": None, "sha256": None}
             ],
         ),
         ({"benchmark": {"repeats": 4}}, ["benchmark.repeats = 4: must be a whole number ≥ 5"]),
+        (
+            {"training": {"gpus": 5}},  # beside the default batch
+            ["training.batch_size = 4: must be at least training.gpus = 5, or GPUs are idle in every step"],
+        ),
+        ({"training": {"gpus": 5, "batch_size": 0}}, ["training.batch_size = 0: must be a whole number ≥ 1"]),
         ({"model": {"dtype": "fp16"}}, ['model.dtype = "fp16": must be one of auto, float32, bfloat16, float16']),
         (
             {"evaluation": {"methods": ["unpruned"]}},
-            [f'evaluation.methods.0 = "unpruned": must be one of sdtp, {", ".join(BASELINES)}, oracle'],
+            [f'evaluation.methods.0 = "unpruned": must be one of sdtp, sdtp-tuned, {", ".join(BASELINES)}, oracle'],
         ),
         (
             {"model": {"source": HUB | {"sha256": "ABC"}}},
@@ -92,6 +97,17 @@ def test_fault_names_key_value_and_what_is_accepted(config: dict[str, Any], line
     with pytest.raises(UserError) as raised:
         resolve(config, SCHEMA)
     assert str(raised.value).splitlines() == ["the configuration is not valid:", *(f"  {line}" for line in lines)]
+
+
+def test_a_batch_of_one_example_a_gpu_is_enough() -> None:
+    training = {"gpus": 8, "batch_size": 8}
+    assert resolve({"training": training}, SCHEMA)["training"]["batch_size"] == 8
+    with pytest.raises(
+        UserError, match=r"variants\.more\.training\.batch_size = 8: must be at least training\.gpus = 9"
+    ):
+        resolve_variants(
+            resolve({"training": training, "variants": {"more": {"training": {"gpus": 9}}}}, SCHEMA), SCHEMA
+        )
 
 
 def test_numbers_get_the_type_the_schema_gives_them() -> None:

@@ -51,7 +51,7 @@ def run(tmp_path: Path, tiny_model: Callable[..., PreTrainedModel]) -> Path:
     (tmp_path / "model" / "manifest.json").write_text(json.dumps(manifest))
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "benchmark.json").write_text(json.dumps({"ids": [3 + n % 100 for n in range(150)]}))
-    schedule = PruningSchedule((1, 3), (0.5, 0.5), sinks=1, local=0.1, min_local=2)
+    schedule = PruningSchedule((1, 3), (0.5, 0.25), sinks=1, local=0.1, min_local=2)
     TokenPruner(schedule, scorers.Learned(32, 2, width=8)).save_pretrained(tmp_path / "pruner")
     return tmp_path
 

@@ -10,7 +10,8 @@ import pytest
 from scipy import stats as scipy_stats
 
 from sdtp.errors import UserError
-from sdtp.evaluation.stats import paired_difference
+from sdtp.evaluation.longbench.tasks import TASKS, Category, Language, of_language
+from sdtp.evaluation.stats import holm, paired_difference
 from sdtp.pipeline import suite_plot
 from sdtp.pipeline.plotstyle import save
 from sdtp.pipeline.suite_tables import SUITE_COLUMNS, check_complete, suite_cells, suite_table
@@ -135,6 +136,92 @@ def test_longbench_counts_tasks_in_a_category_and_categories_in_the_whole_alike(
     assert whole["difference"] == pytest.approx(((-5 - 5) / 2 - 5) / 2)
     assert whole["compression"] == 2.0
     assert whole["low"] < whole["value"] < whole["high"]
+
+
+# GPT-3.5-Turbo-16k's scores by task, from the benchmark's own tables, which round to one digit.
+PUBLISHED = dict(
+    zip(
+        TASKS,
+        (
+            *(23.6, 43.3, 52.3, 61.2),
+            *(51.6, 37.7, 26.9, 28.7),
+            *(29.5, 23.4, 26.7, 16.0),
+            *(68.0, 91.4, 41.7, 29.2),
+            *(4.5, 71.0, 77.5),
+            *(54.7, 53.6),
+        ),
+        strict=True,
+    )
+)
+
+
+def published_table(tasks: list[str]) -> pd.DataFrame:
+    """Two examples of each task, either with the published score."""
+    first = longbench_rows()[0]
+    return suite_table(
+        suite_cells(
+            {**first, "task": name, "category": TASKS[name].category.value, "id": str(number), "score": PUBLISHED[name]}
+            for name in tasks
+            for number in range(2)
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("language", "categories", "average"),
+    [
+        (Language.ENGLISH, [39.8, 38.7, 26.5, 67.1, 37.8, 54.1], 44.0),
+        (Language.CHINESE, [61.2, 28.7, 16.0, 29.2, 77.5, 54.1], 44.5),
+    ],
+)
+def test_means_are_those_of_the_published_leaderboard(
+    language: Language, categories: list[float], average: float
+) -> None:
+    own = published_table(list(TASKS))
+    own = own[own["language"] == language.value]
+    assert cell(own, category="all")["value"] == pytest.approx(average, abs=0.06)
+    found = own[(own["task"] == "all") & (own["category"] != "all")]
+    assert list(found["category"]) == list(Category)
+    assert found["value"].tolist() == pytest.approx(categories, abs=0.11)
+    # Alone, a language is what it is beside the other.
+    alone = published_table(of_language(language))
+    assert alone[alone["task"] == "all"]["value"].tolist() == own[own["task"] == "all"]["value"].tolist()
+    assert set(alone["language"]) == {language.value, "code"}
+
+
+def test_each_task_stands_once_whatever_languages_it_counts_for() -> None:
+    table = published_table(list(TASKS))
+    tasks = table[table["task"] != "all"]
+    assert sorted(tasks["task"]) == sorted(TASKS)
+    assert dict(zip(tasks["task"], tasks["language"], strict=True)) == {
+        name: task.language.value for name, task in TASKS.items()
+    }
+    whole = table[table["category"] == "all"]
+    assert dict(zip(whole["language"], whole["n"], strict=True)) == {"en": 2 * 16, "zh": 2 * 7}
+    code = published_table(["lcc"])
+    assert cell(code, category="all")["language"] == "en"
+
+
+def test_figure_has_a_whole_for_each_language() -> None:
+    (axes,) = suite_plot.suite(published_table(["qasper", "dureader", "lcc"])).axes
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels == ["all English tasks", "qasper", "lcc", "all Chinese tasks", "dureader"]
+    values = list(axes.containers[0].lines[0].get_xdata())
+    assert values == pytest.approx([(43.3 + 54.7) / 2, 43.3, 54.7, (28.7 + 54.7) / 2, 28.7])
+
+
+def test_p_values_are_adjusted_within_a_group_and_verdicts_are_the_intervals(ruler: pd.DataFrame) -> None:
+    rows = [*ruler_rows(), *({**row, "method": "random"} for row in ruler_rows() if row["method"] == "recent")]
+    table = suite_table(suite_cells(rows))
+    family = [cell(table, category="all", method=method) for method in ("sdtp", "recent", "random")]
+    assert [row["p_holm"] for row in family] == pytest.approx(holm([row["p_value"] for row in family]))
+    assert family[1]["p_holm"] == pytest.approx(3 * family[1]["p_value"])  # not times all rows of the table
+    assert [row["verdict"] for row in family] == ["no difference shown", "worse", "worse"]
+    # Two methods of a group raise it less than three.
+    assert cell(ruler, category="all", method="recent")["p_holm"] == pytest.approx(2 * family[1]["p_value"])
+    unpruned = cell(table, category="all", method="unpruned")
+    assert pd.isna(unpruned["p_holm"])
+    assert pd.isna(unpruned["verdict"])
 
 
 def test_seeds_are_means_within_an_example() -> None:

@@ -15,19 +15,22 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from sdtp.errors import UserError
-from sdtp.evaluation.teacher_forcing import force
+from sdtp.evaluation.teacher_forcing import force, forced_logits
 from sdtp.pipeline.data import load_split
 from sdtp.pipeline.files import read_jsonl, write_jsonl
 from sdtp.pipeline.models import load_model
-from sdtp.pipeline.steps import sweep_evaluate, sweep_table, sweep_train
+from sdtp.pipeline.steps import reference, sweep_evaluate, sweep_table, sweep_train
 from sdtp.pruning import flops
 from sdtp.pruning.fingerprint import fingerprint
 from sdtp.pruning.pruner import TokenPruner
 from sdtp.pruning.schedule import PruningSchedule
 from sdtp.pruning.scorers import Learned
+from sdtp.training import label_fit
 from sdtp.training.examples import Example
 from sdtp.training.label_fit import fit_labels, stage_states
+from sdtp.training.optimizer import adamw
 from sdtp.training.processes import Processes
+from sdtp.training.response import response_kl
 from sdtp.training.saliency import saliency
 from tests.pipeline.saliency_run import MODEL, inputs, make_run
 
@@ -131,10 +134,10 @@ def test_scorers_are_those_of_a_fit_to_each_layers_own_saliency(run: Path, train
     expected = Learned(32, 3, width=8, position=True, question_rank=8, neighbours=1, recency=0.25)
     fit_labels(
         expected,
+        *adamw(expected, training["learning_rate"], training["label_epochs"] * len(examples)),
         {index: stage_states(model, one.prompt_ids, LAYERS) for index, one in enumerate(examples)},
         examples,
-        epochs=training["label_epochs"],
-        learning_rate=training["learning_rate"],
+        epochs=range(1, training["label_epochs"] + 1),
         mse=1.0,
         rank=0.5,
         seed=3,
@@ -162,9 +165,22 @@ def test_what_leaves_nothing_to_learn_is_refused(run: Path, tmp_path: Path, chan
     assert not (tmp_path / "pruner").exists()
 
 
+def test_states_that_would_not_fit_are_refused_before_any_saliency_is_computed(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(label_fit, "available_memory", lambda: 9000)  # a token's at three layers take 192 bytes
+    monkeypatch.setattr(sweep_train, "batch_labels", None)  # is not called
+    with pytest.raises(UserError, match=r"training\.label_examples: the hidden states of 3 .*: at most 2 is accepted"):
+        train(run, tmp_path / "pruner")
+
+
 def evaluate(run: Path, pruner: Path, output: Path, layers: tuple[int, ...], ratio: float) -> list[dict[str, Any]]:
     keys = ("model", "evaluation", "sweep.examples")
+    states = output.with_name("reference.safetensors")
+    files = ["--output", str(states), "--metrics", str(output.with_name("reference.json"))]
+    reference.main(["--settings", chosen("model", "evaluation"), *inputs(run), *files])
     arguments = ["--settings", chosen(*keys), *inputs(run), "--pruner", str(pruner), "--layers", *map(str, layers)]
+    arguments += ["--reference", str(states)]
     arguments += ["--keep-ratio", str(ratio), "--output", str(output), "--metrics", str(output.with_suffix(".json"))]
     sweep_evaluate.main(arguments)
     return read_jsonl(output)
@@ -191,6 +207,11 @@ def test_rows_are_of_the_stages_asked_for_with_their_own_weights(
         example, tokens = by_id[row["id"]], TEST[row["id"]]
         forced = force(model, example["prompt_ids"], example["response_ids"], TokenPruner(schedule, scorer))
         assert row["loss"] == pytest.approx(-float(forced.log_probs.mean()), abs=1e-5)
+        prompt, response = example["prompt_ids"], example["response_ids"]
+        pruned, _, _ = forced_logits(model, prompt, response, TokenPruner(schedule, scorer))
+        unpruned = model(input_ids=torch.tensor([prompt + response[:-1]])).logits[0, -len(response) :]
+        assert row["kl"] == pytest.approx(float(response_kl(pruned, unpruned)), abs=1e-5)
+        assert row["top1"] == pytest.approx(float((pruned.argmax(-1) == unpruned.argmax(-1)).float().mean()))
         assert row["kept_tokens"] == forced.kept_tokens == schedule.surviving(tokens)[-1]
         assert row["flop"] == flops.prefill(model.config, tokens, schedule, scorer)
         assert row["unpruned_flop"] == flops.prefill(model.config, tokens) > row["flop"]
@@ -214,6 +235,8 @@ def test_both_tables_are_gathered_from_cells_that_they_may_share(run: Path, tmp_
                 "kept_tokens": 10,
                 "correct": id_ == "r0",
                 "loss": loss + index,
+                "kl": loss / 8,
+                "top1": 0.5,
                 **identity,
             }
             for index, id_ in enumerate(ids)

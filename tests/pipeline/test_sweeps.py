@@ -48,6 +48,7 @@ def evaluated(right: Sequence[bool], losses: Sequence[float], kept: int, **more:
     rows = []
     for index, (correct, loss) in enumerate(zip(right, losses, strict=True)):
         same = {"seed": None, "prompt_tokens": 100 + index, "kept_tokens": kept, **more}
+        same |= {"kl": loss / 8, "top1": 1 - loss / 8}
         rows.append({"id": f"r{index}", "task": "retrieval", "correct": correct, "loss": loss, **same})
         rows.append({"id": f"c{index}", "task": "continuation", "correct": None, "loss": loss + 10, **same})
     return rows
@@ -105,7 +106,7 @@ def test_the_first_examples_of_each_task_are_taken_in_their_order() -> None:
 
 def test_every_cell_has_one_row_after_the_unpruned_models(positions: pd.DataFrame) -> None:
     assert list(positions.columns) == SWEEP_COLUMNS
-    panel = positions[positions["task"] == "continuation"]
+    panel = positions[(positions["task"] == "continuation") & (positions["metric"] == "loss")]
     assert list(zip(panel["method"], panel["layers"], panel["keep_ratio"], strict=True)) == [
         ("unpruned", "", 1.0),
         ("sdtp", "1", 0.9),
@@ -114,7 +115,7 @@ def test_every_cell_has_one_row_after_the_unpruned_models(positions: pd.DataFram
         ("sdtp", "7", 0.7),
     ]
     assert list(panel["stages"]) == [0, 1, 1, 1, 1]
-    assert len(positions) == 3 * len(panel)
+    assert len(positions) == 7 * len(panel)
 
 
 def test_values_intervals_and_differences_are_those_of_the_examples(positions: pd.DataFrame) -> None:
@@ -133,23 +134,25 @@ def test_values_intervals_and_differences_are_those_of_the_examples(positions: p
 
 
 def test_p_values_are_adjusted_for_all_cells_of_their_panel(positions: pd.DataFrame) -> None:
-    panel = positions[(positions["task"] == "continuation") & (positions["method"] == "sdtp")]
+    panel = positions[(positions["task"] == "continuation") & (positions["metric"] == "loss")]
+    panel = panel[panel["method"] == "sdtp"]
     assert list(panel["p_value"]) == [0.125, 0.25, 1.0, 0.125]
     # Of four, the two smallest by 4 and 3, never falling: 0.5, 0.5; then 2 times 0.25, and 1.
     assert list(panel["p_holm"]) == [0.5, 0.5, 1.0, 0.5]
-    assert only(positions, task="continuation", method="unpruned")[["difference", "p_value", "p_holm"]].isna().all()
+    unpruned = only(positions, task="continuation", metric="loss", method="unpruned")
+    assert unpruned[["difference", "p_value", "p_holm"]].isna().all()
 
 
 def test_compression_and_calculated_speedup_are_ratios_of_sums(positions: pd.DataFrame) -> None:
-    row = only(positions, task="continuation", layers="7", keep_ratio=0.7)
+    row = only(positions, task="continuation", metric="loss", layers="7", keep_ratio=0.7)
     assert row["compression"] == pytest.approx((100 + 101 + 102 + 103) / 280)
     assert row["flop_speedup"] == pytest.approx(400 / 240)
-    reference = only(positions, task="continuation", method="unpruned")
+    reference = only(positions, task="continuation", metric="loss", method="unpruned")
     assert (reference["compression"], reference["flop_speedup"]) == (1.0, 1.0)
 
 
 def test_counts_name_their_stages(counts: pd.DataFrame) -> None:
-    panel = counts[(counts["task"] == "continuation") & (counts["method"] == "sdtp")]
+    panel = counts[(counts["task"] == "continuation") & (counts["metric"] == "loss") & (counts["method"] == "sdtp")]
     assert list(zip(panel["stages"], panel["layers"], strict=True)) == [(1, "4"), (3, "4 7 10")]
     assert only(panel, stages=3)["difference"] == pytest.approx(0.5)
 

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from sdtp.errors import UserError
-from sdtp.evaluation.stats import wilson_interval
+from sdtp.evaluation.stats import mean_interval, wilson_interval
 from sdtp.pipeline.results import (
     COMPARISON_COLUMNS,
     LATENCY_COLUMNS,
@@ -49,6 +49,7 @@ def job(
         times = {"decode_s": [seconds] * len(prefill), "end_to_end_s": [first + seconds for first in prefill]}
         rows.append(arm(method, prefill, 8e12 if method == "unpruned" else 4e12, **times))
     rows[1] |= {"ideal_s": ideal, "kv_cache_bytes": 60, "cold_s": 77.0, "kept_tokens": 373, "scoring_flop": 3e10}
+    rows[1] |= {"scoring_s": [0.01, 0.02, 0.04, 0.03, 9.0]}
     return {"keep_ratio": ratio, "rows": rows}
 
 
@@ -110,6 +111,10 @@ class TestLatency:
         assert only(table, keep_ratio=0.8)["overhead_s"] == pytest.approx(0.0)  # 0.0, 0.4, 0.0, 0.4, 0.0
         assert only(table, method="unpruned")["overhead_s"] == 0.0
 
+    def test_scoring_is_the_median_of_its_own_times(self, table: pd.DataFrame) -> None:
+        assert only(table, keep_ratio=0.9)["scoring_s"] == 0.03
+        assert only(table, method="unpruned")["scoring_s"] == 0.0
+
     def test_efficiency_has_quartiles(self) -> None:
         assert efficiency(FAST["rows"][1]) == pytest.approx((0.8, 0.9, 0.95))
 
@@ -131,7 +136,7 @@ class TestLatency:
     def test_cold_time_is_in_its_own_column_and_in_no_other(self, table: pd.DataFrame) -> None:
         assert table["cold_prefill_s"].tolist() == [99.0, 77.0, 77.0]
         times = table.drop(columns=["cold_prefill_s"]).filter(regex="_s$|_q|speedup|bound|efficiency")
-        assert times.shape[1] == 14
+        assert times.shape[1] == 15
         assert times.max().max() < 6
 
     def test_what_was_not_measured_stays_empty(self) -> None:
@@ -146,6 +151,7 @@ class TestLatency:
                 new_tokens=1,
                 ideal_s=[1.0],
                 scoring_flop=1e9,
+                scoring_s=[0.1],
             ),
         ]
         table = latency_table([{"keep_ratio": 0.9, "rows": rows}])
@@ -167,12 +173,17 @@ class TestLatency:
 def evaluated(
     method: str, ratio: float, correct: list[bool], losses: list[float], seed: int | None = None
 ) -> list[dict[str, Any]]:
-    """Rows of retrieval examples r0, r1, ... and of continuation examples c0, c1, ... with the same losses."""
+    """Rows of retrieval examples r0, r1, ... and of continuation examples c0, c1, ... with the same losses.
+
+    A method that prunes is off by an eighth of the loss, and agrees on half of example 0's tokens alone.
+    """
     identity = {"method": method, "keep_ratio": ratio, "seed": seed}
     rows = []
+    pruned = method != "unpruned"
     for index, (right, loss) in enumerate(zip(correct, losses, strict=True)):
-        rows.append({"id": f"r{index}", "task": "retrieval", "correct": right, "loss": loss, **identity})
-        rows.append({"id": f"c{index}", "task": "continuation", "correct": None, "loss": loss, **identity})
+        same = identity | {"kl": loss / 8 if pruned else 1e-9, "top1": (0.0 if index else 0.5) if pruned else 1.0}
+        rows.append({"id": f"r{index}", "task": "retrieval", "correct": right, "loss": loss, **same})
+        rows.append({"id": f"c{index}", "task": "continuation", "correct": None, "loss": loss, **same})
     return rows
 
 
@@ -185,6 +196,12 @@ RANDOM = [
 ]
 
 
+PANELS = [
+    *(("retrieval", metric) for metric in ("accuracy", "loss", "kl", "top1")),
+    *(("continuation", metric) for metric in ("loss", "kl", "top1")),
+]
+
+
 class TestQuality:
     @pytest.fixture
     def table(self) -> pd.DataFrame:
@@ -194,12 +211,7 @@ class TestQuality:
         table = quality_table(quality_cells([*UNPRUNED, *SDTP]))
         assert list(table.columns) == QUALITY_COLUMNS
         assert list(zip(table["task"], table["metric"], table["method"], table["keep_ratio"], strict=True)) == [
-            ("retrieval", "accuracy", "unpruned", 1.0),
-            ("retrieval", "accuracy", "sdtp", 0.9),
-            ("retrieval", "loss", "unpruned", 1.0),
-            ("retrieval", "loss", "sdtp", 0.9),
-            ("continuation", "loss", "unpruned", 1.0),
-            ("continuation", "loss", "sdtp", 0.9),
+            (*panel, *arm) for panel in PANELS for arm in (("unpruned", 1.0), ("sdtp", 0.9))
         ]
 
     def test_accuracy(self, table: pd.DataFrame) -> None:
@@ -214,6 +226,21 @@ class TestQuality:
         assert row["value"] == pytest.approx(2.6)
         assert row["retained"] == pytest.approx(math.exp(-0.1))
         assert row["ci_low"] < 2.6 < row["ci_high"]
+
+    def test_agreement_with_the_unpruned_model(self, table: pd.DataFrame) -> None:
+        kl = only(table, task="continuation", metric="kl", method="sdtp")
+        assert kl["value"] == pytest.approx(2.6 / 8)
+        assert (kl["ci_low"], kl["ci_high"]) == mean_interval([1.1 / 8, 2.1 / 8, 3.1 / 8, 4.1 / 8])
+        itself = only(table, task="continuation", metric="kl", method="unpruned")
+        assert (itself["value"], itself["ci_low"], itself["ci_high"]) == (1e-9, 1e-9, 1e-9)
+        # What is but rounding is nothing of which a share could be kept.
+        assert math.isnan(kl["retained"])
+        assert math.isnan(itself["retained"])
+        for task, interval in (("continuation", mean_interval), ("retrieval", wilson_interval)):
+            top1 = only(table, task=task, metric="top1", method="sdtp")
+            assert (top1["value"], top1["retained"]) == (0.125, 0.125)
+            assert (top1["ci_low"], top1["ci_high"]) == pytest.approx(interval([0.5, 0.0, 0.0, 0.0]))
+            assert only(table, task=task, metric="top1", method="unpruned")["value"] == 1.0
 
     def test_seeds_are_averaged_within_the_example(self, table: pd.DataFrame) -> None:
         accuracy = only(table, task="retrieval", metric="accuracy", method="random")
@@ -243,9 +270,8 @@ class TestComparisons:
         table = comparison_table(quality_cells([*UNPRUNED, *SDTP, *RANDOM]))
         assert list(table.columns) == COMPARISON_COLUMNS
         pairs = [("sdtp", "unpruned", 0.9), ("random", "unpruned", 0.9), ("sdtp", "random", 0.9)]
-        panels = [("retrieval", "accuracy"), ("retrieval", "loss"), ("continuation", "loss")]
         keys = table[["task", "metric", "method", "other", "keep_ratio"]].itertuples(index=False, name=None)
-        assert list(keys) == [(*panel, *pair) for panel in panels for pair in pairs]
+        assert list(keys) == [(*panel, *pair) for panel in PANELS for pair in pairs]
         assert set(table["n"]) == {4}  # examples, not rows
 
     def test_a_shift_that_the_spread_of_examples_hides_is_worse(self) -> None:
@@ -259,27 +285,29 @@ class TestComparisons:
                 *evaluated("recent", 0.9, [True] * 28, [loss + 0.3 for loss in easy_to_hard]),
             ]
         )
-        quality = only(quality_table(cells), task="continuation", method="unpruned")
+        quality = only(quality_table(cells), task="continuation", metric="loss", method="unpruned")
         assert quality["ci_low"] < 3.6 < quality["ci_high"]
         table = comparison_table(cells)
-        row = only(table, task="continuation", method="sdtp", other="unpruned")
+        row = only(table, task="continuation", metric="loss", method="sdtp", other="unpruned")
         assert row["mean"] == pytest.approx(0.1, abs=0.01)
         assert verdict(dict(row)) == "worse"
-        assert verdict(dict(only(table, task="continuation", other="recent"))) == "better"
+        assert verdict(dict(only(table, task="continuation", metric="loss", other="recent"))) == "better"
+        # Further from the unpruned model, the lower divergence is the better one.
+        assert verdict(dict(only(table, task="continuation", metric="kl", other="recent"))) == "better"
         # A constant shift has no spread at all; equal values show no difference.
-        assert verdict(dict(only(table, task="continuation", method="recent"))) == "worse"
+        assert verdict(dict(only(table, task="continuation", metric="loss", method="recent"))) == "worse"
         assert verdict(dict(only(table, metric="accuracy", other="recent"))) == "no difference shown"
 
     def test_differences_are_of_the_same_examples_with_seeds_averaged_first(self) -> None:
         table = comparison_table(quality_cells([*UNPRUNED, *SDTP[::-1], *RANDOM]))
-        row = only(table, task="continuation", method="sdtp", other="random")
+        row = only(table, task="continuation", metric="loss", method="sdtp", other="random")
         assert row["mean"] == pytest.approx(2.6 - 3.5)
         # Example by example -1.9, -0.9, -0.9, 0.1: 4 of the 16 sign patterns are as extreme.
         assert row["p_value"] == pytest.approx(4 / 16)
 
     def test_p_values_are_adjusted_within_their_task_and_metric(self) -> None:
         table = comparison_table(quality_cells([*UNPRUNED, *SDTP, *RANDOM]))
-        family = table[table["task"] == "continuation"].set_index(["method", "other"])
+        family = table[(table["task"] == "continuation") & (table["metric"] == "loss")].set_index(["method", "other"])
         # SDTP - unpruned is 0.1 four times: 2 of 16 sign patterns; Random - unpruned is 2, 1, 1, 0: 4 of 16.
         assert family["p_value"].to_dict() == pytest.approx(
             {("sdtp", "unpruned"): 2 / 16, ("random", "unpruned"): 4 / 16, ("sdtp", "random"): 4 / 16}
@@ -328,5 +356,5 @@ def test_tables_can_be_read_by_figures_and_report(tmp_path: Any) -> None:
     write_csv(comparison_table(cells), tmp_path / "comparisons.csv")
     assert read_latency(tmp_path / "latency.csv")["prefill_speedup"].tolist() == pytest.approx([1.0, 1.8, 2.5])
     quality = read_quality(tmp_path / "quality.csv")
-    assert quality["n"].tolist() == [4] * 6
-    assert len(read_comparisons(tmp_path / "comparisons.csv", quality)) == 3
+    assert quality["n"].tolist() == [4] * 2 * len(PANELS)
+    assert len(read_comparisons(tmp_path / "comparisons.csv", quality)) == len(PANELS)

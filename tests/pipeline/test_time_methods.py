@@ -78,14 +78,23 @@ def test_memory_is_measured_in_turn_after_its_own_reset(tiny_model: Callable[...
 
 def test_stages_are_those_of_the_method() -> None:
     settings = Settings.from_mapping({"pruning": {"start": 4, "step": 3}})
-    found = {name: time_methods.stages(name, settings, 16) for name in ("sdtp", "sdtp-half", "h2o", "unpruned+h2o")}
-    assert found == {"sdtp": [4, 7, 10, 13], "sdtp-half": [4, 10], "h2o": [4, 7, 10, 13], "unpruned+h2o": []}
+    # The second stage leaves what the first one left.
+    pruner = TokenPruner(PruningSchedule((4, 7, 10, 13), (0.5, 0.5, 0.2, 0.1)), scorers.Recent())
+    named = ("sdtp", "sdtp-half", "sdtp-tuned", "h2o", "unpruned+h2o")
+    assert {name: time_methods.stages(name, settings, 16, pruner) for name in named} == {
+        "sdtp": [4, 7, 10, 13],
+        "sdtp-half": [4, 10],
+        "sdtp-tuned": [4, 10, 13],
+        "h2o": [4, 7, 10, 13],
+        "unpruned+h2o": [],
+    }
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--methods", "h2o", "sdtp"], "^--pruner is missing: method sdtp needs the folder of a trained pruner$"),
+        (["--methods", "sdtp-tuned", "--pruner", "x"], "^--tuned is missing: method sdtp-tuned needs the folder of a "),
         (["--methods", "unpruned+h2o"], "^--keep-ratio is 0.5: method unpruned.h2o removes no token at a stage"),
         (["--methods", "h2o"], r"^40 \(peers.prompt_tokens\) \+ 3 \(benchmark.new_tokens\) = 43 tokens: the model's "),
     ],

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import json
 import math
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import matplotlib.colors
@@ -14,8 +17,12 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 
 from sdtp.errors import UserError
+from sdtp.evaluation.stats import holm
 from sdtp.pipeline import tradeoff_plot
+from sdtp.pipeline.files import write_jsonl
 from sdtp.pipeline.plotstyle import METHODS
+from sdtp.pipeline.steps import tradeoff as step
+from sdtp.pipeline.suite_tables import suite_cells, suite_table
 from sdtp.pipeline.tradeoff import Timed, compression_table, read_timed, tradeoff_table
 from tests.pipeline.rows import only
 
@@ -27,6 +34,7 @@ def quality(
 ) -> list[dict[str, Any]]:
     """Continuations of 20 tokens with these losses, and retrievals."""
     common = {"method": method, "keep_ratio": ratio, "seed": None, "prompt_tokens": 100, "kept_tokens": 50}
+    common |= {"kl": 0.5, "top1": 0.75}
     rows = [
         {"id": f"c{number}", "task": "continuation", "correct": None, "loss": loss, "response_tokens": 20, **common}
         for number, loss in enumerate(losses)
@@ -103,7 +111,7 @@ def test_quality_stands_beside_the_methods_own_speed_at_each_length(table: pd.Da
     differences = [row[f"memory_difference_{name}"] / MB for name in ("low", "bytes", "high")]
     assert differences == [-20, -15, -10]
     assert row["from_prefill"] == 0.0
-    assert len(table[table["method"] == "sdtp"]) == 3 * 2  # accuracy and two losses, at two lengths
+    assert len(table[table["method"] == "sdtp"]) == 7 * 2  # accuracy, two losses, agreement, at two lengths
 
 
 def test_compression_is_no_faster_and_says_what_came_before_it(table: pd.DataFrame) -> None:
@@ -111,16 +119,17 @@ def test_compression_is_no_faster_and_says_what_came_before_it(table: pd.DataFra
     assert row["prefill_speedup"] == pytest.approx(0.8)
     assert row["flop_bound"] == pytest.approx(0.8)
     assert row["from_prefill"] == pytest.approx(3 / 5)  # responses of 1, 2 and 2 tokens, of which the first each
-    assert only(table, method="snapkv", task="continuation", timed_tokens=100)["from_prefill"] == pytest.approx(1 / 20)
+    row = only(table, method="snapkv", task="continuation", metric="loss", timed_tokens=100)
+    assert row["from_prefill"] == pytest.approx(1 / 20)
 
 
 def test_unpruned_is_the_reference_and_the_oracle_has_no_time(table: pd.DataFrame) -> None:
-    row = only(table, method="unpruned", task="continuation", timed_tokens=100)
+    row = only(table, method="unpruned", task="continuation", metric="loss", timed_tokens=100)
     ones = ("prefill_speedup", "speedup_q25", "speedup_q75", "decode_speedup", "end_to_end_speedup", "flop_bound")
     assert [row[name] for name in ones] == [1.0] * 6
     assert row["memory_difference_bytes"] == 0.0
     assert row["peak_memory_bytes"] == 905 * MB
-    row = only(table, method="oracle", task="continuation")
+    row = only(table, method="oracle", task="continuation", metric="loss")
     assert row["value"] == pytest.approx(7.4 / 3)
     assert math.isnan(row["timed_tokens"])
     assert math.isnan(row["prefill_speedup"])
@@ -132,7 +141,7 @@ def test_what_was_not_measured_is_empty() -> None:
         row |= {"decode_s": [None] * 5, "peak_memory_bytes": [None] * 3}
     rows = [*ROWS[:6], *quality("kvpress-KnormPress", 0.8, [3.0, 2.0, 2.5], [True, True, True])]
     made = tradeoff_table(rows, [read_timed(one, "t.json")])
-    row = only(made, method="kvpress-KnormPress", task="continuation", timed_tokens=100)
+    row = only(made, method="kvpress-KnormPress", task="continuation", metric="loss", timed_tokens=100)
     assert row["prefill_speedup"] == 2.0
     for name in ("flop_bound", "decode_speedup", "peak_memory_bytes", "memory_difference_low"):
         assert math.isnan(row[name])
@@ -154,17 +163,23 @@ def test_refusals() -> None:
 def test_compression_on_top_is_compared_with_its_own_base() -> None:
     made = compression_table(ROWS, TIMINGS)
     assert list(dict.fromkeys(made["method"])) == ["unpruned", "unpruned+h2o", "sdtp", "sdtp+h2o"]
-    row = only(made, method="sdtp+h2o", task="continuation")
+    row = only(made, method="sdtp+h2o", task="continuation", metric="loss")
     assert (row["base"], row["rule"], row["timed_tokens"]) == ("sdtp", "h2o", 100)
     assert row["difference"] == pytest.approx((0.4 + 0.3 + 0.3) / 3)
     assert row["difference_low"] <= row["difference"] <= row["difference_high"]
     assert row["cache_share"] == pytest.approx(0.4)
-    row = only(made, method="unpruned+h2o", task="continuation")
+    family = made[(made["task"] == "continuation") & (made["metric"] == "loss") & made["p_value"].notna()]
+    assert list(family["method"]) == ["unpruned+h2o", "sdtp+h2o"]
+    assert family["p_holm"].tolist() == pytest.approx(holm(family["p_value"].tolist()))
+    assert family["p_holm"].tolist() != family["p_value"].tolist()
+    assert row["verdict"] == "worse"  # a higher loss
+    row = only(made, method="unpruned+h2o", task="continuation", metric="loss")
     assert row["difference"] == pytest.approx((0.1 + 0.3 + 0.1) / 3)
     assert row["prefill_speedup"] == 1.0
-    row = only(made, method="unpruned", task="continuation")
+    row = only(made, method="unpruned", task="continuation", metric="loss")
     assert (row["rule"], row["cache_share"]) == ("none", 1.0)
     assert math.isnan(row["difference"])
+    assert row["verdict"] is None
 
 
 def test_answers_of_one_token_say_nothing_of_compression(caplog: pytest.LogCaptureFixture) -> None:
@@ -222,7 +237,7 @@ def test_marks_are_hollow_where_the_prefill_gave_the_answer(drawn: Figure) -> No
 
 
 def test_bars_go_both_ways(drawn: Figure, table: pd.DataFrame) -> None:
-    row = only(table, method="sdtp", task="continuation", timed_tokens=100)
+    row = only(table, method="sdtp", task="continuation", metric="loss", timed_tokens=100)
     segments = [
         segment
         for bars in drawn.axes[0].collections
@@ -250,3 +265,79 @@ def test_memory_is_less_the_unpruned_models(table: pd.DataFrame) -> None:
     assert list(marks(figure, 0, "sdtp").get_xdata()) == [-15.0]
     assert list(marks(figure, 0, "unpruned").get_xdata()) == [0.0]
     assert figure.axes[0].get_xlabel() == "peak memory, less the unpruned model's (MB) at 100 tokens"
+
+
+def suite(name: str, category: str, tasks: tuple[str, ...], tokens: int) -> pd.DataFrame:
+    """Two examples of each task, of three methods, one of which nothing times and one at a ratio that is not timed."""
+    arms = [("unpruned", 1.0, 80.0), ("sdtp", 0.8, 60.0), ("sdtp", 0.7, 40.0), ("gemfilter", 0.8, 50.0)]
+    rows = [
+        {"suite": name, "task": task, "category": category, "id": str(number), "method": method, "keep_ratio": ratio}
+        | {"seed": None, "score": score + 10 * number, "prompt_tokens": tokens + number, "kept_tokens": tokens // 2}
+        for method, ratio, score in arms
+        for task in tasks
+        for number in range(2)
+    ]
+    made = suite_table(suite_cells(rows))
+    return pd.read_csv(io.StringIO(made.to_csv(index=False)))  # as the step reads it
+
+
+@pytest.fixture(scope="module")
+def with_suites() -> pd.DataFrame:
+    suites = [suite("longbench", "code completion", ("lcc",), 1000), suite("ruler", "retrieval", ("single", "qa"), 200)]
+    return tradeoff_table(ROWS, TIMINGS, suites)
+
+
+def test_whole_scores_of_suites_stand_beside_the_same_speeds(with_suites: pd.DataFrame, table: pd.DataFrame) -> None:
+    pd.testing.assert_frame_equal(with_suites[: len(table)], table, check_dtype=False)
+    added = with_suites[len(table) :]
+    found = added[["task", "metric", "method", "keep_ratio", "timed_tokens"]].itertuples(index=False, name=None)
+    arms = [("unpruned", 1.0), ("sdtp", 0.8)]  # those that both have
+    assert list(found) == [
+        (name, "score", *arm, length) for name in ("longbench", "ruler") for arm in arms for length in (100, 300)
+    ]
+    row = only(added, task="ruler", method="sdtp", timed_tokens=300)
+    assert (row["value"], row["n"], row["quality_tokens"], row["prefill_speedup"]) == (65.0, 4, 200.5, 2.0)
+    assert row["retained"] == pytest.approx(65 / 85)
+    assert row["low"] < 65.0 < row["high"]
+    assert (row["stages"], row["kv_cache_bytes"]) == ("4 7", 40)
+    assert math.isnan(row["from_prefill"])
+
+
+def test_chinese_tasks_are_a_panel_of_their_own() -> None:
+    both = suite("longbench", "multi-document QA", ("hotpotqa", "dureader"), 1000)
+    made = tradeoff_table(ROWS, TIMINGS, [both])
+    assert list(dict.fromkeys(made["task"]))[-2:] == ["longbench", "longbench-zh"]
+    assert only(made, task="longbench-zh", method="sdtp", timed_tokens=100)["n"] == 2
+    titles = [axes.get_title(loc="left") for axes in tradeoff_plot.tradeoff(made).axes]
+    assert titles[2:4] == ["LongBench, smoke: n = 2", "LongBench in Chinese, smoke: n = 2"]
+
+
+def test_suites_have_panels_after_the_tasks(with_suites: pd.DataFrame) -> None:
+    figure = tradeoff_plot.tradeoff(with_suites)
+    titles = [axes.get_title(loc="left").partition(",")[0] for axes in figure.axes]
+    assert titles == ["continuation", "retrieval", "LongBench", "RULER-style tasks"] * 2
+    axes = figure.axes[7]
+    assert axes.get_xlabel() == "prefill speedup (×) at 300 tokens"
+    assert axes.get_ylabel() == "score at 200 tokens (higher is better)"
+    line = marks(figure, 7, "sdtp")
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([2.0], [65.0])
+    assert list(marks(figure, 7, "unpruned").get_ydata()) == [85.0]
+    memory = tradeoff_plot.memory(with_suites)
+    assert list(marks(memory, 6, "sdtp").get_xdata()) == [-15.0]
+
+
+def test_step_sets_suites_beside_and_names_figures_after_the_table(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", ROWS[:12])
+    (tmp_path / "timing.json").write_text(json.dumps(timing("sdtp", 0.8)))
+    suite("ruler", "retrieval", ("single",), 200).to_csv(tmp_path / "ruler.csv", index=False)
+    paths = {"evaluations": "rows.jsonl", "timings": "timing.json", "table": "beside.csv", "metrics": "m.json"}
+    common = ["--settings", "{}", "--figures", str(tmp_path)]
+    common += [part for name, path in paths.items() for part in (f"--{name}", str(tmp_path / path))]
+    step.main([*common, "--suites", str(tmp_path / "ruler.csv")])
+    assert list(dict.fromkeys(pd.read_csv(tmp_path / "beside.csv")["task"])) == ["continuation", "retrieval", "ruler"]
+    assert {path.name for path in tmp_path.glob("*.svg")} == {"beside.svg", "beside-memory.svg"}
+    step.main(common)
+    assert "ruler" not in pd.read_csv(tmp_path / "beside.csv")["task"].tolist()
+    pd.DataFrame({"suite": ["ruler"]}).to_csv(tmp_path / "ruler.csv", index=False)
+    with pytest.raises(UserError, match=r"ruler\.csv: no column language, category, task"):
+        step.main([*common, "--suites", str(tmp_path / "ruler.csv")])

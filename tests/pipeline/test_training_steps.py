@@ -81,6 +81,22 @@ def test_train_writes_a_pruner_its_curves_and_metrics(run: Path) -> None:
     assert [int(row["step"]) for row in rows if (row["split"], row["metric"]) == ("train", "rank")] == [1, 2, 3, 4]
     metrics = json.loads((run / "metrics" / "train.json").read_text())
     assert metrics["heldout_tau"] == float([row["value"] for row in rows if row["metric"] == "tau"][-1])
+    # One label epoch over both examples; without patience the last step is kept.
+    assert (metrics["label_updates"], metrics["optimizer_steps"], metrics["kept_step"]) == (2, 4, 4)
+
+
+def test_what_made_a_scorer_is_read_off_what_was_reported() -> None:
+    labels = [({"loss": 1 / epoch}, epoch, "labels") for epoch in (1, 2, 3)]
+    steps = [({"loss": 1.0}, step, "train") for step in (1, 2, 3, 4)]
+    evaluations = [({"kl": kl}, step, "heldout") for step, kl in ((0, 0.3), (2, 0.2), (4, 0.25))]
+    reported = [*labels, evaluations[0], *steps[:2], evaluations[1], *steps[2:], evaluations[2]]
+    assert train.updates(reported, 5, patience=2) == {"label_updates": 15, "optimizer_steps": 4, "kept_step": 2}
+    assert train.updates(reported, 5, patience=0)["kept_step"] == 4
+    # Labels alone, and the first evaluation the best: nothing of the steps was kept.
+    assert train.updates([*reported, ({"kl": 0.2}, 5, "heldout")], 5, patience=2)["kept_step"] == 2
+    fallen = [*labels, evaluations[0], *steps, ({"kl": 0.31}, 4, "heldout")]
+    assert train.updates(fallen, 5, patience=1) == {"label_updates": 15, "optimizer_steps": 4, "kept_step": 0}
+    assert train.updates(steps, 5, patience=0) == {"label_updates": 0, "optimizer_steps": 4, "kept_step": 4}
 
 
 def test_train_resumes_from_checkpoints_outside_its_outputs(run: Path) -> None:
@@ -95,6 +111,25 @@ def test_train_resumes_from_checkpoints_outside_its_outputs(run: Path) -> None:
     resumed = load_file(run / "pruner" / "pruner.safetensors")
     assert all(torch.equal(resumed[name], value) for name, value in weights.items())
     assert (run / "history.csv").read_text() == history
+    # Made by all the updates, also those before it was killed.
+    metrics = json.loads((run / "metrics" / "train.json").read_text())
+    assert (metrics["label_updates"], metrics["optimizer_steps"], metrics["kept_step"]) == (2, 4, 4)
+
+
+@pytest.mark.parametrize(
+    "change", [{"width": 9}, {"position": False}, {"question_rank": 16}, {"neighbours": 2}, {"recency": 0.5}], ids=str
+)
+def test_train_does_not_resume_what_a_scorer_of_other_settings_was(run: Path, change: dict) -> None:
+    index = index_of(run, [shard(run, 0), shard(run, 1)])
+    fit(run, index)
+    settings = {**TRAIN, "training": {**TRAIN["training"], **change}}
+    fit(run, index, settings)
+    history, after = (run / "history.csv").read_text(), load_file(run / "pruner" / "pruner.safetensors")
+    shutil.rmtree(run / "checkpoints")
+    fit(run, index, settings)
+    assert (run / "history.csv").read_text() == history
+    anew = load_file(run / "pruner" / "pruner.safetensors")
+    assert all(torch.equal(after[name], value) for name, value in anew.items())
 
 
 @pytest.mark.parametrize("changed", ["labels", "code"])

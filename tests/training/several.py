@@ -17,7 +17,7 @@ from accelerate import PartialState
 
 from sdtp.pruning.schedule import PruningSchedule
 from sdtp.pruning.scorers import Learned
-from sdtp.training import trainer
+from sdtp.training import checkpoints, trainer
 from sdtp.training.backbone import shard
 from sdtp.training.examples import Example
 from sdtp.training.objective import Weights
@@ -44,7 +44,17 @@ OPTIONS = {
     "sampler": "gumbel_topk",
 }
 CE = Weights(ce=1.0, mse=0.0, rank=0.0)
-# What differs from OPTIONS; "sharded" and "short" are about the model and the examples. Five examples, three held out.
+# The losses and the scorer of the default configuration, with fewer channels to compare.
+DEFAULT: dict[str, Any] = {
+    "scorer": {"position": True, "question_rank": 8, "neighbours": 2, "recency": 0.25},
+    "weights": Weights(ce=0.0, mse=0.1, rank=0.1, kl=1.0),
+    "label_epochs": 2,
+    "learning_rate": 5e-4,
+    "temperature": 0.3,
+    "batch_size": 3,
+}
+# What differs from OPTIONS; "sharded", "short" and "scorer" are about the model, the examples and the scorer. Five
+# examples, three held out.
 SCENARIOS: dict[str, dict[str, Any]] = {
     "even batches": {},
     "uneven batches": {"batch_size": 3},
@@ -56,7 +66,12 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "sharded, recomputing": {"sharded": True, "gradient_checkpointing": True, "batch_size": 3},
     # One of the two processes has a prompt that no stage prunes, and whose loss no score reaches.
     "sharded, cross-entropy": {"sharded": True, "short": True, "batch_size": 2, "weights": CE},
+    "default losses and scorer": DEFAULT,
+    "sharded, default losses and scorer": {**DEFAULT, "sharded": True},
 }
+
+# From which of its checkpoints a training goes on.
+RESUMED = {"uneven batches": "step-00000002", "labels alone": "labels-00000002", "sharded": "labels-00000001"}
 
 
 def make_model() -> Any:
@@ -96,7 +111,7 @@ def train(
 ) -> dict[str, Any]:
     """One training: the scorer it ends with, what it logged, and what became of the model."""
     changes = dict(SCENARIOS[scenario])
-    sharded, short = changes.pop("sharded", False), changes.pop("short", False)
+    sharded, short, inputs = changes.pop("sharded", False), changes.pop("short", False), changes.pop("scorer", {})
     model = make_model()
     examples, heldout = make_examples(model, 5, "train"), make_examples(model, 3, "held")
     if short:
@@ -108,7 +123,7 @@ def train(
     if change is not None:
         change(model, examples)
     torch.manual_seed(3)
-    scorer = Learned(32, SCHEDULE.stages, width=8)
+    scorer = Learned(32, SCHEDULE.stages, width=8, **inputs)
     optimizers: list[torch.optim.Optimizer] = []
     make = trainer.adamw
     trainer.adamw = lambda *args: (optimizers.append((pair := make(*args))[0]), pair)[1]
@@ -129,7 +144,7 @@ def train(
         "unchanged": digest(model) == before,
         "gradients": [name for name, weight in model.named_parameters() if weight.grad is not None],
         "foreign": len([weight for weight in trained if id(weight) not in held]),
-        "trained": len(trained),
+        "optimizers": [sum(len(group["params"]) for group in one.param_groups) for one in optimizers],
         "layer_bytes": sum(
             getattr(weight, "to_local", lambda weight=weight: weight)().nbytes
             for weight in model.model.layers.parameters()
@@ -137,14 +152,18 @@ def train(
     }
 
 
-def resumed(folder: Path) -> dict[str, Any]:
-    """The training of "uneven batches" once more, from a checkpoint at half its way."""
-    train("uneven batches", folder)
+def resumed(folder: Path, scenario: str, checkpoint: str) -> dict[str, Any]:
+    """A training once more, from one of its checkpoints on, all of which are kept for once."""
+    checkpoints._KEPT, trainer._SAVING = 99, 1e9
+    train(scenario, folder)
     torch.distributed.barrier()
     if torch.distributed.get_rank() == 0:
-        shutil.rmtree(folder / "step-00000004")
+        for path in checkpoints.Checkpoints(folder, "")._newest_first():
+            if path.name == checkpoint:
+                break
+            shutil.rmtree(path)
     torch.distributed.barrier()
-    return train("uneven batches", folder)
+    return train(scenario, folder)
 
 
 def failure(rank: int) -> str:
@@ -170,7 +189,8 @@ def main(out_folder: str, *scenarios: str) -> None:
     """Write what each scenario gave on this process."""
     rank = PartialState(cpu=True).process_index
     found: dict[str, Any] = {scenario: train(scenario) for scenario in scenarios}
-    found["resumed"] = resumed(Path(out_folder) / "checkpoints")
+    for scenario, checkpoint in RESUMED.items():
+        found[f"{scenario}, resumed"] = resumed(Path(out_folder) / checkpoint, scenario, checkpoint)
     found["failures"] = [failure(0), failure(1)]
     torch.save(found, Path(out_folder) / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()

@@ -6,8 +6,10 @@ from scipy.stats import kendalltau
 
 from sdtp.errors import UserError
 from sdtp.pruning.scorers import Learned
+from sdtp.training import label_fit
 from sdtp.training.examples import Example
-from sdtp.training.label_fit import fit_labels, stage_states
+from sdtp.training.label_fit import check_states_fit, fit_labels, stage_states, stored_states
+from sdtp.training.optimizer import adamw
 from sdtp.training.processes import Processes
 from tests.scoring import keep_scores
 
@@ -17,7 +19,8 @@ def fit(scorer, states, saliency, epochs=30, seed=0, mse=1.0, rank=1.0):
     ids = torch.zeros(1, dtype=torch.long)  # the states say what the tokens were
     examples = [Example(f"e{index}", ids, ids, labels) for index, labels in enumerate(saliency)]
     fit_labels(
-        scorer, dict(enumerate(states)), examples, epochs=epochs, learning_rate=1e-2, mse=mse, rank=rank, seed=seed,
+        scorer, *adamw(scorer, 1e-2, epochs * len(examples)), dict(enumerate(states)), examples,
+        epochs=range(1, epochs + 1), mse=mse, rank=rank, seed=seed,
         log=lambda loss, epoch: losses.append((epoch, loss)), processes=Processes(cpu=True),
     )  # fmt: skip
     return losses
@@ -91,3 +94,90 @@ def test_a_loss_that_is_not_finite_names_example_and_stage(data, mse, rank):
     with pytest.raises(UserError, match="loss of example 'e2' at stage 1 in label epoch 1 is nan"):
         fit(scorer, states, saliency, mse=mse, rank=rank)
     assert all(value.isfinite().all() for value in scorer.state_dict().values())
+
+
+def test_every_epoch_has_each_example_once_in_an_order_of_its_own_number(data, monkeypatch):
+    """So that a run which goes on with a later epoch has the order that it would have had."""
+    states, saliency = data
+    ids = torch.zeros(1, dtype=torch.long)
+    examples = [Example(f"e{index}", ids, ids, labels) for index, labels in enumerate(saliency)]
+    seen = []
+    true = label_fit._loss
+
+    def watched(scorer, states, targets, example, *rest):
+        seen.append(example.id)
+        return true(scorer, states, targets, example, *rest)
+
+    monkeypatch.setattr(label_fit, "_loss", watched)
+
+    def orders(epochs):
+        seen.clear()
+        scorer = make_scorer()
+        fit_labels(
+            scorer, *adamw(scorer, 1e-2, 30), dict(enumerate(states)), examples, epochs=epochs, mse=1.0, rank=0.0,
+            seed=0, log=lambda loss, epoch: None, processes=Processes(cpu=True),
+        )  # fmt: skip
+        return [tuple(seen[start : start + 3]) for start in range(0, len(seen), 3)]
+
+    whole = orders(range(1, 9))
+    assert all(sorted(order) == ["e0", "e1", "e2"] for order in whole)
+    assert len(set(whole)) > 2
+    assert orders(range(4, 9)) == whole[3:]
+
+
+def test_states_that_would_not_fit_are_refused_before_any_forward_pass(tiny_model, monkeypatch):
+    model = tiny_model()
+    examples = [
+        Example(f"e{index}", torch.arange(3, 3 + n), torch.tensor([5]), torch.rand(2, n))
+        for index, n in enumerate((20, 30, 40))
+    ]
+    forwards = []
+    hook = model.model.layers[0].register_forward_hook(lambda *args: forwards.append(None))
+    one = Processes(cpu=True)
+    # 2 stages of 32 numbers of 2 bytes: 128 bytes a token. Of 9000 bytes that are left 8100 may be used.
+    monkeypatch.setattr(label_fit, "available_memory", lambda: 9000)
+    words = (
+        "the hidden states of 3 examples take 1.15e-05 GB .* 8.1e-06 GB of memory may be used: at most 2 is accepted"
+    )
+    with pytest.raises(UserError, match=rf"training\.label_examples: {words}"):
+        stored_states(model, examples, (1, 3), one, lockstep=False)
+    monkeypatch.setattr(label_fit, "available_memory", lambda: 2800)
+    with pytest.raises(UserError, match=r"may be used: training\.label_epochs of 0 is accepted"):
+        stored_states(model, examples, (1, 3), one, lockstep=False)
+    assert forwards == []
+    for enough in (90 * 128 / 0.9 + 1, None):  # a system that does not say refuses nothing
+        monkeypatch.setattr(label_fit, "available_memory", lambda enough=enough: enough)
+        states = stored_states(model, examples, (1, 3), one, lockstep=False)
+        assert [states[index].shape for index in range(3)] == [(2, 20, 32), (2, 30, 32), (2, 40, 32)]
+    hook.remove()
+    assert sum(value.nbytes for value in states.values()) == 90 * 128
+
+
+@pytest.mark.parametrize(
+    ("hosts", "refused"),
+    [
+        # Four processes, examples of 100, 200, ..., 600 bytes in turns: 600, 800, 300 and 400 bytes.
+        ([("a", 10**4)] * 4, None),
+        ([("a", 2112 / 0.9)] * 4, None),
+        ([("a", 2096 / 0.9)] * 4, "6 examples take 2.1e-06 GB of memory on a, .*: at most 5 is accepted"),
+        (
+            [("a", 10**4), ("b", 710 / 0.9), ("a", 10**4), ("c", 10**4)],
+            "8e-07 GB of memory on b, .* 5 is accepted",
+        ),
+        (
+            [("a", 10**4), ("b", 190 / 0.9), ("a", 10**4), ("c", 10**4)],
+            "8e-07 GB of memory on b, .* 1 is accepted",
+        ),
+        ([("a", 10**4), ("b", None), ("a", 10**4), ("c", 410 / 0.9)], None),
+        ([("a", 10**4), ("b", None), ("a", 10**4), ("c", 390 / 0.9)], "4e-07 GB of memory on c, .* 3 is accepted"),
+    ],
+)
+def test_each_host_has_to_hold_the_states_of_its_own_processes(monkeypatch, hosts, refused):
+    one = Processes(cpu=True)
+    monkeypatch.setattr(one, "from_all", lambda value: hosts)
+    tokens = [25, 50, 75, 100, 125, 150]
+    if refused is None:
+        check_states_fit(tokens, 1, 2, one)
+    else:
+        with pytest.raises(UserError, match=refused):
+            check_states_fit(tokens, 1, 2, one)

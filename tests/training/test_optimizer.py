@@ -6,18 +6,24 @@ import torch
 from sdtp.training.optimizer import adamw, flat_gradients
 
 
-@pytest.mark.parametrize(("updates", "warmup"), [(1, 1), (5, 1), (20, 2), (39, 3)])
-def test_the_rate_rises_for_a_tenth_of_the_updates_and_falls_to_zero(updates, warmup):
-    optimizer, rates = adamw(torch.nn.Linear(2, 2), 0.5, updates)
+@pytest.mark.parametrize(("updates", "rise"), [(1, 1), (2, 1), (8, 1), (20, 2), (39, 3)])
+def test_the_rate_rises_for_a_tenth_of_the_updates_and_falls_to_zero_after_the_last(updates, rise):
+    """What each update moves a weight by, under a gradient that is always the same: AdamW's step is the rate then."""
+    module = torch.nn.Linear(1, 1, bias=False).double()
+    optimizer, rates = adamw(module, 0.5, updates)
+    optimizer.param_groups[0]["weight_decay"] = 0.0
+    module.weight.grad = torch.ones_like(module.weight)
     found = []
     for _ in range(updates):
+        before = module.weight.item()
         optimizer.step()
         rates.step()
-        found.append(rates.get_last_lr()[0])
-    rise = [0.5 * (step + 1) / warmup for step in range(warmup)]
-    fall = [0.25 * (1 + math.cos(math.pi * (step + 1) / (updates - warmup))) for step in range(updates - warmup)]
-    assert found == pytest.approx(rise + fall, abs=1e-9)
-    assert (found[-1] == pytest.approx(0.0, abs=1e-9)) == (updates > 1)
+        found.append(before - module.weight.item())
+    up = [0.5 * (update + 1) / rise for update in range(rise)]
+    down = [0.25 * (1 + math.cos(math.pi * k / (updates + 1 - rise))) for k in range(1, updates + 1 - rise)]
+    assert found == pytest.approx(up + down, abs=1e-7)
+    assert min(found) > 1e-4
+    assert rates.get_last_lr()[0] == pytest.approx(0.0, abs=1e-12)
 
 
 def test_a_backward_pass_adds_to_the_flat_gradients_and_an_update_reads_them():

@@ -5,10 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdtp.errors import UserError
 from sdtp.pruning.schedule import PruningSchedule
 from sdtp.pruning.scorers import Learned
+from sdtp.training import policy as policies
 from sdtp.training.policy import MaskingPolicy
 from sdtp.training.samplers import gumbel_noise
 from tests.pruning.reference import removal
@@ -298,6 +300,89 @@ def test_padding_is_refused(tiny_model):
     model = tiny_model()
     with pytest.raises(UserError, match="without padding"), MaskingPolicy(SCHEDULE, make_scorer())(model, N):
         model(ids(), attention_mask=mask, use_cache=False)
+
+
+@pytest.mark.parametrize("kind", ["bool", "added", "lowest"])
+@pytest.mark.parametrize("window", [None, 1, 3, 7, 20])
+def test_a_causal_mask_is_told_from_any_other(monkeypatch, kind, window):
+    """In blocks that do not divide the rows evenly; each mask that differs by one entry is another."""
+    monkeypatch.setattr(policies, "_BLOCK", 3)
+    tokens = 7
+    seen = torch.tensor([[0 <= row - column < (window or tokens) for column in range(tokens)] for row in range(tokens)])
+
+    def mask(seen):
+        if kind == "bool":
+            return seen[None, None]
+        lowest = torch.finfo(torch.float32).min if kind == "lowest" else -torch.inf
+        return torch.zeros(tokens, tokens).masked_fill(~seen, lowest)[None, None]
+
+    assert policies._is_causal(mask(seen), tokens, window)
+    for place in range(tokens * tokens):
+        other = seen.clone()
+        other.view(-1)[place] ^= True
+        assert not policies._is_causal(mask(other), tokens, window)
+    assert not policies._is_causal(mask(seen)[..., :-1], tokens, window)
+    assert not policies._is_causal(mask(seen)[..., :1, :], tokens, window)
+
+
+def test_a_mask_is_checked_with_one_synchronisation_and_without_a_matrix_of_integers(monkeypatch):
+    monkeypatch.setattr(policies, "_BLOCK", 8)
+    made, reads = [], []
+    mask = torch.full((60, 60), -torch.inf).triu(1) + torch.full((60, 60), -torch.inf).tril(-40)
+    mask = mask[None, None]
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten._local_scalar_dense.default:
+                reads.append(out)
+            elif isinstance(out, torch.Tensor) and out.data_ptr() not in rows:
+                made.append(out)
+            return out
+
+    rows = {row.data_ptr() for row in mask[0, 0]}  # where views of the mask itself begin
+    with Watch():
+        assert policies._is_causal(mask, 60, 40)
+    assert reads == [True]
+    assert max(one.numel() for one in made) == 8 * 60
+    assert {one.dtype for one in made if one.numel() > 60} == {torch.bool}
+
+
+@pytest.mark.parametrize(
+    ("family", "checked"),
+    [("llama", []), ("mistral_window", [True]), ("gemma3", [True]), ("bloom", [False]), ("gpt_oss", [True])],
+)
+def test_each_mask_is_checked_once_a_forward_whatever_the_number_of_layers(tiny_model, monkeypatch, family, checked):
+    """Whether the masks that are checked are of a window."""
+    model = tiny_model(family)
+    windows = []
+    true = policies._is_causal
+    monkeypatch.setattr(policies, "_is_causal", lambda *args: (windows.append(args[2] is not None), true(*args))[1])
+    policy = MaskingPolicy(SCHEDULE, make_scorer())
+    for _ in range(2):
+        windows.clear()
+        with policy(model, N):
+            model(ids(), use_cache=False)
+        assert windows == checked
+
+
+def test_one_layers_mask_does_not_vouch_for_anothers(tiny_model):
+    """The layers with a window are handed the right mask, those without one a mask of theirs."""
+    model = tiny_model("gemma3")
+    layers = model.model.layers
+    handed = {}
+
+    def swap(module, args, kwargs):
+        handed.setdefault("window", kwargs["attention_mask"])  # the first stage's layer has one
+        return args, {**kwargs, "attention_mask": handed["window"]}
+
+    schedule = PruningSchedule((2, 4), (0.7, 0.5), sinks=2, local=0.1, min_local=3)
+    with MaskingPolicy(schedule, make_scorer(schedule))(model, N):
+        model(ids(), use_cache=False)
+        for index in (2, 3):
+            layers[index].register_forward_pre_hook(swap, with_kwargs=True, prepend=True)
+        with pytest.raises(UserError, match="layer 3 was handed an attention mask"):
+            model(ids(), use_cache=False)
 
 
 def test_non_finite_scores_name_the_stage(tiny_model):

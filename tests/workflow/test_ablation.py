@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 
 from sdtp.pipeline.ablations import ABLATION_COLUMNS
+from sdtp.pipeline.targets import TARGET_COLUMNS, TARGETS
 from tests.workflow.project import copy_project, job_counts, overlay, planned, snakemake
 
 pytestmark = pytest.mark.slow
@@ -70,6 +71,7 @@ def test_shipped_comparison_plans_each_variant_once(
         "model": 1,
         "check": 1,
         "data": 1,
+        "reference": 1,
         "evaluate": references,
         "variant_saliency": 2 * labels,
         "variant_saliency_index": labels,
@@ -144,9 +146,21 @@ def test_table_holds_the_means_of_the_variants_evaluations(compared: Path) -> No
         assert (cell["n"], cell["baseline"]) == (len(own), "random")
     last = table[(table["variant"] == "l2") & (table["task"] == "continuation")].iloc[0]
     assert float(last["minus_first"]) == pytest.approx(losses["l2"] - losses["as-it-is"], abs=1e-12)
+    trained = json.loads((results / "variants" / "l2" / "metrics" / "train.json").read_text(encoding="utf-8"))
+    assert (int(last["label_updates"]), int(last["optimizer_steps"])) == (trained["label_updates"], 4)
+    assert trained["label_updates"] > 0
+    assert table.loc[table["method"] == "random", "kept_step"].eq("").all()
+    targets = pd.read_csv(results / "ablation" / "targets.csv")
+    assert list(targets.columns) == TARGET_COLUMNS
+    assert list(targets["target"].drop_duplicates()) == list(TARGETS)
+    assert set(targets["first"]) == {"sdtp/as-it-is@0.8", "sdtp/as-it-is@0.9"}
+    # Two examples a task decide nothing, and the run has neither ratio 0.9 nor the paper's variant.
+    assert set(targets.loc[targets["target"] == "no-worse", "outcome"]) == {"not decided"}
+    assert set(targets.loc[targets["target"].isin(["oracle", "paper"]), "outcome"]) == {"not measured"}
     page = (results / "ablation" / "ablation.md").read_text(encoding="utf-8")
     assert page.startswith("# Variants of run tiny\n")
-    assert page.count("| **l2** |") == 3
+    assert "## Targets of as-it-is" in page
+    assert page.count("| **l2** |") == table.groupby(["task", "metric"]).ngroups
     for kind in ("svg", "png"):
         assert (results / "ablation" / f"ablation.{kind}").stat().st_size > 5000
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from sdtp.evaluation.longbench.tasks import TASKS, Language, of_language
-from sdtp.evaluation.names import BASELINES, LEARNED, METHODS, unpruned_ratio
+from sdtp.evaluation.names import BASELINES, LEARNED, METHODS, TUNED, unpruned_ratio
 from sdtp.pipeline.config import Settings
 from sdtp.pipeline.data import longest_response
 from sdtp.pipeline.facts import TEST, TRAIN
@@ -129,6 +129,22 @@ def test_the_papers_other_models_differ_from_qwen2_by_what_they_are(
 def test_paper_configurations_use_eight_gpus(name: str) -> None:
     config = resolved(name)
     assert (config["saliency"]["shards"], config["training"]["gpus"]) == (8, 8)
+    # Each has an example in every step.
+    assert config["training"]["batch_size"] % 8 == 0
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_paper_configurations_are_what_the_scorers_comparison_calls_the_papers(name: str) -> None:
+    """What is in a scorer and what it learns from; how long, how wide and how fast belongs to the model."""
+    scale = {"gpus", "label_epochs", "label_examples", "steps", "batch_size", "learning_rate", "width", "patience"}
+    scale |= {"keep_ratio", "evaluate_every", "checkpoint_every", "autocast", "gradient_checkpointing", "shard_model"}
+    paper = resolve_variants(resolved("ablations/scorer.yaml"), SCHEMA)["paper"]
+    config = resolved(name)
+    own = {key: value for key, value in config["training"].items() if key not in scale}
+    assert own == {key: value for key, value in paper["training"].items() if key not in scale}
+    assert len(own) == len(paper["training"]) - len(scale) == 7
+    assert [config["saliency"][key] for key in ("reduction", "target")] == ["abs", "loss"]
+    assert [paper["saliency"][key] for key in ("reduction", "target")] == ["abs", "loss"]
 
 
 def test_saliency_ablation_is_every_reduction_of_every_target() -> None:
@@ -257,7 +273,7 @@ def test_paper_configurations_run_all_of_longbenchs_english_at_a_pinned_commit(n
 
 
 def test_evaluation_and_harness_can_be_asked_for_every_scorer() -> None:
-    for block, methods in (("evaluation", ["sdtp", *BASELINES, "oracle"]), ("harness", [*LEARNED, *BASELINES])):
+    for block, methods in (("evaluation", ["sdtp", TUNED, *BASELINES, "oracle"]), ("harness", [*LEARNED, *BASELINES])):
         assert SCHEMA["properties"][block]["properties"]["methods"]["items"]["enum"] == methods, block
 
 

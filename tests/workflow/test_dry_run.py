@@ -19,6 +19,7 @@ DEFAULT = {
     "train": 1,
     "generate": 3,
     "benchmark": 3,
+    "reference": 1,
     "evaluate": 13,  # unpruned, and 4 methods at 3 ratios
     "tables": 1,
     "figures": 1,
@@ -39,7 +40,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_empty_clone_plans_every_step(clone: Path, snakefile: str) -> None:
     output = snakemake(clone, "--dry-run", "--snakefile", snakefile).stdout
     assert job_counts(output) == DEFAULT
-    assert f"Checking the 13 steps of run default: {', '.join(DEFAULT)}" in output
+    assert f"Checking the 14 steps of run default: {', '.join(DEFAULT)}" in output
 
 
 def leased(output: str) -> list[tuple[int, str]]:
@@ -55,13 +56,13 @@ def test_paper_jobs_on_eight_gpus(clone: Path, name: str) -> None:
     arguments = ("--dry-run", "--cores", "all", "--resources", "gpu=8", "--configfile", f"config/paper/{name}.yaml")
     # Planning asks no hub: with any other address it would fail.
     output = snakemake(clone, *arguments, HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="0").stdout
-    assert job_counts(output) == DEFAULT | {"saliency": 8}
+    assert job_counts(output) == DEFAULT | {"saliency": 8, "evaluate": 19}  # two peers and the oracle too
     jobs = leased(output)
     assert [job for job in jobs if job[0] != 1] == [(8, "train")]
     assert sorted(job for gpus, job in jobs if job.startswith("saliency/")) == [
         f"saliency/{shard}" for shard in range(8)
     ]
-    assert len(jobs) == 8 + 1 + 3 + 3 + 13
+    assert len(jobs) == 8 + 1 + 3 + 3 + 1 + 19
     assert f"results/{name}/report.html" in output
     assert "results/default" not in output
 

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from packaging.version import Version
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import CohereConfig, CohereForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from sdtp.evaluation import methods
+from sdtp.evaluation.agreement import agreement
 from sdtp.evaluation.peers.compression import Compression
 from sdtp.evaluation.peers.snapkv import SnapKV
+from sdtp.pipeline.reference import write_reference
 from sdtp.pipeline.steps.evaluate import evaluate
+from sdtp.pipeline.steps.reference import reference
 from sdtp.pipeline.tradeoff import read_timed
 from sdtp.pruning.adapter import cache_of
+from sdtp.verification.families import SIZES
 from tests.workflow.project import ROOT, copy_project, job_counts, load_script, pins, snakemake
 
 ENVIRONMENT = ROOT / ".venv-kvpress"
@@ -82,11 +88,48 @@ def examples(model: PreTrainedModel) -> list[dict[str, Any]]:
     return made
 
 
+def test_a_reference_that_is_not_of_this_model_and_these_examples_is_refused_by_name(
+    tmp_path: Path, model: PreTrainedModel, examples: list[dict[str, Any]]
+) -> None:
+    path, folder = tmp_path / "reference.safetensors", tmp_path / "model"
+    folder.mkdir()
+    (folder / "manifest.json").write_text(json.dumps({"sha256": "m" * 64}))
+    write_reference(path, reference(model, examples, 1), examples, folder)
+    states = SCRIPT.reference(path, folder, model)
+    assert states(examples[0]).shape == (5, 32)
+    with pytest.raises(SystemExit, match=r"reference\.safetensors has no example 'e1' of these tokens"):
+        states({**examples[1], "prompt_ids": examples[1]["prompt_ids"][:-1]})
+    with pytest.raises(SystemExit, match=r"reference\.safetensors holds float32 states and the model runs in"):
+        SCRIPT.reference(path, folder, LlamaForCausalLM(model.config).bfloat16())
+    (folder / "manifest.json").write_text(json.dumps({"sha256": "n" * 64}))
+    with pytest.raises(SystemExit, match=r"reference\.safetensors is of another model than"):
+        SCRIPT.reference(path, folder, model)
+    path.write_bytes(path.read_bytes()[:100])
+    for wrong in (path, tmp_path / "nowhere.safetensors"):
+        with pytest.raises(SystemExit, match=rf"{wrong.name} is not a whole file of states"):
+            SCRIPT.reference(wrong, folder, model)
+
+
+def test_agreement_is_the_projects_and_other_heads_are_refused(model: PreTrainedModel) -> None:
+    generator = torch.Generator().manual_seed(0)
+    pruned, unpruned = (torch.randn(6, 128, generator=generator).mul(3) for _ in range(2))
+    found = SCRIPT.agreement(pruned, unpruned)
+    assert found == pytest.approx(dataclasses.asdict(agreement(pruned, unpruned)), rel=1e-5)
+    SCRIPT.check_head(model, [5, 6, 7])
+    scaled = CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.25)).eval()
+    with pytest.raises(SystemExit, match="CohereForCausalLM makes its logits of more than its output embeddings"):
+        SCRIPT.check_head(scaled, [5, 6, 7])
+
+
 @pytest.fixture
 def clone(tmp_path: Path, model: PreTrainedModel, examples: list[dict[str, Any]]) -> Path:
     """A project with what the rule reads, and nothing else of a run."""
     folder = copy_project(tmp_path / "sdtp")
     model.save_pretrained(folder / "results" / "default" / "model")
+    manifest = folder / "results" / "default" / "model" / "manifest.json"
+    manifest.write_text(json.dumps({"sha256": "m" * 64}))
+    states = folder / "results" / "default" / "evaluation" / "reference.safetensors"
+    write_reference(states, reference(model, examples, 1), examples, manifest.parent)
     budgets = folder / "results" / "default" / "budgets" / "ratio-0.8.jsonl"
     budgets.parent.mkdir()
     budgets.write_text("".join(json.dumps(example) + "\n" for example in examples))
@@ -106,7 +149,7 @@ def rows(folder: Path, press: str) -> list[dict[str, Any]]:
 def test_each_press_is_planned_by_the_name_of_its_file_and_others_are_not(tmp_path: Path) -> None:
     folder = copy_project(tmp_path / "sdtp")
     output = snakemake(folder, "--dry-run", *results(*SCRIPT.PRESSES)).stdout
-    assert job_counts(output) == {"model": 1, "data": 1, "budgets": 1, "kvpress": len(SCRIPT.PRESSES)}
+    assert job_counts(output) == {"model": 1, "data": 1, "budgets": 1, "reference": 1, "kvpress": len(SCRIPT.PRESSES)}
     assert "Missing input files" not in output
     refused = snakemake(folder, "--dry-run", *results("RandomPress"), check=False)
     assert refused.returncode != 0
@@ -131,7 +174,12 @@ def test_rows_are_those_of_evaluate_and_losses_those_of_independent_arithmetic(
 ) -> None:
     (clone / ".venv-kvpress").symlink_to(ENVIRONMENT)
     snakemake(clone, "--allowed-rules", "kvpress", "--", *results(*SCRIPT.PRESSES))
-    unpruned = evaluate(model, examples, methods.unpruned, batch_tokens=1)
+    known_states = reference(model, examples, 1)
+
+    def states(example: Mapping[str, Any]) -> torch.Tensor:
+        return known_states[example["id"]]
+
+    unpruned = evaluate(model, examples, methods.unpruned, 1, states)
     for press in SCRIPT.PRESSES:
         found = rows(clone, press)
         identity = {"method": f"kvpress-{press}", "keep_ratio": 0.8, "seed": None}
@@ -145,12 +193,16 @@ def test_rows_are_those_of_evaluate_and_losses_those_of_independent_arithmetic(
         differences = [abs(row["loss"] - other["loss"]) for row, other in zip(found, unpruned, strict=True)]
         assert differences[-1] < 1e-5
         assert min(differences[:-1]) > 1e-3
+        assert found[-1]["kl"] == pytest.approx(0.0, abs=1e-6)
+        assert found[-1]["top1"] == 1.0
+        assert min(row["kl"] for row in found[:-1]) > 1e-3
     for index, example in enumerate(examples):
         loss = rows(clone, "StreamingLLMPress")[index]["loss"]
         assert loss == pytest.approx(masked_loss(model, example), abs=1e-5)
         snapkv = Compression(SnapKV(window=64, kernel=5), lambda tokens: ENTRIES[tokens])
-        [own] = evaluate(model, [example], methods.Fixed(snapkv), batch_tokens=1)
-        assert rows(clone, "SnapKVPress")[index]["loss"] == pytest.approx(own["loss"], abs=1e-5)
+        [own] = evaluate(model, [example], methods.Fixed(snapkv), 1, states)
+        for name in ("loss", "kl", "top1"):
+            assert rows(clone, "SnapKVPress")[index][name] == pytest.approx(own[name], abs=1e-5)
 
 
 @pytest.mark.slow

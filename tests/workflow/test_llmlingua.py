@@ -1,15 +1,16 @@
-"""The script that shortens prompts with LLMLingua-2: what stays, how much it asks for, and what it refuses."""
+"""The scripts that shorten prompts with LLMLingua-2 and time it: what stays, how much is asked for, what is refused."""
 
 from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from packaging.version import Version
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from tests.workflow.project import ROOT, load_script, pins
 
@@ -30,57 +31,93 @@ class EverySecondWord:
 
 @pytest.fixture
 def tokenizer() -> Any:
-    """Token 7 is the word w7."""
-    backend = Tokenizer(models.WordLevel({f"w{number}": number for number in range(100)}, unk_token="w0"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    """Token 7 is the word w7 with the space before it; 99 is a space, which nothing else has alone."""
+    vocabulary = {f" w{number}": number for number in range(99)} | {" ": 99}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token=" w0"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r" w\d+| "), "isolated")
     backend.decoder = decoders.Fuse()
     return SCRIPT.Counting(backend)
 
 
-def test_first_and_last_tokens_stay_and_what_is_between_is_shortened(tokenizer: Any) -> None:
+def example(**changes: Any) -> dict[str, Any]:
+    """40 tokens, of which the context is 5 to 34; 24 of them may stay."""
+    return {"id": "e", "prompt_ids": list(range(40)), "context": [5, 35], "entries": 24, "max_new_tokens": 5, **changes}
+
+
+def test_context_alone_is_shortened_and_what_is_around_it_stays(tokenizer: Any) -> None:
     compressor = EverySecondWord()
-    example = {"id": "e", "prompt_ids": list(range(40)), "max_new_tokens": 5}
-    made = SCRIPT.shortened(example, 20, 4, 6, compressor, Spaced(tokenizer))
-    # 40 less 4 and 6 are between; 20 less 4 and 6 may be.
-    assert compressor.asked == [(" ".join(f"w{number}" for number in range(4, 34)), 10)]
-    assert made["prompt_ids"] == [0, 1, 2, 3, *range(4, 34, 2), *range(34, 40)]
-    assert {**made, "prompt_ids": None} == {**example, "prompt_ids": None}
+    made = SCRIPT.shortened(example(), compressor, tokenizer)
+    # 5 + 5 are around it; 24 less these may be left of the context.
+    assert compressor.asked == [("".join(f" w{number}" for number in range(5, 35)), 14)]
+    assert made == {
+        "id": "e",
+        "prompt_ids": [*range(5), *range(5, 35, 2), *range(35, 40)],
+        "context": [5, 20],
+        "max_new_tokens": 5,
+    }
 
 
-class Spaced:
-    """A tokenizer whose decoded tokens are words apart."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.encode = tokenizer.encode
-        self._decode = tokenizer.decode
-
-    def decode(self, ids: list[int]) -> str:
-        return " ".join(self._decode([token]) for token in ids)
+def test_white_space_at_the_ends_of_the_context_stays(tokenizer: Any) -> None:
+    made = SCRIPT.shortened(
+        example(prompt_ids=[1, 2, 7, 8, 9, 10, 99, 3], context=[2, 7], entries=6), EverySecondWord(), tokenizer
+    )
+    # The compressor's text has none before it and none after.
+    assert made["prompt_ids"] == [1, 2, 7, 9, 99, 3]
 
 
 @pytest.mark.parametrize(
-    ("keep", "sinks", "last", "kept"),
+    ("changes", "kept"),
     [
-        (40, 4, 6, list(range(40))),  # all of it
-        (10, 4, 6, [0, 1, 2, 3, *range(34, 40)]),  # what is protected is as much
-        (5, 4, 6, [0, 1, 2, 3, *range(34, 40)]),  # and is kept where it is more
-        (5, 4, 40, list(range(40))),  # the first and the last are the same tokens
+        ({"entries": 40}, list(range(40))),  # all of it
+        ({"entries": 10}, [*range(5), *range(35, 40)]),  # what is around it is as much
+        ({"entries": 7}, [*range(5), *range(35, 40)]),  # and is kept where it is more
+        ({"context": [5, 5]}, list(range(40))),  # there is none
     ],
 )
 def test_prompt_that_has_nothing_to_shorten_needs_no_compressor(
-    tokenizer: Any, keep: int, sinks: int, last: int, kept: list[int]
+    tokenizer: Any, changes: dict[str, Any], kept: list[int]
 ) -> None:
     compressor = EverySecondWord()
-    made = SCRIPT.shortened({"prompt_ids": list(range(40))}, keep, sinks, last, compressor, tokenizer)
+    made = SCRIPT.shortened(example(**changes), compressor, tokenizer)
     assert made["prompt_ids"] == kept
+    assert made["context"] == [5, len(kept) - 5 if changes != {"context": [5, 5]} else 5]
     assert compressor.asked == []
 
 
-def test_budget_is_what_the_pruner_left_of_the_same_example(tmp_path: Path) -> None:
-    rows = [{"id": "a", "kept_tokens": 12, "prompt_tokens": 40}, {"id": "b", "kept_tokens": 7, "prompt_tokens": 9}]
-    path = tmp_path / "predictions.jsonl"
+def test_examples_of_two_tasks_with_one_id_have_budgets_of_their_own(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compressor = EverySecondWord()
+    rows = [example(id="1", task="qasper", entries=24), example(id="1", task="lcc", entries=16)]
+    path = tmp_path / "budgets.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert SCRIPT.budgets(path) == {"a": 12, "b": 7}
+    monkeypatch.setattr(SCRIPT, "load", lambda weights, model: (compressor, tokenizer))
+    options = {"weights": "a/xlm-roberta-large", "model": "m", "examples": path, "output": tmp_path / "made.jsonl"}
+    monkeypatch.setattr(
+        sys, "argv", ["script", *(str(part) for name, value in options.items() for part in (f"--{name}", value))]
+    )
+    SCRIPT.main()
+    assert [asked for _, asked in compressor.asked] == [14, 6]
+    made = [json.loads(line) for line in (tmp_path / "made.jsonl").read_text().splitlines()]
+    assert [row["task"] for row in made] == ["qasper", "lcc"]
+
+
+def test_what_is_timed_is_the_whole_prompt_shortened(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "workflow" / "scripts"))
+    timing = load_script("llmlingua_time")
+    clock = iter([0.0, 9.0, 10.0, 13.0, 20.0, 21.0, 30.0, 32.0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+    compressor = EverySecondWord()
+    # A row of `sdtp budgets --timed`, which knows of no context.
+    row = {"id": "40", "task": None, "prompt_ids": list(range(40)), "response_ids": [], "entries": 24}
+    made = timing.timed(row, compressor, tokenizer, 1, 3)
+    # The round of warm-up took 9 s.
+    assert made == {
+        "prompt_ids": list(range(40)),
+        "shortened_ids": list(range(0, 40, 2)),
+        "shortening_s": [3.0, 1.0, 2.0],
+    }
+    assert [asked for _, asked in compressor.asked] == [24] * 4
 
 
 def test_weights_that_the_package_cannot_tell_are_refused() -> None:

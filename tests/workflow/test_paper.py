@@ -23,7 +23,7 @@ ENVIRONMENT = ROOT / ".venv-llmlingua"
 DEFAULT = {
     "model": 1, "check": 1, "data": 1, "saliency": 2, "saliency_index": 1, "train": 1, "benchmark": 3, "tables": 1,
     "evaluate": 32,  # unpruned, 4 methods and 6 peers at 3 ratios, and H2O on the unpruned model
-    "time_methods": 3, "time_compression": 1, "tradeoff_tables": 1,
+    "reference": 1, "time_methods": 3, "time_compression": 1, "tradeoff_tables": 1, "tradeoff_suites": 1,
     "ruler_data": 1, "predict": 4, "score": 4, "ruler_table": 1,
     "sweep_train": 1, "sweep_evaluate": 36, "sweep_table": 1,  # 10 layers at 3 ratios, 7 counts, one of both
     "multiple_choice_data": 1, "harness_answers": 3, "harness_table": 1,
@@ -47,9 +47,9 @@ def test_default_configuration_plans_every_part(clone: Path) -> None:
 
 
 def test_offline_configuration_plans_every_part(clone: Path) -> None:
-    # 3 methods and 6 peers at 2 ratios, the unpruned model and H2O on it; 3 methods of the suites at 2.
+    # 6 methods and 7 peers at 2 ratios, the unpruned model and H2O and SnapKV on it; 3 methods of the suites at 2.
     ratios = {
-        "benchmark": 2, "evaluate": 20, "time_methods": 2, "paper_evaluate": 4, "harness_answers": 5, "predict": 7,
+        "benchmark": 2, "evaluate": 29, "time_methods": 2, "paper_evaluate": 4, "harness_answers": 5, "predict": 7,
         "score": 7,
     }  # fmt: skip
     presses = {"budgets": 2, "kvpress": 4, "timed_budgets": 2, "kvpress_time": 4}
@@ -63,7 +63,8 @@ def test_papers_models_plan_longbench_the_hubs_tasks_and_llmlingua(clone: Path, 
         "saliency": 8, "paper_train": 2, "paper_evaluate": 6, "longbench_table": 1, "paper": 1,
     }  # fmt: skip
     # Two suites at three ratios.
-    assert {jobs[rule] for rule in ("llmlingua", "llmlingua_predict", "llmlingua_score")} == {6}
+    assert {jobs[rule] for rule in ("suite_budgets", "llmlingua", "llmlingua_predict", "llmlingua_score")} == {6}
+    assert {jobs[rule] for rule in ("timed_budgets", "llmlingua_time", "time_shortened")} == {3}
 
 
 def test_ablations_have_the_runs_labels_and_a_weight_less(clone: Path) -> None:
@@ -182,9 +183,19 @@ def test_llmlingua_stands_in_the_table_with_its_compression(made: Path, tmp_path
     config["paper"] = {"llmlingua": weights.name}
     (folder / "weights.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     output = snakemake(folder, "paper", "--configfile", "weights.yaml").stdout
-    assert job_counts(output) == {"llmlingua": 1, "llmlingua_predict": 1, "llmlingua_score": 1, "paper": 1}
+    assert job_counts(output) == {
+        "suite_budgets": 1, "llmlingua": 1, "llmlingua_predict": 1, "llmlingua_score": 1,
+        "timed_budgets": 1, "llmlingua_time": 1, "time_shortened": 1, "paper": 1,
+    }  # fmt: skip
     table = pd.read_csv(folder / "results" / "tiny" / "paper" / "table-1.csv")
     found = table[(table["method"] == "llmlingua2") & (table["category"] == "average")].iloc[0]
     assert found["keep_ratio"] == 0.5
     assert found["compression"] == found["last_compression"] > 1.5
+    # The tiny model is faster than what shortens its prompts.
+    assert 0 < found["prefill_speedup"] < 1
+    assert found["shortening_s"] > 0
+    [speed] = json.loads((folder / "results" / "tiny" / "llmlingua" / "speed-0.5.json").read_text("utf-8"))["rows"][
+        1::2
+    ]
+    assert len(speed["shortening_s"]) == len(speed["prefill_s"]) == 5
     assert list(table.loc[table["why"].notna(), "suite"]) == ["longbench"]

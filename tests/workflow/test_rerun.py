@@ -21,13 +21,13 @@ RANDOM = {"evaluate/random-0.8", "evaluate/random-0.5"}
 UNPRUNED = {"evaluate/unpruned-1.0"}
 FROM_TRAIN = {"train"} | BENCHMARKS | GENERATIONS | SDTP | GATHERED
 FROM_SALIENCY = {"saliency/0", "saliency/1", "saliency-index"} | FROM_TRAIN
-FROM_DATA = {"data"} | FROM_SALIENCY | RANDOM | UNPRUNED
+FROM_DATA = {"data", "reference"} | FROM_SALIENCY | RANDOM | UNPRUNED
 ALL = {"model", "check"} | FROM_DATA
 
 CHANGES: list[tuple[dict[str, Any], set[str]]] = [
     ({"seed": 1}, FROM_DATA),
     ({"model": {"trust_remote_code": True}}, ALL),
-    ({"model": {"dtype": "float16"}}, FROM_SALIENCY | RANDOM | UNPRUNED),
+    ({"model": {"dtype": "float16"}}, {"reference"} | FROM_SALIENCY | RANDOM | UNPRUNED),
     ({"data": {"max_tokens": 300}}, FROM_DATA | {"check"}),
     ({"data": {"distractors": 3}}, FROM_DATA),
     ({"data": {"test": {"examples": 3}}}, FROM_DATA),
@@ -46,7 +46,7 @@ CHANGES: list[tuple[dict[str, Any], set[str]]] = [
     ({"generation": {"max_new_tokens": 5}}, GENERATIONS | {"figures", "report", "check"}),
     ({"benchmark": {"repeats": 6}}, BENCHMARKS | GATHERED),
     ({"evaluation": {"seeds": [0, 2]}}, RANDOM | GATHERED),
-    ({"evaluation": {"batch_tokens": 512}}, SDTP | RANDOM | UNPRUNED | GATHERED),
+    ({"evaluation": {"batch_tokens": 512}}, {"reference"} | SDTP | RANDOM | UNPRUNED | GATHERED),
     (
         {"evaluation": {"methods": ["sdtp", "random", "recent"]}},
         {"evaluate/recent-0.8", "evaluate/recent-0.5"} | GATHERED,
@@ -57,12 +57,12 @@ CHANGES: list[tuple[dict[str, Any], set[str]]] = [
 
 def test_whole_workflow_ran(finished_run: Path) -> None:
     results = finished_run / "results" / "tiny"
-    assert "21 of 21 steps (100%) done" in (finished_run / "snakemake.txt").read_text(encoding="utf-8")
+    assert "22 of 22 steps (100%) done" in (finished_run / "snakemake.txt").read_text(encoding="utf-8")
     assert (results / "report.html").stat().st_size > 10_000
-    assert len(list((results / "metrics").iterdir())) == 19  # figures has no number to tell
-    assert len(list((results / "resources").iterdir())) == 20
+    assert len(list((results / "metrics").iterdir())) == 20  # figures has no number to tell
+    assert len(list((results / "resources").iterdir())) == 21
     logs = {path.relative_to(finished_run / "logs" / "tiny"): path for path in (finished_run / "logs").rglob("*.log")}
-    assert len(logs) == 20
+    assert len(logs) == 21
     for path in logs.values():
         assert re.search(r"^[a-z-]+: done in \d+\.\d s$", path.read_text(encoding="utf-8"), flags=re.MULTILINE), path
 
@@ -78,7 +78,7 @@ def test_changed_setting_reruns_what_uses_it(
 def test_nothing_to_do_whatever_the_hash_seed(finished_run: Path, seed: str) -> None:
     output = snakemake(finished_run, "--configfile", "tiny.yaml", PYTHONHASHSEED=seed).stdout
     assert "Nothing to be done" in output
-    assert "Checking the 13 steps of run tiny: model, check, data, saliency, saliency_index, train, generate" in output
+    assert "Checking the 14 steps of run tiny: model, check, data, saliency, saliency_index, train, generate" in output
 
 
 def test_nothing_to_do_with_keys_in_another_order_and_numbers_written_otherwise(

@@ -37,6 +37,7 @@ def test_default_plans_the_papers_layers_ratios_and_counts_and_the_cell_they_sha
         "model": 1,
         "data": 1,
         "check": 1,
+        "reference": 1,
         "evaluate": 1,  # the unpruned model
         "sweep_train": 1,
         "sweep_evaluate": 10 * 3 + 7 - 1,
@@ -59,7 +60,9 @@ def test_tables_are_of_the_cells_evaluations(swept: Path) -> None:
         for name in ("position", "count")
     }
     assert all(list(table.columns) == SWEEP_COLUMNS for table in tables.values())
-    panels = {name: table[(table["task"] == "continuation")] for name, table in tables.items()}
+    panels = {
+        name: table[(table["task"] == "continuation") & (table["metric"] == "loss")] for name, table in tables.items()
+    }
     pruned = {name: panel[panel["method"] == "sdtp"] for name, panel in panels.items()}
     cells = {name: list(zip(rows["layers"], rows["keep_ratio"], strict=True)) for name, rows in pruned.items()}
     assert cells == {"position": [("1", 0.8), ("1", 0.5), ("2", 0.8), ("2", 0.5)], "count": [("1", 0.8), ("1 2", 0.8)]}

@@ -32,7 +32,7 @@ def test_default_plan(tmp_path: Path) -> None:
     counts = job_counts(snakemake(folder, "--dry-run", "tradeoff").stdout)
     run = {"model": 1, "check": 1, "data": 1, "saliency": 2, "saliency_index": 1, "train": 1}
     # Unpruned, 4 methods of the run and 6 peers at 3 ratios, and H2O on the whole prompt.
-    own = {"evaluate": 1 + 10 * 3 + 1, "time_methods": 3, "time_compression": 1, "tradeoff_tables": 1}
+    own = {"reference": 1, "evaluate": 1 + 10 * 3 + 1, "time_methods": 3, "time_compression": 1, "tradeoff_tables": 1}
     assert counts == run | own
     output = snakemake(folder, "--dry-run", "tradeoff", "--configfile", "config/paper/qwen2-7b.yaml").stdout
     assert job_counts(output)["kvpress_time"] == 2 * 3
@@ -46,7 +46,8 @@ def test_every_method_has_quality_and_its_own_speed(compared: Path) -> None:
     table = pd.read_csv(results / "tables" / "tradeoff.csv")
     pruned = {(method, float(ratio)) for method in TIMED for ratio in RATIOS}
     cells = {("unpruned", 1.0), ("unpruned+h2o", 1.0)} | pruned
-    panels = {("retrieval", "accuracy"), ("retrieval", "loss"), ("continuation", "loss")}
+    panels = {(task, metric) for task in ("retrieval", "continuation") for metric in ("loss", "kl", "top1")}
+    panels |= {("retrieval", "accuracy")}
     found = table[["task", "metric", "method", "keep_ratio", "timed_tokens"]].itertuples(index=False, name=None)
     assert sorted(found) == sorted((*panel, *cell, length) for panel, cell, length in product(panels, cells, (64, 128)))
     assert (table["n"] == 2).all()
@@ -70,7 +71,7 @@ def test_every_method_has_quality_and_its_own_speed(compared: Path) -> None:
 
 def test_compression_table_has_both_bases(compared: Path) -> None:
     table = pd.read_csv(compared / "results" / "tiny" / "tables" / "cache-compression.csv")
-    rows = table[table["task"] == "continuation"]
+    rows = table[(table["task"] == "continuation") & (table["metric"] == "loss")]
     found = {(row["base"], row["rule"], row["keep_ratio"]) for row in rows.to_dict("records")}
     sdtp = {("sdtp", rule, float(ratio)) for rule in ("none", "h2o") for ratio in RATIOS}
     assert found == {("unpruned", "none", 1.0), ("unpruned", "h2o", 1.0)} | sdtp

@@ -46,10 +46,16 @@ if VARIANTS:
                 variant=VARIANTS,
                 keep_ratio=KEEP_RATIOS,
             ),
+            training=expand("<results>/variants/{variant}/metrics/train.json", variant=VARIANTS),
         output:
             table=report(
                 "<results>/ablation/ablation.csv",
                 caption="../report/ablation.rst",
+                category="Ablation",
+            ),
+            targets=report(
+                "<results>/ablation/targets.csv",
+                caption="../report/targets.rst",
                 category="Ablation",
             ),
             page="<results>/ablation/ablation.md",
@@ -78,7 +84,8 @@ if VARIANTS:
         shell:
             "sdtp --log {log} ablation --settings {params.settings:q} --data {input.data}"
             " --references {input.references} --variants {params.variants} --evaluations {input.variants}"
-            " --table {output.table} --page {output.page} --figure {output.svg} --metrics {output.metrics}"
+            " --training {input.training} --table {output.table} --targets {output.targets} --page {output.page}"
+            " --figure {output.svg} --metrics {output.metrics}"
 
 
 # The target of `snakemake ablation`.

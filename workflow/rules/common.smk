@@ -81,6 +81,16 @@ UNPRUNED_RATIO = "1.0"
 METHODS = config["evaluation"]["methods"]
 # What the variants of an ablation are compared with; each of them has a pruner of its own in place of the run's.
 REFERENCES = [method for method in METHODS if method != "sdtp"]
+# Before anything is trained; not by an input function, since Snakemake takes a folder that is there for what it wants
+# where the inputs of its rule cannot be had.
+if (
+    any(names.TUNED in config[block]["methods"] for block in ("evaluation", "peers", "suites", "harness"))
+    and config["data"]["train"]["heldout"] < names.LEAST_TO_TUNE
+):
+    raise WorkflowError(
+        f"data.train.heldout = {config['data']['train']['heldout']}: method {names.TUNED} needs {names.LEAST_TO_TUNE} or "
+        f"more, because half of them choose and fewer than {names.LEAST_REPORTED} others can show no difference"
+    )
 # What decides nothing of the run that `all` makes.
 OF_OTHER_TARGETS = ("variants", "tracking", "suites", "sweep", "harness", "peers", "serving", "paper")
 SHARDS = [str(shard) for shard in range(config["saliency"]["shards"])]
@@ -111,6 +121,15 @@ os.environ.update(
     SDTP_EXPERIMENT=config["tracking"]["experiment"],
     SDTP_TRACKING_URI=config["tracking"]["uri"] or "",
     SDTP_PARENT_RUN_FILE=PARENT_RUN_FILE,
+)
+# What the page of the paper names in its commands; where a configuration was read from reruns nothing either.
+os.environ.update(
+    SDTP_CONFIGURED=canonical_json(
+        {
+            "files": [os.path.relpath(path) for path in workflow.config_settings.configfiles],
+            "overrides": dict(workflow.config_settings.config),
+        }
+    )
 )
 
 
@@ -187,13 +206,31 @@ NEEDED_KEYS = {
 
 
 def evaluated_pruner(wildcards):
-    """The trained pruner, for the methods that use it."""
+    """The trained pruner, for the methods that use it: for `sdtp-tuned` the one tuned for the keep ratio."""
+    if wildcards.method == names.TUNED:
+        return f"<results>/tuned/{wildcards.keep_ratio}"
     return "<results>/pruner" if "pruner" in names.needs(wildcards.method) else []
+
+
+# Keep ratios that `sdtp-tuned` can be asked for.
+TUNED_RATIOS = sorted(
+    {*KEEP_RATIOS, *(str(ratio) for block in ("suites", "harness") for ratio in config[block]["keep_ratios"])}
+)
+
+
+def tuning_checkpoint(wildcards, output):
+    """What was measured so far, which a rerun takes over, and the tuning for another keep ratio what they share."""
+    return str(Path(output.pruner).parents[1] / "checkpoints" / "tune" / f"{wildcards.keep_ratio}.jsonl")
 
 
 def pruner_option(wildcards, input):
     """The command-line option for it."""
     return f"--pruner {input.pruner}" if input.get("pruner") else ""
+
+
+def tuned_option(wildcards, input):
+    """The command-line option of a timing job for the tuned pruner, which stands beside the trained one there."""
+    return f"--tuned {input.tuned}" if input.get("tuned") else ""
 
 
 def cells(methods, ratios):
@@ -307,26 +344,27 @@ def paper_inputs(wildcards):
     """What the page of the paper shows beside the run's own tables, as far as this configuration has it."""
     tables = [*SUITES, "harness", "stage-position", "stage-count", "tradeoff"]
     tables += ["cache-compression"] if COMPRESSING else []
-    figures = ["tradeoff", "tradeoff-memory", *SUITE_FIGURES["ruler"]]
+    figures = ["tradeoff-suites", "tradeoff-suites-memory", *SUITE_FIGURES["ruler"]]
     found = {table.replace("-", "_"): f"<results>/tables/{table}.csv" for table in tables}
+    found["suite_scores"] = [f"<results>/suites/{suite}/scores/unpruned-{UNPRUNED_RATIO}.jsonl" for suite in SUITES]
     if config["paper"]["llmlingua"]:
         ratios = config["suites"]["keep_ratios"]
-        found["suite_scores"] = [f"<results>/suites/{suite}/scores/unpruned-{UNPRUNED_RATIO}.jsonl" for suite in SUITES]
         found["llmlingua"] = [
             f"<results>/llmlingua/{suite}/scores-{ratio}.jsonl" for suite in SUITES for ratio in ratios
         ]
+        found["llmlingua_speeds"] = [f"<results>/llmlingua/speed-{ratio}.json" for ratio in ratios]
     return {**found, "figures": [f"<results>/figures/{figure}.svg" for figure in figures]}
 
 
 def paper_options(wildcards, input):
     """The command-line options for them."""
     named = ("ruler", "longbench", "harness", "stage_position", "stage_count", "cache_compression", "tradeoff")
-    several = ("suite_scores", "llmlingua", "figures")
+    several = ("suite_scores", "llmlingua", "llmlingua_speeds", "figures")
     return " ".join(f"--{name.replace('_', '-')} {input.get(name)}" for name in (*named, *several) if input.get(name))
 
 
-# A table to read with a program, one to read, and a figure.
-ABLATION_FILES = ["ablation.csv", "ablation.md", "ablation.svg", "ablation.png"]
+# Tables to read with a program, a page to read, and a figure.
+ABLATION_FILES = ["ablation.csv", "targets.csv", "ablation.md", "ablation.svg", "ablation.png"]
 
 
 def scores(suite):
@@ -376,6 +414,11 @@ def harness_settings(wildcards):
     """Settings of one method's answers: what it does not use is not passed, and so reruns nothing."""
     keys = [f"harness.{key}" for key in ("tasks", "fewshot", "limit", "batch_size")]
     return settings("model.dtype", "model.attention", *keys, *needed_keys([wildcards.method]))(wildcards)
+
+
+def harness_checkpoint(wildcards, output):
+    """As `prediction_checkpoint`, of the answers to multiple-choice questions."""
+    return str(Path(output.rows).parents[1] / "checkpoints" / "harness" / Path(output.rows).name)
 
 
 def own_tasks(wildcards):

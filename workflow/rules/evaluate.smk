@@ -2,6 +2,7 @@ rule evaluate:
     input:
         model="<model>",
         data="<data>",
+        reference="<reference>",
         pruner=evaluated_pruner,
     output:
         rows=ensure("<results>/evaluation/{method}-{keep_ratio}.jsonl", non_empty=True),
@@ -24,5 +25,5 @@ rule evaluate:
     shell:
         "sdtp lease --gpus {resources.gpu} --"
         " sdtp --log {log} evaluate --settings {params.settings:q} --model {input.model} --data {input.data}"
-        " {params.pruner} --method {wildcards.method} --keep-ratio {wildcards.keep_ratio}"
-        " --output {output.rows} --metrics {output.metrics}"
+        " --reference {input.reference} {params.pruner} --method {wildcards.method}"
+        " --keep-ratio {wildcards.keep_ratio} --output {output.rows} --metrics {output.metrics}"

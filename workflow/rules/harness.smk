@@ -51,14 +51,15 @@ rule harness_answers:
         settings=harness_settings,
         pruner=pruner_option,
         tasks=task_folders,
+        checkpoint=harness_checkpoint,
         code=code_hash("sdtp.pipeline.steps.harness"),
     message:
         "Answering multiple-choice questions, {wildcards.method}, keep ratio {wildcards.keep_ratio}"
     shell:
         "sdtp lease --gpus {resources.gpu} --"
         " sdtp --log {log} harness --settings {params.settings:q} --model {input.model} {params.tasks} {params.pruner}"
-        " --method {wildcards.method} --keep-ratio {wildcards.keep_ratio} --output {output.rows}"
-        " --results {output.results} --metrics {output.metrics}"
+        " --method {wildcards.method} --keep-ratio {wildcards.keep_ratio} --checkpoint {params.checkpoint}"
+        " --code {params.code} --output {output.rows} --results {output.results} --metrics {output.metrics}"
 
 
 rule harness_table:

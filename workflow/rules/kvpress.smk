@@ -36,6 +36,7 @@ rule kvpress:
     input:
         model="<model>",
         examples="<results>/budgets/ratio-{keep_ratio}.jsonl",
+        reference="<reference>",
         script="workflow/scripts/kvpress_evaluate.py",
         lock="envs/kvpress.lock",
     output:
@@ -60,8 +61,9 @@ rule kvpress:
     shell:
         "({params.found}; "
         'sdtp lease --gpus {resources.gpu} -- "$SDTP_KVPRESS_PYTHON" {input.script} --model {input.model}'
-        " --dtype {params.dtype} --attention {params.attention} --examples {input.examples} --press {wildcards.press}"
-        " --keep-ratio {wildcards.keep_ratio} --output {output.rows}) 2>&1 | tee {log}"
+        " --dtype {params.dtype} --attention {params.attention} --examples {input.examples}"
+        " --reference {input.reference} --press {wildcards.press} --keep-ratio {wildcards.keep_ratio}"
+        " --output {output.rows}) 2>&1 | tee {log}"
 
 
 # The prompts that methods are timed on, under their own budgets: other lengths evaluate nothing again.
@@ -73,6 +75,9 @@ use rule budgets as timed_budgets with:
         "<logs>/timed-budgets/{keep_ratio}.log",
     benchmark:
         "<benchmarks>/timed-budgets-{keep_ratio}.tsv"
+    wildcard_constraints:
+        # LLMLingua-2 is timed at the suites'.
+        keep_ratio=one_of([*KEEP_RATIOS, *map(str, config["suites"]["keep_ratios"])]),
     params:
         settings=settings(*SCHEDULE, "peers.prompt_tokens"),
         option="--timed",

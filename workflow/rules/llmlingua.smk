@@ -4,12 +4,39 @@ os.environ.update(SDTP_LLMLINGUA_PYTHON=own_python("llmlingua"))
 LLMLINGUA_FOUND = own_python_found("SDTP_LLMLINGUA_PYTHON", "LLMLingua-2", "llmlingua")
 
 
-rule llmlingua:
+# As many tokens of each prompt as a layer sees of it under the trained pruner's schedule, on average.
+rule suite_budgets:
     input:
         model="<model>",
         examples="<results>/suites/{suite}/examples.jsonl",
-        # It may keep as much of each prompt as the trained pruner did.
-        like="<results>/suites/{suite}/predictions/sdtp-{keep_ratio}.jsonl",
+    output:
+        examples=ensure("<results>/budgets/{suite}-{keep_ratio}.jsonl", non_empty=True),
+        metrics="<results>/metrics/budgets-{suite}-{keep_ratio}.json",
+    log:
+        "<logs>/budgets/{suite}-{keep_ratio}.log",
+    benchmark:
+        "<benchmarks>/budgets-{suite}-{keep_ratio}.tsv"
+    wildcard_constraints:
+        keep_ratio=one_of(map(str, config["suites"]["keep_ratios"])),
+    conda:
+        "../../envs/sdtp.yaml"
+    threads: 1
+    resources:
+        gpu=0,
+    params:
+        settings=settings(*SCHEDULE),
+        code=code_hash("sdtp.pipeline.steps.budgets"),
+    message:
+        "Counting what LLMLingua-2 may keep of {wildcards.suite}, keep ratio {wildcards.keep_ratio}"
+    shell:
+        "sdtp --log {log} budgets --settings {params.settings:q} --model {input.model} --suite {input.examples}"
+        " --keep-ratio {wildcards.keep_ratio} --output {output.examples} --metrics {output.metrics}"
+
+
+rule llmlingua:
+    input:
+        model="<model>",
+        examples="<results>/budgets/{suite}-{keep_ratio}.jsonl",
         script="workflow/scripts/llmlingua_compress.py",
         lock="envs/llmlingua.lock",
     output:
@@ -28,16 +55,84 @@ rule llmlingua:
     params:
         found=LLMLINGUA_FOUND,
         weights=config["paper"]["llmlingua"],
-        sinks=config["pruning"]["sinks"],
-        local=config["pruning"]["local"],
-        min_local=config["pruning"]["min_local"],
     message:
         "Shortening the prompts of {wildcards.suite} with LLMLingua-2, keep ratio {wildcards.keep_ratio}"
     shell:
         "({params.found}; "
         'sdtp lease --gpus {resources.gpu} -- "$SDTP_LLMLINGUA_PYTHON" {input.script} --weights {params.weights:q}'
-        " --model {input.model} --examples {input.examples} --like {input.like} --sinks {params.sinks}"
-        " --local {params.local} --min-local {params.min_local} --output {output.examples}) 2>&1 | tee {log}"
+        " --model {input.model} --examples {input.examples} --output {output.examples}) 2>&1 | tee {log}"
+
+
+# Alone on the machine, as a benchmark is, and so is what the model makes of its prompts.
+rule llmlingua_time:
+    input:
+        model="<model>",
+        examples="<results>/budgets/timed-{keep_ratio}.jsonl",
+        script="workflow/scripts/llmlingua_time.py",
+        compressing="workflow/scripts/llmlingua_compress.py",
+        lock="envs/llmlingua.lock",
+    output:
+        timings=ensure("<results>/llmlingua/shortened-{keep_ratio}.json", non_empty=True),
+    log:
+        "<logs>/llmlingua-time/{keep_ratio}.log",
+    benchmark:
+        "<benchmarks>/llmlingua-time-{keep_ratio}.tsv"
+    wildcard_constraints:
+        keep_ratio=one_of(map(str, config["suites"]["keep_ratios"])),
+    conda:
+        "../../envs/llmlingua.yaml"
+    threads: ALL_CORES
+    resources:
+        gpu=1,
+        timing=1,
+    params:
+        **{key: config["benchmark"][key] for key in ("repeats", "warmup")},
+        found=LLMLINGUA_FOUND,
+        weights=config["paper"]["llmlingua"],
+    message:
+        "Timing LLMLingua-2, keep ratio {wildcards.keep_ratio}"
+    shell:
+        "({params.found}; "
+        'sdtp lease --gpus {resources.gpu} -- "$SDTP_LLMLINGUA_PYTHON" {input.script} --weights {params.weights:q}'
+        " --model {input.model} --examples {input.examples} --keep-ratio {wildcards.keep_ratio}"
+        " --repeats {params.repeats} --warmup {params.warmup} --output {output.timings}) 2>&1 | tee {log}"
+
+
+rule time_shortened:
+    input:
+        model="<model>",
+        shortened="<results>/llmlingua/shortened-{keep_ratio}.json",
+    output:
+        timings=ensure("<results>/llmlingua/speed-{keep_ratio}.json", non_empty=True),
+        metrics="<results>/metrics/time-shortened-{keep_ratio}.json",
+    log:
+        "<logs>/time-shortened/{keep_ratio}.log",
+    benchmark:
+        "<benchmarks>/time-shortened-{keep_ratio}.tsv"
+    wildcard_constraints:
+        keep_ratio=one_of(map(str, config["suites"]["keep_ratios"])),
+    conda:
+        "../../envs/sdtp.yaml"
+    threads: ALL_CORES
+    resources:
+        gpu=1,
+        timing=1,
+    params:
+        settings=settings(
+            "model.source",
+            "model.dtype",
+            "model.attention",
+            "benchmark.new_tokens",
+            "benchmark.repeats",
+            "benchmark.warmup",
+        ),
+        code=code_hash("sdtp.pipeline.steps.time_shortened"),
+    message:
+        "Timing what LLMLingua-2 left of prompts, keep ratio {wildcards.keep_ratio}"
+    shell:
+        "sdtp lease --gpus {resources.gpu} --"
+        " sdtp --log {log} time-shortened --settings {params.settings:q} --model {input.model}"
+        " --shortened {input.shortened} --output {output.timings} --metrics {output.metrics}"
 
 
 rule llmlingua_predict:

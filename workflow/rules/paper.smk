@@ -39,6 +39,10 @@ rule paper:
             ablation=ABLATIONS,
             keep_ratio=KEEP_RATIOS,
         ),
+        training=[
+            "<results>/metrics/train.json",
+            *expand("<results>/paper/variants/{ablation}/metrics/train.json", ablation=ABLATIONS),
+        ],
     output:
         html=report("<results>/paper/paper.html", caption="../report/paper.rst", category="Paper"),
         markdown="<results>/paper/paper.md",
@@ -69,4 +73,4 @@ rule paper:
     shell:
         "sdtp --log {log} paper --settings {params.settings:q} --model {input.model} --data {input.data}"
         " --saliency {input.index} --latency {input.latency} --unpruned {input.unpruned} --full {input.full}"
-        " --variants {input.variants} {params.options} --output {params.results}/paper --metrics {output.metrics}"
+        " --variants {input.variants} --training {input.training} {params.options} --output {params.results}/paper --metrics {output.metrics}"

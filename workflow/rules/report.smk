@@ -19,6 +19,11 @@ rule tables:
             caption="../report/comparisons.rst",
             category="Tables",
         ),
+        targets=report(
+            "<results>/tables/targets.csv",
+            caption="../report/targets.rst",
+            category="Tables",
+        ),
         metrics="<results>/metrics/tables.json",
     log:
         "<logs>/tables.log",
@@ -37,7 +42,7 @@ rule tables:
     shell:
         "sdtp --log {log} tables --settings {params.settings:q} --data {input.data} --benchmarks {input.benchmarks}"
         " --evaluations {input.evaluations} --latency {output.latency} --quality {output.quality}"
-        " --comparisons {output.comparisons} --metrics {output.metrics}"
+        " --comparisons {output.comparisons} --targets {output.targets} --metrics {output.metrics}"
 
 
 rule figures:
@@ -58,6 +63,16 @@ rule figures:
             category="Figures",
         ),
         png=expand("<results>/figures/{figure}.png", figure=FIGURES),
+        sparsity=report(
+            "<results>/tables/sparsity.csv",
+            caption="../report/observations.rst",
+            category="Tables",
+        ),
+        foresight=report(
+            "<results>/tables/foresight.csv",
+            caption="../report/observations.rst",
+            category="Tables",
+        ),
     log:
         "<logs>/figures.log",
     benchmark:
@@ -76,7 +91,8 @@ rule figures:
     shell:
         "sdtp --log {log} figures --settings {params.settings:q} --model {input.model} --data {input.data}"
         " --saliency {input.index} --history {input.history} --generations {input.generations}"
-        " --latency {input.latency} --quality {input.quality} --output {params.results}/figures"
+        " --latency {input.latency} --quality {input.quality} --sparsity {output.sparsity}"
+        " --foresight {output.foresight} --output {params.results}/figures"
 
 
 rule report:

@@ -33,6 +33,7 @@ rule sweep_evaluate:
     input:
         model="<model>",
         data="<data>",
+        reference="<reference>",
         pruner="<results>/sweep/pruner",
     output:
         rows=ensure("<results>/sweep/evaluation/layers-{layers}-ratio-{ratio}.jsonl", non_empty=True),
@@ -58,7 +59,7 @@ rule sweep_evaluate:
     shell:
         "sdtp lease --gpus {resources.gpu} --"
         " sdtp --log {log} sweep-evaluate --settings {params.settings:q} --model {input.model} --data {input.data}"
-        " --pruner {input.pruner} --layers {params.layers} --keep-ratio {wildcards.ratio}"
+        " --reference {input.reference} --pruner {input.pruner} --layers {params.layers} --keep-ratio {wildcards.ratio}"
         " --output {output.rows} --metrics {output.metrics}"
 
 

@@ -5,6 +5,7 @@ rule time_methods:
         model="<results>/model",
         data="<results>/data",
         pruner="<results>/pruner" if any("pruner" in names.needs(method) for method in TIMED) else [],
+        tuned="<results>/tuned/{keep_ratio}" if names.TUNED in TIMED else [],
     output:
         timings=expand("<results>/timings/{method}-{{keep_ratio}}.json", method=TIMED),
         metrics="<results>/metrics/time-methods-{keep_ratio}.json",
@@ -24,6 +25,7 @@ rule time_methods:
         settings=timed_settings(TIMED),
         methods=TIMED,
         pruner=pruner_option,
+        tuned=tuned_option,
         results=subpath(output.metrics, ancestor=2),
         code=code_hash("sdtp.pipeline.steps.time_methods"),
     message:
@@ -31,7 +33,7 @@ rule time_methods:
     shell:
         "sdtp lease --gpus {resources.gpu} --"
         " sdtp --log {log} time-methods --settings {params.settings:q} --model {input.model} --data {input.data}"
-        " {params.pruner} --methods {params.methods} --keep-ratio {wildcards.keep_ratio}"
+        " {params.pruner} {params.tuned} --methods {params.methods} --keep-ratio {wildcards.keep_ratio}"
         " --output {params.results}/timings --metrics {output.metrics}"
 
 
@@ -50,6 +52,7 @@ if COMPRESSING:
             settings=timed_settings(COMPRESSING),
             methods=COMPRESSING,
             pruner="",
+            tuned="",
             results=subpath(output.metrics, ancestor=2),
             code=code_hash("sdtp.pipeline.steps.time_methods"),
         message:
@@ -57,6 +60,7 @@ if COMPRESSING:
 
 
 TRADEOFF_FIGURES = ["tradeoff", "tradeoff-memory"]
+TRADEOFF_SUITES_FIGURES = ["tradeoff-suites", "tradeoff-suites-memory"]
 
 
 rule tradeoff_tables:
@@ -96,6 +100,7 @@ rule tradeoff_tables:
         gpu=0,
     params:
         settings=settings(),
+        suites="",
         compression=lambda wildcards, output: f"--compression {output.compression}" if COMPRESSING else "",
         results=subpath(output.metrics, ancestor=2),
         code=code_hash("sdtp.pipeline.steps.tradeoff"),
@@ -103,8 +108,41 @@ rule tradeoff_tables:
         "Setting quality beside speed and memory"
     shell:
         "sdtp --log {log} tradeoff --settings {params.settings:q} --evaluations {input.evaluations}"
-        " --timings {input.timings} --table {output.table} {params.compression} --figures {params.results}/figures"
-        " --metrics {output.metrics}"
+        " --timings {input.timings} {params.suites} --table {output.table} {params.compression}"
+        " --figures {params.results}/figures --metrics {output.metrics}"
+
+
+# The same with the suites' scores, which take long: for the page of the paper, which has them anyway.
+use rule tradeoff_tables as tradeoff_suites with:
+    input:
+        evaluations=tradeoff_evaluations,
+        timings=timed_files,
+        suites=expand("<results>/tables/{suite}.csv", suite=SUITES),
+    output:
+        table=report(
+            "<results>/tables/tradeoff-suites.csv",
+            caption="../report/tradeoff.rst",
+            category="Trade-off",
+        ),
+        svg=report(
+            expand("<results>/figures/{figure}.svg", figure=TRADEOFF_SUITES_FIGURES),
+            caption="../report/tradeoff.rst",
+            category="Trade-off",
+        ),
+        png=expand("<results>/figures/{figure}.png", figure=TRADEOFF_SUITES_FIGURES),
+        metrics="<results>/metrics/tradeoff-suites.json",
+    log:
+        "<logs>/tradeoff-suites.log",
+    benchmark:
+        "<benchmarks>/tradeoff-suites.tsv"
+    params:
+        settings=settings(),
+        suites=lambda wildcards, input: f"--suites {input.suites}",
+        compression="",
+        results=subpath(output.metrics, ancestor=2),
+        code=code_hash("sdtp.pipeline.steps.tradeoff"),
+    message:
+        "Setting quality, suites among it, beside speed and memory"
 
 
 # The target of `snakemake tradeoff`.

@@ -7,8 +7,10 @@ transformers than the project does.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of the weights; auto: bfloat16 on CUDA")
     parser.add_argument("--attention", default="sdpa", help="attention kernel, as transformers names it")
     parser.add_argument("--examples", required=True, type=Path, metavar="JSONL", help="made by `sdtp budgets`")
+    parser.add_argument("--reference", required=True, type=Path, metavar="FILE", help="made by `sdtp reference`")
     parser.add_argument("--press", required=True, choices=PRESSES, help="what compresses the cache")
     parser.add_argument("--keep-ratio", required=True, type=float, help="of the budgets, for the rows")
     parser.add_argument("--limit", type=int, metavar="N", help="the first N examples only")
@@ -35,7 +38,9 @@ def main() -> None:
     args = parser.parse_args()
     examples = [json.loads(line) for line in args.examples.read_text("utf-8").splitlines()][: args.limit]
     check_lengths(examples, args.press)
-    rows = evaluate(load(args.model, args.dtype, args.attention), examples, args.press)
+    model = load(args.model, args.dtype, args.attention)
+    check_head(model, examples[0]["prompt_ids"][:8])
+    rows = evaluate(model, examples, args.press, reference(args.reference, args.model, model))
     identity = {"method": f"kvpress-{args.press}", "keep_ratio": args.keep_ratio, "seed": None}
     written(args.output, "".join(json.dumps({**row, **identity}, allow_nan=False) + "\n" for row in rows))
 
@@ -80,13 +85,91 @@ def load(folder: Path, dtype: str, attention: str) -> PreTrainedModel:
     return model.to(device).eval().requires_grad_(False)
 
 
-def evaluate(model: PreTrainedModel, examples: list[dict[str, Any]], press: str) -> list[dict[str, Any]]:
+def reference(path: Path, folder: Path, model: PreTrainedModel) -> Callable[[dict[str, Any]], torch.Tensor]:
+    """What reads the unpruned model's last hidden states, [response, hidden], on an example.
+
+    Args:
+        path: made by `sdtp reference`.
+        folder: of the model.
+        model: in whose dtype the states have to be.
+
+    Raises:
+        SystemExit: no such file, a damaged one, one of another model or dtype; of the function, of another example.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    again = "run the reference step again"
+    manifest = folder / "manifest.json"
+    try:
+        file = safe_open(path, framework="pt").__enter__()
+        about = json.loads(file.metadata()["description"])
+        made = about["model_sha256"], about["dtype"], about["examples"]
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise SystemExit(f"{path} is not a whole file of states ({error}): {again}") from error
+    if made[0] != json.loads(manifest.read_text("utf-8"))["sha256"]:
+        raise SystemExit(f"{path} is of another model than {folder}: {again}")
+    if made[1] != str(model.dtype).removeprefix("torch."):
+        raise SystemExit(f"{path} holds {made[1]} states and the model runs in {model.dtype}: {again}")
+
+    def states(example: dict[str, Any]) -> torch.Tensor:
+        ids = json.dumps([example["prompt_ids"], example["response_ids"]], separators=(",", ":"))
+        if made[2].get(example["id"]) != hashlib.sha256(ids.encode()).hexdigest():
+            raise SystemExit(f"{path} has no example {example['id']!r} of these tokens: {again}")
+        found: torch.Tensor = file.get_tensor(example["id"])
+        return found.to(model.device)
+
+    return states
+
+
+def check_head(model: PreTrainedModel, ids: list[int]) -> None:
+    """Refuse a model whose logits are not its output embeddings of the last hidden states, and nothing more.
+
+    Args:
+        model: eval mode, unhooked.
+        ids: of a few tokens.
+
+    Raises:
+        SystemExit: naming the model.
+    """
+    import torch
+
+    batch = torch.tensor([ids], device=model.device)
+    with torch.inference_mode():
+        logits = model(input_ids=batch).logits.float()
+        alone = model.get_output_embeddings()(model.base_model(input_ids=batch).last_hidden_state).float()
+    rounding = max(1e-5, 4 * torch.finfo(model.dtype).eps)
+    if not float((alone - logits).abs().max()) <= rounding * float(logits.abs().max()):
+        raise SystemExit(
+            f"{type(model).__name__} makes its logits of more than its output embeddings: no agreement with the "
+            "unpruned model can be measured"
+        )
+
+
+def agreement(logits: torch.Tensor, unpruned: torch.Tensor) -> dict[str, float]:
+    """KL(unpruned || compressed), nats a token, and the share of tokens whose most probable token is the same.
+
+    Args:
+        logits, unpruned: [response, vocabulary].
+    """
+    log_q, log_p = (one.float().log_softmax(-1) for one in (unpruned, logits))
+    kl = (log_q.exp() * (log_q - log_p)).sum(-1).mean()
+    same = logits.argmax(-1) == unpruned.argmax(-1)
+    return {"kl": max(0.0, float(kl)), "top1": float(same.double().mean())}
+
+
+def evaluate(
+    model: PreTrainedModel,
+    examples: list[dict[str, Any]],
+    press: str,
+    states: Callable[[dict[str, Any]], torch.Tensor],
+) -> list[dict[str, Any]]:
     """One row an example, in their order: what `sdtp evaluate` writes but for the method's name.
 
     Args:
         model: eval mode, unhooked.
         examples: rows of `sdtp budgets`.
         press: name of a class of kvpress.
+        states: see `reference`.
     """
     from tqdm.auto import tqdm
 
@@ -103,6 +186,7 @@ def evaluate(model: PreTrainedModel, examples: list[dict[str, Any]], press: str)
                 "kept_tokens": example["entries"],
                 "correct": logits.argmax(-1).tolist() == response if example["task"] == "retrieval" else None,
                 "loss": -float(log_probs.double().mean()),
+                **agreement(logits, model.get_output_embeddings()(states(example))),
                 "response_tokens": len(response),
             }
         )

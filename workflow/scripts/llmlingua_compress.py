@@ -1,4 +1,4 @@
-"""Shortens the prompts of a suite with LLMLingua-2, each to as many tokens as the trained pruner leaves of it.
+"""Shortens the prompts of a suite with LLMLingua-2, each to as many tokens as `sdtp budgets` allows it.
 
 Runs in an environment of its own, envs/llmlingua.lock, and imports nothing of this project: the package llmlingua needs
 an older transformers than the project does.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,27 +25,26 @@ class Compressor(Protocol):
 
 def main() -> None:
     """Compress the examples that the command line names."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--weights", required=True, help="hub id, or a folder with the same name")
-    parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="language model, for its tokenizer")
-    parser.add_argument("--examples", required=True, type=Path, metavar="JSONL", help="prompts of a suite")
-    parser.add_argument("--like", required=True, type=Path, metavar="JSONL", help="predictions that say what was kept")
-    parser.add_argument("--sinks", required=True, type=int, help="first tokens that stay")
-    parser.add_argument("--local", required=True, type=float, help="share of the last tokens that stay")
-    parser.add_argument("--min-local", required=True, type=int, help="last tokens that stay at least")
-    parser.add_argument("--output", required=True, type=Path, metavar="JSONL", help="the examples, shortened")
-    args = parser.parse_args()
+    args = arguments(str(__doc__)).parse_args()
     check_weights(args.weights)
-    examples, kept = read(args.examples), budgets(args.like)
+    examples = read(args.examples)
     compressor, tokenizer = load(args.weights, args.model)
     from tqdm.auto import tqdm
 
     rows = []
     for example in tqdm(examples, desc="compressing", unit="example", mininterval=10):
-        tokens = len(example["prompt_ids"])
-        last = min(tokens, max(args.min_local, math.ceil(args.local * tokens)))
-        rows.append(shortened(example, kept[example["id"]], args.sinks, last, compressor, tokenizer))
-    write(args.output, rows)
+        rows.append(shortened(example, compressor, tokenizer))
+    write(args.output, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """The command line, as far as it is that of the timing too."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--weights", required=True, help="hub id, or a folder with the same name")
+    parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="language model, for its tokenizer")
+    parser.add_argument("--examples", required=True, type=Path, metavar="JSONL", help="made by `sdtp budgets`")
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="what is written")
+    return parser
 
 
 def check_weights(weights: str) -> None:
@@ -64,11 +62,6 @@ def check_weights(weights: str) -> None:
 def read(path: Path) -> list[dict[str, Any]]:
     """The rows of a JSON-lines file."""
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-
-
-def budgets(path: Path) -> dict[str, int]:
-    """Of each example the tokens that a method left of its prompt, by id."""
-    return {row["id"]: row["kept_tokens"] for row in read(path)}
 
 
 def load(weights: str, model: Path) -> tuple[Compressor, Counting]:
@@ -111,40 +104,41 @@ class Counting:
         return text
 
 
-def shortened(
-    example: dict[str, Any], keep: int, sinks: int, last: int, compressor: Compressor, tokenizer: Counting
-) -> dict[str, Any]:
-    """An example whose prompt has about `keep` tokens: its first and last as they were, LLMLingua-2's text between.
+def shortened(example: dict[str, Any], compressor: Compressor, tokenizer: Counting) -> dict[str, Any]:
+    """An example whose prompt has about as many tokens as its budget: the context shortened, all else as it was.
 
     Args:
-        example: with `prompt_ids`; all else stays as it is.
-        keep: tokens to keep. Where the first and the last are as many or more, nothing is left between them.
-        sinks, last: of the prompt's tokens, how many first and last ones stay; as much as pruning protects.
+        example: `prompt_ids`; `context`, where in them the text that may be shortened begins and ends; and `entries`,
+            the tokens to keep of the whole prompt. Where what is around the context is as many or more, nothing is left
+            of the context. All else of the example stays as it is.
         compressor: LLMLingua-2; it takes whole words, so that it hits the number only about.
         tokenizer: the language model's.
+
+    Returns:
+        The example without `entries`; `context` is where what is left of the text stands.
     """
     ids: Sequence[int] = example["prompt_ids"]
-    head, tail = list(ids[:sinks]), list(ids[max(sinks, len(ids) - last) :])
-    middle = list(ids[sinks : len(ids) - len(tail)])
-    budget = keep - len(head) - len(tail)
-    if budget >= len(middle):
-        return dict(example)
-    between: list[int] = []
-    if budget > 0:
-        text = tokenizer.decode(middle)
+    start, end = example["context"]
+    budget = example["entries"] - (len(ids) - (end - start))
+    between = list(ids[start:end])
+    if budget <= 0:
+        between = []
+    elif budget < len(between):
+        text = tokenizer.decode(between)
         result = compressor.compress_prompt_llmlingua2([text], target_token=budget)
-        between = tokenizer.encode(result["compressed_prompt"])
-    return {**example, "prompt_ids": [*head, *between, *tail]}
+        # White space at its ends parts the text from what is around it; the package drops it.
+        before, after = text[: len(text) - len(text.lstrip())], text[len(text.rstrip()) :]
+        between = tokenizer.encode(before + result["compressed_prompt"].strip() + after)
+    own = {name: value for name, value in example.items() if name != "entries"}
+    return {**own, "prompt_ids": [*ids[:start], *between, *ids[end:]], "context": [start, start + len(between)]}
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Writes one JSON object a line; the file is whole or absent."""
+def write(path: Path, text: str) -> None:
+    """Writes a text; the file is whole or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(
-            "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows), "utf-8"
-        )
+        temporary.write_text(text, "utf-8")
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

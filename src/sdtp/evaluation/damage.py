@@ -5,18 +5,19 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 from scipy.optimize import isotonic_regression
 from transformers import PreTrainedModel
 
+from sdtp.evaluation.agreement import agreement
 from sdtp.evaluation.teacher_forcing import forced_logits
 from sdtp.pruning.pruner import TokenPruner
 from sdtp.pruning.schedule import PruningSchedule
-from sdtp.training.response import response_cross_entropy, response_kl
+from sdtp.training.response import response_cross_entropy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Damage:
     """Of one schedule on one example.
 
     Attributes:
-        kl: KL(unpruned || pruned), mean over the response's tokens, nats a token. Far less noisy than the loss, which
+        kl: as `Agreement.kl`, KL(unpruned || pruned) in nats a response token. Far less noisy than the loss, which
             one token decides where this sums over the vocabulary.
         loss: mean negative log-likelihood of the response's tokens minus the unpruned model's, nats a token.
         kept_share: share of the prompt's tokens that the last layer holds.
@@ -35,12 +36,34 @@ class Damage:
     kept_share: float
 
 
+class Measurements(Protocol):
+    """What was measured before, of one model and one scorer: what is in it is not measured again."""
+
+    def get(self, example: Mapping[str, Any], schedule: PruningSchedule) -> Damage | None:
+        """The damage of a schedule on an example, None where it is not known."""
+
+    def add(self, example: Mapping[str, Any], schedule: PruningSchedule, damage: Damage) -> None:
+        """Keep what was measured."""
+
+
+class Nothing:
+    """`Measurements` that keep nothing."""
+
+    def get(self, example: Mapping[str, Any], schedule: PruningSchedule) -> Damage | None:
+        """See `Measurements`."""
+        return None
+
+    def add(self, example: Mapping[str, Any], schedule: PruningSchedule, damage: Damage) -> None:
+        """See `Measurements`."""
+
+
 def damages(
     model: PreTrainedModel,
     pruner: TokenPruner,
     examples: Sequence[dict[str, Any]],
     schedules: Callable[[int], Sequence[PruningSchedule]],
     forward: Callable[[], object] = lambda: None,
+    known: Measurements | None = None,
 ) -> list[list[Damage]]:
     """Run every example unpruned and under each of several schedules.
 
@@ -49,7 +72,8 @@ def damages(
         pruner: whose scorer decides.
         examples: rows with `prompt_ids` and `response_ids`.
         schedules: prompt tokens -> the schedules for an example of that length, as many for each.
-        forward: called after every forward.
+        forward: called after every forward, and for each that `known` spares.
+        known: gets each measurement as it is made.
 
     Returns:
         [examples][schedules].
@@ -57,14 +81,22 @@ def damages(
 
     def of(example: dict[str, Any]) -> Iterator[Damage]:
         prompt, response = example["prompt_ids"], example["response_ids"]
-        unpruned, ids, _ = forced_logits(model, prompt, response)
-        loss = response_cross_entropy(unpruned, ids).item()
+        wanted = schedules(len(prompt))
+        found = [store.get(example, schedule) for schedule in wanted]
+        if None in found:
+            unpruned, ids, _ = forced_logits(model, prompt, response)
+            loss = response_cross_entropy(unpruned, ids).item()
         forward()
-        for schedule in schedules(len(prompt)):
-            logits, _, kept = forced_logits(model, prompt, response, pruner.with_schedule(schedule))
-            kl = response_kl(logits, unpruned).item()
-            yield Damage(max(0.0, kl), response_cross_entropy(logits, ids).item() - loss, kept / len(prompt))
+        for schedule, damage in zip(wanted, found, strict=True):
+            if damage is None:
+                logits, _, kept = forced_logits(model, prompt, response, pruner.with_schedule(schedule))
+                kl = agreement(logits, unpruned).kl
+                damage = Damage(kl, response_cross_entropy(logits, ids).item() - loss, kept / len(prompt))
+                store.add(example, schedule, damage)
+            yield damage
             forward()
+
+    store = Nothing() if known is None else known
 
     # One example's distributions are held at a time: [response, vocabulary] of hundreds would be gigabytes.
     return [list(of(example)) for example in examples]

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from sdtp.evaluation.peers.peer import Peer
 from sdtp.evaluation.peers.trace import Held
 from sdtp.evaluation.shared_prefill import left_padded
+from sdtp.pruning.decoding import greedy_settings
 from sdtp.pruning.pruner import TokenPruner
 
 
@@ -79,7 +80,7 @@ def greedy(
     stops: Set[int] | None = None,
     min_new_tokens: int = 0,
 ) -> list[Reply]:
-    """Generate greedily from a batch of prompts.
+    """Generate greedily from a batch of prompts, by the model's logits alone (see `decoding.greedy_settings`).
 
     Args:
         model, prompts, max_new_tokens, pad_token_id: as for `generate_batch`.
@@ -98,12 +99,9 @@ def greedy(
         output = generate(
             input_ids=ids,
             attention_mask=real,
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=min_new_tokens,
-            do_sample=False,
-            num_beams=1,
             pad_token_id=pad_token_id,
             eos_token_id=sorted(ends) or None,
+            **greedy_settings(max_new_tokens, min_new_tokens),
         )
     replies = []
     for row, prompt in enumerate(prompts):

@@ -16,7 +16,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypedDict
 
 import torch
 from lm_eval.__main__ import cli_evaluate
@@ -39,6 +39,34 @@ LOGGER = logging.getLogger(__name__)
 
 # As lm-eval hands them over: ((context, continuation) or None, context ids, continuation ids).
 _Request = tuple[tuple[str, str] | None, list[int], list[int]]
+
+
+class Scored(TypedDict):
+    """What was found of a request: a continuation after a context.
+
+    Attributes:
+        log_likelihood: of the continuation.
+        greedy: whether it is what greedy decoding gives.
+        prompt_tokens: of the context, of which `kept_tokens` were left at the last layer.
+    """
+
+    log_likelihood: float
+    greedy: bool
+    prompt_tokens: int
+    kept_tokens: int
+
+
+class Known(Protocol):
+    """Answers that outlive the process; a request is the ids of its context, as the model is fed it, and continuation.
+
+    lm-eval's own, `CachingLM`, are pickles in a database, and reading a pickle runs what it says.
+    """
+
+    def find(self, context: Sequence[int], continuation: Sequence[int]) -> Scored | None:
+        """The answer to a request; None where there is none yet."""
+
+    def add(self, context: Sequence[int], continuation: Sequence[int], scored: Scored) -> None:
+        """Keep an answer."""
 
 
 def read_pruner(pruner: str | TokenPruner | None, num_layers: int, **settings: float | None) -> TokenPruner | None:
@@ -94,8 +122,11 @@ class PrunedLM(HFLM):
 
     Attributes:
         pruner: None for the unpruned model.
-        contexts: contexts prefilled by this process, and `context_tokens` in them, of which `kept_tokens` were left at
-            the last layer.
+        known: answers that are taken over instead of computed, and where those that are computed go; None, as it is at
+            first, for neither.
+        answers: continuations scored, of which `taken_over` were known.
+        contexts: contexts prefilled, and `context_tokens` in them, of which `kept_tokens` were left at the last layer;
+            those whose answers were all known included.
         truncated_requests: requests whose context lost tokens on the left to fit `max_length`.
         sizes: of each (context, continuation) scored, the tokens of the context and how many the last layer kept.
 
@@ -141,6 +172,8 @@ class PrunedLM(HFLM):
         with self._pruning():  # refused here, if at all, rather than after the tasks are loaded
             pass
         self.contexts = self.context_tokens = self.kept_tokens = self.truncated_requests = 0
+        self.known: Known | None = None
+        self.answers = self.taken_over = 0
         self.sizes: dict[tuple[str, str], tuple[int, int]] = {}
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
@@ -165,10 +198,22 @@ class PrunedLM(HFLM):
         Raises:
             UserError: a continuation that has no token, or more than the model takes.
         """
+        answers: dict[int, Scored] = {}
         sharing: dict[tuple[int, tuple[int, ...]], list[int]] = defaultdict(list)
+        taken: dict[tuple[int, tuple[int, ...]], Scored] = {}
         for index, (_, context, continuation) in enumerate(requests):
-            apart = 0 if self.logits_cache else index
-            sharing[apart, tuple(self._fitting(context, continuation))].append(index)
+            fitting = self._fitting(context, continuation)
+            known = None if self.known is None else self.known.find(fitting, continuation)
+            prefilled = 0 if self.logits_cache else index, tuple(fitting)
+            if known is None:
+                sharing[prefilled].append(index)
+            else:
+                answers[index] = taken[prefilled] = known
+        self.answers += len(requests)
+        self.taken_over += len(answers)
+        for prefilled, known in taken.items():
+            if prefilled not in sharing:
+                self._add_up([known["prompt_tokens"]], [known["kept_tokens"]])
         groups = [
             (indices, list(context), max((requests[index][2] for index in indices), key=len))
             for (_, context), indices in sharing.items()
@@ -179,17 +224,25 @@ class PrunedLM(HFLM):
         rows = 0 if automatic else override_bs if self.batch_size == "auto" else self.batch_size
         if automatic:
             self.batch_sizes: dict[int, int] = {}  # what lm-eval found to fit is of other requests
-        answers: dict[int, tuple[float, bool]] = {}
-        with tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Scoring continuations") as bar:
+        silent = disable_tqdm or self.rank != 0
+        with tqdm(total=len(requests), initial=len(answers), disable=silent, desc="Scoring continuations") as bar:
             for batch in chunks(groups, rows, self._batch_scheduler if automatic else None):
                 at_once = rows or list(self.batch_sizes.values())[-1]
-                for index, answer in self._score(batch, requests, at_once):
-                    answers[index] = answer
-                    if requests[index][0] is not None:
-                        self.cache_hook.add_partial("loglikelihood", requests[index][0], answer)
+                contexts = {index: context for indices, context, _ in batch for index in indices}
+                for index, scored in self._score(batch, requests, at_once):
+                    answers[index] = scored
+                    pair, _, continuation = requests[index]
+                    if self.known is not None:
+                        self.known.add(contexts[index], continuation, scored)
+                    if pair is not None:
+                        self.cache_hook.add_partial("loglikelihood", pair, _as_lm_eval_has_it(scored))
                     bar.update()
         self._tell_truncated()
-        return [answers[index] for index in range(len(requests))]
+        for index, scored in answers.items():
+            pair = requests[index][0]
+            if pair is not None:
+                self.sizes[pair] = scored["prompt_tokens"], scored["kept_tokens"]
+        return [_as_lm_eval_has_it(answers[index]) for index in range(len(requests))]
 
     def _fitting(self, context: list[int], continuation: list[int]) -> list[int]:
         """The end of a context that fits before its continuation, whose last token is never fed."""
@@ -204,26 +257,28 @@ class PrunedLM(HFLM):
     @torch.inference_mode()
     def _score(
         self, batch: Sequence[tuple[list[int], list[int], list[int]]], requests: Sequence[_Request], at_once: int
-    ) -> list[tuple[int, tuple[float, bool]]]:
+    ) -> list[tuple[int, Scored]]:
         """Answers to the requests of a batch of (requests' indices, context, ...), at most `at_once` in a forward."""
         asked = [(row, index) for row, (indices, _, _) in enumerate(batch) for index in indices]
         answers = []
         with self._pruning() as trace, self._autocast():
             prefilled = prefill(self.model, [context for _, context, _ in batch])
             kept = self._count(prefilled.lengths, trace)
-            for row, index in asked:
-                pair = requests[index][0]
-                if pair is not None:
-                    self.sizes[pair] = prefilled.lengths[row], kept[row]
             for begin in range(0, len(asked), at_once):
                 rows, indices = zip(*asked[begin : begin + at_once], strict=True)
                 continuations = [requests[index][2] for index in indices]
                 predicted = follow(self.model, prefilled, rows, continuations, last=begin + at_once >= len(asked))
-                for index, logits, ids in zip(indices, predicted, continuations, strict=True):
+                for row, index, logits, ids in zip(rows, indices, predicted, continuations, strict=True):
                     continuation = torch.tensor(ids, device=logits.device)
                     log_probs = logits.to(self.softmax_dtype or torch.float32).log_softmax(-1)
                     total = log_probs.gather(-1, continuation.unsqueeze(-1)).sum()
-                    answers.append((index, (float(total), bool((logits.argmax(-1) == continuation).all()))))
+                    scored = Scored(
+                        log_likelihood=float(total),
+                        greedy=bool((logits.argmax(-1) == continuation).all()),
+                        prompt_tokens=prefilled.lengths[row],
+                        kept_tokens=kept[row],
+                    )
+                    answers.append((index, scored))
         return answers
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
@@ -271,10 +326,13 @@ class PrunedLM(HFLM):
         if trace is not None:  # beams count as they were prefilled
             lengths = trace.prompt_lengths
         kept = (trace.kept[-1] >= 0).sum(1).tolist() if trace is not None and trace.kept else lengths
+        self._add_up(lengths, kept)
+        return kept
+
+    def _add_up(self, lengths: Sequence[int], kept: Sequence[int]) -> None:
         self.contexts += len(lengths)
         self.context_tokens += sum(lengths)
         self.kept_tokens += sum(kept)
-        return kept
 
     def _tell_truncated(self) -> None:
         if self.truncated_requests:
@@ -294,6 +352,10 @@ class PrunedLM(HFLM):
             "kept_tokens": self.kept_tokens,
             "truncated_requests": self.truncated_requests,
         }
+
+
+def _as_lm_eval_has_it(scored: Scored) -> tuple[float, bool]:
+    return scored["log_likelihood"], scored["greedy"]
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from transformers import Cache, PreTrainedModel
 
 from sdtp.pruning.adapter import decoder_layers
 from sdtp.pruning.pruner import TokenPruner
+from sdtp.pruning.scorer import StageView
 
 Context = Callable[[], contextlib.AbstractContextManager[Any]]
 # What a method runs under: a `TokenPruner` or a peer.
@@ -238,6 +240,46 @@ def methods_arms(
     contexts: dict[str, Context] = {"unpruned": contextlib.nullcontext}
     contexts |= {name: functools.partial(method, model) for name, method in methods.items()}
     return {name: _arm(model, context, prompt, new_tokens, watch) for name, context in contexts.items()}
+
+
+def scoring_arm(
+    model: PreTrainedModel, pruner: TokenPruner, prompt_tokens: int, watch: Stopwatch
+) -> Callable[[], Timing]:
+    """A pass of a pruner's scorer alone, for `interleave`: what deciding costs, without sorting, gathering and hooks.
+
+    It scores random states, as many as enter each stage that removes some of the prompt; its seconds are booked as
+    prefill, which they are a part of.
+
+    Args:
+        model: whose width and number format the states have.
+        pruner: with any scorer but `LastQuery`, which has nothing to score without a layer's attention.
+        prompt_tokens: of the prompt.
+        watch: the clock.
+    """
+    schedule = pruner.schedule
+    states = torch.randn(1, prompt_tokens, model.config.hidden_size, dtype=model.dtype, device=watch.device)
+    positions = torch.arange(prompt_tokens, device=watch.device)[None]
+    lengths = torch.full((1,), prompt_tokens, device=watch.device)
+    counts = itertools.pairwise([prompt_tokens, *schedule.surviving(prompt_tokens)])
+    views = [
+        StageView(stage, layer, states[:, -entering:], positions[:, -entering:], lengths, _no_attention)
+        for stage, (layer, (entering, left)) in enumerate(zip(schedule.layers, counts, strict=True))
+        if left < entering
+    ]
+
+    def run() -> Timing:
+        with torch.inference_mode():
+            start = watch.read()
+            for view in views:
+                pruner.scorer.score(view)
+            seconds = watch.read() - start
+        return Timing(seconds, seconds, 1)
+
+    return run
+
+
+def _no_attention() -> torch.Tensor:
+    raise TypeError("a scorer that reads the attention of the layer before it cannot be timed alone")
 
 
 def _arm(

@@ -74,7 +74,8 @@ def make(
         method: the name. `names.needs` says which of the following it uses; what it does not is not looked at.
         model: eval mode, unhooked.
         schedule: where a pruner removes tokens, and how many; whose survivors a peer matches.
-        pruner: the trained one, of as many stages as the schedule.
+        pruner: the trained one, of as many stages as the schedule, which takes the place of its own; for `sdtp-tuned`
+            the tuned one, whose own schedule stays.
         seed: of random choices.
         layer: where GemFilter and FastKV select, 0-based; None for the layer of their papers, as a share of the depth.
         cache_keep: share of the entries that a rule on top of another method keeps of what each layer holds.
@@ -92,7 +93,10 @@ def make(
         return unpruned
     plan = _given(schedule, "schedule", method)
     if base in names.LEARNED:
-        learned = _given(pruner, "pruner", method).with_schedule(plan)
+        trained = _given(pruner, "pruner", method)
+        if base == names.TUNED:
+            return Fixed(trained)
+        learned = trained.with_schedule(plan)
         return Fixed(learned if base == "sdtp" else learned.at_stages(names.half(plan.stages)))
     if base == "oracle":
         return oracle(model, plan, reduction, target)

@@ -8,8 +8,13 @@ BASELINES = ("random", "recent", "hiddennorm", "lastquery")
 RULES = ("snapkv", "h2o")
 # Peers that are no scorer of a schedule's stages: they keep as much as a schedule does in ways of their own.
 PEERS = ("gemfilter", "fastkv", *RULES)
-# What the trained pruner does: at all of its stages, and at every second one.
-LEARNED = ("sdtp", "sdtp-half")
+# What the trained pruner does: at all of its stages, at every second one, and leaving the shares that it was tuned to.
+TUNED = "sdtp-tuned"
+LEARNED = ("sdtp", "sdtp-half", TUNED)
+# Held-out examples that tuning needs. Half of them choose; of the others the sign-flip test of 95% needs six to say
+# anything, since of five it is never below 2 / 2^5.
+LEAST_REPORTED = 6
+LEAST_TO_TUNE = 2 * LEAST_REPORTED
 # A rule on top of what another method leaves; `unpruned+h2o` compresses the whole prompt's cache.
 COMPRESSED = tuple(f"{base}+{rule}" for base in ("unpruned", "sdtp") for rule in RULES)
 METHODS = ("unpruned", *LEARNED, *BASELINES, "oracle", *PEERS, *COMPRESSED)
@@ -29,7 +34,8 @@ def needs(method: str) -> frozenset[str]:
     """What a method is made from beside the model: whatever is not in it changes nothing.
 
     Returns:
-        Some of `schedule` (of stages and how much each keeps), `pruner` (the trained one), `seed` (of random choices),
+        Some of `schedule` (of stages and how much each keeps), `pruner` (the trained one; for `sdtp-tuned` the one that
+        was tuned for the keep ratio, whose stages the schedule's have to be), `seed` (of random choices),
         `labels` (how saliency is taken), `layer` (where a peer selects), `cache_keep` (the share of the cache kept).
 
     Raises:

@@ -12,9 +12,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from sdtp.evaluation.costs import Costs
-from sdtp.evaluation.damage import Damage, DamageCurve, damages, task_weights
+from sdtp.evaluation.damage import Damage, DamageCurve, Measurements, damages, task_weights
 from sdtp.evaluation.stats import LEVEL, PairedDifference, mean_interval, paired_difference
-from sdtp.evaluation.tuning import Tuner, alone, blend, geometric, schedule_of
+from sdtp.evaluation.tuning import Tuner, alone, blend, schedule_of
 from sdtp.pruning.pruner import TokenPruner
 from sdtp.pruning.schedule import PruningSchedule
 
@@ -83,7 +83,7 @@ class Found:
         """`tuned` where its KL is shown to be lower, else `geometric`.
 
         Shown is what both the bootstrap interval and the sign-flip test say, at 95%: the interval of a handful of
-        examples is too narrow, and the test finds nothing in fewer than six.
+        examples is too narrow, and the test finds nothing in fewer than `names.LEAST_REPORTED`.
         """
         if self.difference is None:
             return "geometric"
@@ -96,8 +96,10 @@ def search(
     pruner: TokenPruner,
     costs: Costs,
     ratio: float,
+    baseline: PruningSchedule,
     choosing: Sequence[dict[str, Any]],
     reporting: Sequence[dict[str, Any]],
+    known: Measurements | None = None,
 ) -> Found:
     """Find the fractions of `pruner`'s stages that do the least damage at a cost, and compare with geometric ones.
 
@@ -106,14 +108,15 @@ def search(
         pruner: whose layers, protection and scorer are kept.
         costs: of its stages.
         ratio: most that a schedule may cost, as a share of the unpruned model's.
+        baseline: the geometric schedule of that cost, which another has to beat.
         choosing: rows `prompt_ids`, `response_ids`, `task`, on which everything is measured that decides.
         reporting: others, on which what was chosen is compared with the geometric schedule.
+        known: gets each measurement as it is made, and spares those it has.
 
     Raises:
         UnreachableError: no schedule is so cheap.
     """
     schedule, tokens = pruner.schedule, costs.prompt_tokens
-    baseline = geometric(schedule, costs, ratio)
     cells = list(itertools.product(range(schedule.stages), FRACTIONS))
     # What fewer candidates save is taken off when they are known.
     most = 2 + len(BLENDS) + MOVES
@@ -123,7 +126,7 @@ def search(
         def measure(
             examples: Sequence[dict[str, Any]], schedules: Callable[[int], Sequence[PruningSchedule]]
         ) -> Measured:
-            rows = damages(model, pruner, examples, schedules, progress.update)
+            rows = damages(model, pruner, examples, schedules, progress.update, known)
             return Measured(rows, [str(example["task"]) for example in examples])
 
         single = measure(choosing, lambda n: [alone(schedule, stage, fraction, n) for stage, fraction in cells])

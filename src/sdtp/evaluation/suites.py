@@ -6,28 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from sdtp.evaluation.longbench import scoring as longbench
+from sdtp.evaluation.longbench.references import Reference
 from sdtp.evaluation.longbench.tasks import task
 from sdtp.evaluation.ruler import scoring as ruler
-from sdtp.evaluation.ruler.tasks import CATEGORIES
-
-SUITES = ("ruler", "longbench")
-# Of a prediction what its score keeps, in this order; `length` and `depth` are of RULER.
-KEPT = ("suite", "task", "category", "id", "method", "keep_ratio", "seed")
-COUNTS = ("prompt_tokens", "kept_tokens")
-PLACES = ("length", "depth")
-
-
-def category_of(suite: str, name: str) -> str:
-    """What a suite counts a task among.
-
-    Raises:
-        ValueError: an unknown suite or task.
-    """
-    if suite == "longbench":
-        return task(name).category.value
-    if suite != "ruler" or name not in CATEGORIES:
-        raise ValueError(f"{name!r} is no task of suite {suite!r}: of ruler {', '.join(CATEGORIES)} are accepted")
-    return CATEGORIES[name]
+from sdtp.evaluation.suite_rows import COUNTS, KEPT, PLACES, category_of
 
 
 def score_rows(rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -49,7 +31,7 @@ def score_rows(rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         if suite == "ruler":
             score = ruler.score(name, prediction, row["references"])
         else:
-            reference = longbench.Reference(tuple(row["answers"]), tuple(row["classes"]))
+            reference = Reference(tuple(row["answers"]), tuple(row["classes"]))
             score = longbench.score(task(name), prediction, reference)
         identified = {**row, "category": category_of(suite, name)}
         yield {

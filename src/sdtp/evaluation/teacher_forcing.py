@@ -54,7 +54,7 @@ def forced_logits(
     Raises:
         ValueError: an empty prompt or response.
     """
-    [(logits, response, kept)] = _forced(model, [prompt_ids], [response_ids], pruner)
+    [(logits, response, kept)] = batch_logits(model, [prompt_ids], [response_ids], pruner)
     return logits, response, kept
 
 
@@ -85,21 +85,24 @@ def force_batch(
     Raises:
         ValueError: an empty prompt or response.
     """
-    found = []
-    for logits, response, kept in _forced(model, prompts, responses, pruner):
-        own = logits.float().log_softmax(-1).gather(-1, response.unsqueeze(-1)).squeeze(-1)
-        found.append(Forced(own.cpu(), logits.argmax(-1).cpu(), kept))
-    return found
+    return [summary(*forced) for forced in batch_logits(model, prompts, responses, pruner)]
 
 
 @torch.inference_mode()
-def _forced(
+def summary(logits: torch.Tensor, response: torch.Tensor, kept_tokens: int) -> Forced:
+    """What counts of one response's logits, as `forced_logits` and `batch_logits` give them."""
+    own = logits.float().log_softmax(-1).gather(-1, response.unsqueeze(-1)).squeeze(-1)
+    return Forced(own.cpu(), logits.argmax(-1).cpu(), kept_tokens)
+
+
+@torch.inference_mode()
+def batch_logits(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     responses: Sequence[Sequence[int]],
-    pruner: TokenPruner | Peer | None,
+    pruner: TokenPruner | Peer | None = None,
 ) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
-    """What `forced_logits` gives, of each prompt with its response."""
+    """What `forced_logits` gives, of each prompt with its response; arguments and errors are those of `force_batch`."""
     kept = [len(prompt) for prompt in prompts]
     with contextlib.nullcontext() if pruner is None else pruner(model) as trace:
         prefilled = prefill(model, prompts)

@@ -6,20 +6,22 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sdtp.pipeline.plotstyle import METHODS, OTHER, STYLE, name_of
-from sdtp.pipeline.results import LOWER_IS_BETTER, smoke
+from sdtp.pipeline.results import AGREEMENT, LOWER_IS_BETTER, smoke
 
 
 @mpl.rc_context(STYLE)
 def ablation(table: pd.DataFrame) -> Figure:
     """Means of the variants with 95% intervals, a row of panels a keep ratio, a panel a task and metric.
 
-    Methods that the variants are compared with are vertical lines. Differences are in the table, paired.
+    Methods that the variants are compared with are vertical lines. Differences are in the table, paired, and so is
+    agreement with the unpruned model.
 
     Args:
         table: as `sdtp.pipeline.ablations.ablation_table` gives it.
     """
     variants = table.loc[table["variant"] != "", "variant"].nunique()
-    panels = list(dict.fromkeys(table[["task", "metric"]].itertuples(index=False, name=None)))
+    own_metrics = table.loc[~table["metric"].isin(AGREEMENT), ["task", "metric"]]
+    panels = list(dict.fromkeys(own_metrics.itertuples(index=False, name=None)))
     ratios = list(dict.fromkeys(table.loc[table["variant"] != "", "keep_ratio"]))
     size = (1.5 + 2.9 * len(panels), 0.8 + len(ratios) * (1.1 + 0.28 * variants))
     figure = Figure(figsize=size, layout="constrained")

@@ -7,17 +7,19 @@ from typing import Any
 import pandas as pd
 
 from sdtp.evaluation.stats import paired_difference
+from sdtp.pipeline import targets
 from sdtp.pipeline.formats import NOTHING, number, signed
 from sdtp.pipeline.results import LOWER_IS_BETTER, smoke, verdict
-from sdtp.pipeline.tables import Cells, quality_cells, quality_table
+from sdtp.pipeline.tables import Cells, quality_table
 
+# Of a variant's training: updates on labels alone, then optimizer steps through the masked model, and the step that the
+# pruner was kept from; 0 is the fit to the labels alone.
+TRAINING_COLUMNS = ("label_updates", "optimizer_steps", "kept_step")
 ABLATION_COLUMNS = [
     "task", "metric", "method", "variant", "keep_ratio", "value", "ci_low", "ci_high", "n", "retained",
     "minus_first", "first_low", "first_high", "baseline", "minus_baseline", "baseline_low", "baseline_high",
-    "kept_share",
+    "kept_share", *TRAINING_COLUMNS, "same_as",
 ]  # fmt: skip
-# The oracle reads the response: it is a limit of what the labels can give, and no method to choose.
-NOT_BASELINES = frozenset({"unpruned", "oracle"})
 
 # (task, method or `arm` of a variant, keep ratio)
 Arm = tuple[str, str, float]
@@ -28,8 +30,15 @@ def arm(variant: str) -> str:
     return f"sdtp:{variant}"
 
 
-def ablation_table(
+def all_rows(
     references: Sequence[Mapping[str, Any]], variants: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> list[Mapping[str, Any]]:
+    """The evaluation rows of the methods and of the variants together, those of a variant under its `arm`."""
+    return [*references, *({**row, "method": arm(name)} for name, rows in variants.items() for row in rows)]
+
+
+def ablation_table(
+    rows: Sequence[Mapping[str, Any]], cells: Cells, training: Mapping[str, Mapping[str, int]]
 ) -> pd.DataFrame:
     """One row per task, metric, variant and keep ratio, after those of the methods they are compared with.
 
@@ -37,20 +46,17 @@ def ablation_table(
     is the row's mean minus that of the first variant, `minus_baseline` minus that of `baseline`: at each keep ratio the
     best of the methods that prune without a pruner of their own and without the response. Both are means of differences
     on the same examples, with 95% intervals; a row is not compared with itself, nor the unpruned model with either.
-    `kept_share` is the mean share of the prompt's tokens that the last stage leaves.
+    `kept_share` is the mean share of the prompt's tokens that the last stage leaves, and `same_as` the first of the
+    variants before it that gave every example the same value, as the same pruner does.
 
     Args:
-        references: evaluation rows of the unpruned model and of the methods.
-        variants: evaluation rows of each variant's pruner, the first variant first.
-
-    Raises:
-        UserError: a method or a variant was evaluated on other examples than the unpruned model.
+        rows: as `all_rows` gives them.
+        cells: of these rows, as `quality_cells` gives them.
+        training: `TRAINING_COLUMNS` of each variant, the first variant first.
     """
-    own = [{**row, "method": arm(name)} for name, rows in variants.items() for row in rows]
-    rows = [*references, *own]
-    cells = quality_cells(rows)
     kept = _kept_shares(rows)
-    first = arm(next(iter(variants)))
+    first = arm(next(iter(training)))
+    same = _same(cells, list(training))
     table = []
     for row in quality_table(cells).to_dict("records"):
         method, ratio = row["method"], row["keep_ratio"]
@@ -64,11 +70,30 @@ def ablation_table(
                 "variant": variant,
                 "baseline": best or "",
                 "kept_share": kept[row["task"], method, ratio],
+                "same_as": same.get(variant, ""),
             }
+            | dict(training.get(variant, {}))
             | _minus(cells, panel, method, None if method == "unpruned" else first, ratio, "minus_first", "first")
             | _minus(cells, panel, method, best, ratio, "minus_baseline", "baseline")
         )
-    return pd.DataFrame(table, columns=ABLATION_COLUMNS)
+    # Whole numbers also where other rows have none.
+    return pd.DataFrame(table, columns=ABLATION_COLUMNS).astype(dict.fromkeys(TRAINING_COLUMNS, "Int64"))
+
+
+def _same(cells: Cells, variants: Sequence[str]) -> dict[str, str]:
+    """For each variant the first before it with the same value of every example in every cell, if there is one."""
+    values = {
+        name: {
+            (task, metric, ratio): own for (task, metric, method, ratio), own in cells.items() if method == arm(name)
+        }
+        for name in variants
+    }
+    found = {}
+    for place, name in enumerate(variants):
+        twin = next((other for other in variants[:place] if values[other] == values[name]), None)
+        if twin is not None:
+            found[name] = twin
+    return found
 
 
 def _kept_shares(rows: Iterable[Mapping[str, Any]]) -> dict[Arm, float]:
@@ -85,7 +110,7 @@ def _best_baseline(cells: Cells, task: str, metric: str, ratio: float) -> str | 
     means = {
         cell[2]: math.fsum(examples.values()) / len(examples)
         for cell, examples in cells.items()
-        if cell[:2] == (task, metric) and cell[3] == ratio and cell[2] not in NOT_BASELINES and ":" not in cell[2]
+        if cell[:2] == (task, metric) and cell[3] == ratio and targets.is_baseline(cell[2])
     }
     if not means:
         return None
@@ -105,11 +130,12 @@ def _minus(
     return {mean: pair.mean, f"{bounds}_low": pair.low, f"{bounds}_high": pair.high}
 
 
-def markdown(table: pd.DataFrame, run: str) -> str:
-    """The table as a page to read: a section per task, metric and keep ratio, with what the differences show.
+def markdown(table: pd.DataFrame, target_table: pd.DataFrame, run: str) -> str:
+    """The tables as a page to read: how each variant was trained, what the differences show, and the targets.
 
     Args:
         table: as `ablation_table` gives it.
+        target_table: as `targets.target_table` gives it, of the first variant.
         run: name of the run, for the title.
     """
     first = table.loc[table["variant"] != "", "variant"].iloc[0]
@@ -118,7 +144,9 @@ def markdown(table: pd.DataFrame, run: str) -> str:
         "",
         "Means over the test examples, differences on the same examples, each with a 95% interval; better or worse is",
         "said where the interval of the difference leaves out 0. `kept` is the share of the prompt that the last stage",
-        "leaves.",
+        "leaves. The best baseline of a section is the best by the means it shows.",
+        "",
+        *_training_lines(table),
     ]
     ratios = table.loc[table["method"] != "unpruned", "keep_ratio"].unique()
     for (task, metric), panel in table.groupby(["task", "metric"], sort=False):
@@ -134,7 +162,26 @@ def markdown(table: pd.DataFrame, run: str) -> str:
                 "|---|---|---|---|---|",
                 *(_line(row) for row in rows),
             ]
+    lines += ["", f"## Targets of {first}", "", *targets.markdown(target_table)]
     return "\n".join(lines) + "\n"
+
+
+def _training_lines(table: pd.DataFrame) -> list[str]:
+    """How the pruner of each variant came to be."""
+    lines = [
+        "## How each was trained",
+        "",
+        "Updates on labels alone, optimizer steps through the masked model, and the step that the pruner was kept",
+        "from: that of the least held-out loss, where the configuration has patience. Kept from step 0 it is the fit",
+        "to the labels alone, and no other loss had a say in it.",
+        "",
+        "| variant | label updates | steps | kept from step | the same values as |",
+        "|---|---|---|---|---|",
+    ]
+    for row in table[table["variant"] != ""].drop_duplicates("variant").to_dict("records"):
+        numbers = [number(int(row[column])) for column in TRAINING_COLUMNS]
+        lines.append(f"| {row['variant']} | {' | '.join(numbers)} | {row['same_as'] or NOTHING} |")
+    return lines
 
 
 def _line(row: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from sdtp.errors import UserError
 from sdtp.evaluation import methods, names
 from sdtp.pipeline.config import Settings
-from sdtp.pipeline.pruners import read_pruner
+from sdtp.pipeline.pruners import read_pruner_at, read_tuned
 from sdtp.pipeline.schedules import build_schedule
 from sdtp.training.saliency import Reduction, Target
 
@@ -30,19 +30,20 @@ def chosen_method(
         settings: with the keys that `names.needs` says the method needs.
         model: eval mode, unhooked.
         keep_ratio: the fraction that each stage keeps.
-        pruner: folder of the trained pruner, for what needs one.
+        pruner: folder of the trained pruner, for what needs one; for `sdtp-tuned` of the one tuned for the keep ratio.
         seed: one of `seeds_of` the method.
 
     Raises:
-        UserError: the pruner is missing, is not for this model or cannot be read; the model has no layer to prune at;
-            a keep ratio below 1 for a method that has no stages.
+        UserError: the pruner is missing, is not for this model or cannot be read, or its schedule is none of the
+            settings'; the model has no layer to prune at; a keep ratio below 1 for a method that has no stages.
     """
     check_method(method, keep_ratio, pruner)
     needed, given = names.needs(method), dict[str, Any]()
     if "schedule" in needed:
         given["schedule"] = build_schedule(settings.pruning, model.config.num_hidden_layers, keep_ratio)
     if "pruner" in needed and pruner is not None:
-        given["pruner"] = read_pruner(pruner)
+        read = read_tuned if method == names.TUNED else read_pruner_at
+        given["pruner"] = read(pruner, settings.pruning, model.config.num_hidden_layers, keep_ratio)
     if "layer" in needed:
         given["layer"] = settings.peers.layer
     if "cache_keep" in needed:

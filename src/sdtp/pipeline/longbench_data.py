@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sdtp.errors import UserError
-from sdtp.evaluation.longbench import metrics
-from sdtp.evaluation.longbench.scoring import Key, Reference
+from sdtp.evaluation.longbench.references import Reference, paragraph_number
 from sdtp.evaluation.longbench.tasks import Metric, Task, task
 from sdtp.pipeline.block import Source
 from sdtp.pipeline.files import sha256_file, sha256_files
@@ -60,11 +59,6 @@ class LongBench:
     examples: tuple[Example, ...]
     revision: str | None
     sha256: str
-
-    @property
-    def references(self) -> dict[Key, Reference]:
-        """What `score_rows` needs."""
-        return {(example.task, example.id): example.reference for example in self.examples}
 
 
 def read_longbench(source: Source, key: str, tasks: Sequence[str]) -> LongBench:
@@ -194,7 +188,7 @@ def _example(task: Task, row: Row) -> Example:
 
 def _check_paragraph(row: Row, answer: str, metric: Metric) -> None:
     try:
-        metrics.paragraph_number(answer, metric)
+        paragraph_number(answer, metric)
     except ValueError as error:
         raise UserError(f"{row.where}: field 'answers': {error}") from None
 

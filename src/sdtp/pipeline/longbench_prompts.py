@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdtp.errors import UserError
-from sdtp.evaluation.longbench.predicting import Prompt
-from sdtp.evaluation.longbench.tasks import task
+from sdtp.evaluation.longbench.tasks import Prompt, task
 from sdtp.evaluation.longbench.templates import Template, parse
 from sdtp.pipeline.longbench_data import Example
-from sdtp.pipeline.prompts import beginning, cut_middle, encode, frame, message_ids
+from sdtp.pipeline.prompts import beginning, context_between, cut_middle, encode, frame, message_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -93,4 +92,5 @@ def longbench_prompt(
             f"{example.where}: what comes after the context has {asked} tokens, the end of a prompt of {max_tokens} "
             f"tokens has room for {end}: the question would be cut"
         )
-    return Prompt(example.id, example.task, ids, cut, chat)
+    before = text[: len(text) - len(after) - len(example.context)]
+    return Prompt(example.id, example.task, ids, context_between(tokenizer, ids, before, after, chat=chat), cut, chat)

@@ -19,7 +19,7 @@ from sdtp.pruning import flops, store
 from sdtp.pruning.schedule import PruningSchedule
 from sdtp.pruning.scorer import Scorer
 
-ROW_KEYS = {"id", "task", "prompt_tokens", "kept_tokens", "correct", "loss", "method", "keep_ratio"}
+ROW_KEYS = {"id", "task", "prompt_tokens", "kept_tokens", "correct", "loss", "kl", "top1", "method", "keep_ratio"}
 
 # Method and keep ratio.
 Arm = tuple[str, float]

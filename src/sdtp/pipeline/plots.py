@@ -8,16 +8,15 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from scipy import stats
 
 from sdtp.errors import UserError
+from sdtp.pipeline.observations import MASSES, rank_correlations, salient_share
 from sdtp.pipeline.plotstyle import METHODS, OTHER, SPLITS, STYLE, label_ends, name_of, saliency_name, shades
-from sdtp.pipeline.results import LOWER_IS_BETTER, nearest_length, smoke, with_speedup
+from sdtp.pipeline.results import AGREEMENT, LOWER_IS_BETTER, nearest_length, smoke, with_speedup
 
 # More columns than the figure has pixels would drop tokens; the largest of each group is drawn instead.
 HEAT_MAP_COLUMNS = 1024
-# Shares of the saliency whose tokens are counted, and their colours.
-MASSES = {0.9: "#D55E00", 0.8: "#CC79A7", 0.5: "#009E73"}
+MASS_COLOURS = dict(zip(MASSES, ("#D55E00", "#CC79A7", "#009E73"), strict=True))
 
 
 @mpl.rc_context(STYLE)
@@ -79,40 +78,6 @@ def _spread(candidates: np.ndarray, count: int, apart: float) -> list[int]:
     return chosen
 
 
-def salient_share(scores: np.ndarray, mass: float) -> np.ndarray:
-    """The smallest share of tokens whose saliency adds up to at least `mass` of the stage's total.
-
-    Args:
-        scores: [stages, tokens], finite; magnitudes are counted.
-        mass: share of the total, in (0, 1].
-
-    Returns:
-        [stages], each in (0, 1]: 0.1 means that a tenth of the tokens carries `mass` of the saliency.
-    """
-    magnitude = -np.sort(-np.abs(scores.astype(np.float64)), axis=1)
-    total = magnitude.sum(axis=1, keepdims=True)
-    if not np.isfinite(total).all() or (total == 0).any():
-        raise UserError("saliency of a stage sums to zero or is not finite; accepted: finite, at least one above zero")
-    # The tolerance keeps a share that is met exactly from needing one token more by rounding.
-    needed = (np.cumsum(magnitude, axis=1) < (mass - 1e-9) * total).sum(axis=1) + 1
-    return np.asarray(needed / scores.shape[1])
-
-
-def rank_correlations(scores: np.ndarray) -> np.ndarray:
-    """Spearman's rank correlation of a prompt's saliency between every two stages; of magnitudes, ties counted.
-
-    Args:
-        scores: [stages, tokens], finite, with two tokens that differ at every stage.
-
-    Returns:
-        [stages, stages] in [-1, 1], symmetric, 1 on the diagonal.
-    """
-    ranks = stats.rankdata(np.abs(scores), axis=1)
-    if not np.isfinite(scores).all() or (np.ptp(ranks, axis=1) == 0).any():
-        raise UserError("saliency of a stage is not finite, or the same for every token; accepted: two that differ")
-    return np.atleast_2d(np.corrcoef(ranks))
-
-
 @mpl.rc_context(STYLE)
 def foresight(examples: Sequence[np.ndarray], layers: Sequence[int]) -> Figure:
     """How well an early stage's order of the tokens foretells a late one's, as the paper observes: a heat map.
@@ -158,7 +123,7 @@ def sparsity(
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     labels = []
-    for mass, colour in MASSES.items():
+    for mass, colour in MASS_COLOURS.items():
         shares = np.stack([salient_share(scores, mass) for scores in examples])  # [examples, stages]
         axes.fill_between(layers, *np.quantile(shares, (0.25, 0.75), axis=0), color=colour, alpha=0.2, linewidth=0)
         axes.plot(layers, shares.mean(axis=0), color=colour, marker="o", clip_on=False)
@@ -234,6 +199,8 @@ def speedup(table: pd.DataFrame) -> Figure:
 def quality(table: pd.DataFrame, speeds: pd.DataFrame, prompt_tokens: float) -> Figure:
     """Quality against measured prefill speedup: a panel a task and metric, a line a method, 95% intervals.
 
+    Agreement with the unpruned model is in the tables alone.
+
     Args:
         table: as `read_quality` gives it.
         speeds: as `read_latency` gives it; the speedup belongs to the ratio, whatever method chose the tokens.
@@ -243,7 +210,8 @@ def quality(table: pd.DataFrame, speeds: pd.DataFrame, prompt_tokens: float) -> 
         UserError: a ratio of `table` was not benchmarked.
     """
     rows = with_speedup(table, speeds, prompt_tokens)
-    panels = list(table[["task", "metric"]].drop_duplicates().itertuples(index=False, name=None))
+    own = table.loc[~table["metric"].isin(AGREEMENT), ["task", "metric"]]
+    panels = list(own.drop_duplicates().itertuples(index=False, name=None))
     methods = list(rows["method"].unique())
     # Methods of one ratio share its speedup; a slight shift keeps their intervals readable.
     step = 0.012 * max(rows["prefill_speedup"].max() - 1, 0.1)

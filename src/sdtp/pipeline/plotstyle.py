@@ -21,6 +21,7 @@ METHODS = {
     "unpruned": ("Unpruned", "#333333", "s"),
     "sdtp": ("SDTP", "#0072B2", "o"),
     "sdtp-half": ("SDTP, half the stages", "#56B4E9", "8"),
+    "sdtp-tuned": ("SDTP, tuned stages", "#332288", "*"),
     "random": ("Random", "#999999", "x"),
     "recent": ("Recent", "#E69F00", "^"),
     "lastquery": ("LastQuery", "#009E73", "D"),

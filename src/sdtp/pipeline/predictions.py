@@ -9,15 +9,28 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Generic, TypedDict, TypeVar, cast
+
+import safetensors
+import torch
+import transformers
 
 from sdtp.errors import UserError
+from sdtp.pipeline.devices import choose_device
 from sdtp.pipeline.files import canonical_json, sha256_file, sha256_files, write_atomically
-from sdtp.pipeline.models import read_manifest
+from sdtp.pipeline.models import choose_dtype, read_manifest
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# Another version may compute other numbers.
+_LIBRARIES = {module.__name__: module.__version__ for module in (safetensors, torch, transformers)}
+# Blocks of settings that decide nothing about one answer: how many run together (but by rounding), which tasks and
+# seeds there are.
+_UNDECIDING = ("suites", "harness", "evaluation")
 
 
 class Answer(TypedDict):
@@ -46,6 +59,30 @@ def pruner_digest(pruner: Path | None) -> str | None:
     return digest({path.name: sha256_file(path) for path in sorted(pruner.glob("pruner.*"))})
 
 
+def what_decides(
+    settings: Mapping[str, Any], model: Path, pruner: Path | None, method: str, keep_ratio: float, code: str
+) -> dict[str, Any]:
+    """All that decides an answer beside its prompt and seed, as a JSON value.
+
+    Args:
+        settings: as the step was given them.
+        model: its folder.
+        pruner: folder of the trained pruner, for what uses it.
+        method, keep_ratio: what prunes.
+        code: hash of the step's code.
+    """
+    return {
+        "settings": {name: value for name, value in settings.items() if name not in _UNDECIDING},
+        "dtype": str(choose_dtype(settings["model"]["dtype"], choose_device())),
+        "model": model_digest(model),
+        "pruner": pruner_digest(pruner),
+        "method": method,
+        "keep_ratio": keep_ratio,
+        "code": code,
+        "libraries": _LIBRARIES,
+    }
+
+
 def keys(examples: Sequence[Mapping[str, Any]], made_from: Any, seed: int | None) -> list[str]:
     """Of each example the hash that its prediction stands under.
 
@@ -58,55 +95,71 @@ def keys(examples: Sequence[Mapping[str, Any]], made_from: Any, seed: int | None
     return [digest([common, row["task"], row["max_new_tokens"], row["prompt_ids"]]) for row in examples]
 
 
-class Predictions:
+class Predictions(Generic[T]):
     """Answers by hash, in a JSON-lines file.
 
     Lines that are no answers, such as the beginning of one that a killed process wrote, are removed when it is opened.
 
     Args:
         path: of the file, made with the first answer.
+        kind: a typed dictionary of JSON values: what an answer has. A line with other keys is none.
+        others: files of the same kind, which are read as well and never written.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, kind: type[T], others: Collection[Path] = ()) -> None:
         self._path = path
-        self._answers: dict[str, Answer] = {}
-        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
-        whole = []
-        for line in lines:
-            found = _read(line)
-            if found is not None:
-                self._answers[found[0]] = found[1]
-                whole.append(line)
-        if len(whole) < len(lines):
-            logger.info("%s: removed %d lines that are no predictions", path, len(lines) - len(whole))
+        self._answers: dict[str, T] = {}
+        for other in others:
+            self._answers |= {key: answer for _, key, answer in _whole(_lines(other), kind)}
+        lines = _lines(path)
+        own = list(_whole(lines, kind))
+        self._answers |= {key: answer for _, key, answer in own}
+        if len(own) < len(lines):
+            logger.info("%s: removed %d lines that are no predictions", path, len(lines) - len(own))
             with write_atomically(path) as temporary:
-                temporary.write_bytes(b"".join(whole))
+                temporary.write_bytes(b"".join(line for line, _, _ in own))
 
     def __contains__(self, key: str) -> bool:
         """Whether there is an answer."""
         return key in self._answers
 
-    def __getitem__(self, key: str) -> Answer:
+    def __getitem__(self, key: str) -> T:
         """The answer of a hash."""
         return self._answers[key]
 
-    def add(self, key: str, answer: Answer) -> None:
+    def get(self, key: str) -> T | None:
+        """The answer of a hash, if there is one."""
+        return self._answers.get(key)
+
+    def add(self, key: str, answer: T) -> None:
         """Append an answer; it is in the file when this returns."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"hash": key, **answer}, ensure_ascii=False) + "\n")
+            file.write(json.dumps({"hash": key, **cast(dict[str, Any], answer)}, ensure_ascii=False) + "\n")
         self._answers[key] = answer
 
 
-def _read(line: bytes) -> tuple[str, Answer] | None:
+def _lines(path: Path) -> list[bytes]:
+    return path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+
+
+def _whole(lines: Sequence[bytes], kind: type[T]) -> Iterator[tuple[bytes, str, T]]:
+    """The lines that are answers, each with its hash and what it holds."""
+    for line in lines:
+        found = _read(line, kind)
+        if found is not None:
+            yield line, *found
+
+
+def _read(line: bytes, kind: type[T]) -> tuple[str, T] | None:
     try:
         row = json.loads(line)
     except ValueError:
         return None
     # A line without an end may be the beginning of a longer one.
-    if not line.endswith(b"\n") or not isinstance(row, dict) or row.keys() != {"hash", *Answer.__annotations__}:
+    if not line.endswith(b"\n") or not isinstance(row, dict) or row.keys() != {"hash", *kind.__annotations__}:
         return None
-    return row["hash"], Answer(prediction=row["prediction"], kept_tokens=row["kept_tokens"])
+    return row.pop("hash"), cast(T, row)
 
 
 def read_examples(path: Path, suite: str) -> Iterator[dict[str, Any]]:

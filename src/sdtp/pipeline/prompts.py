@@ -78,6 +78,37 @@ def frame(
     return Frame(encode(tokenizer, before), encode_after(tokenizer, after))
 
 
+def context_between(
+    tokenizer: PreTrainedTokenizerBase, ids: list[int], before: str, after: str, *, chat: bool
+) -> tuple[int, int]:
+    """Where in a prompt's ids the part of its message between `before` and `after` begins and ends.
+
+    Both are found by their own ids, from the prompt's two ends: a token that they share with what lies between belongs
+    to that, and so does what the tokenizer reads otherwise beside it.
+
+    Args:
+        tokenizer: the model's.
+        ids: the prompt, its message's middle cut out or not.
+        before, after: the message's own text on the two sides.
+        chat: as `frame`.
+    """
+    around = frame(tokenizer, chat=chat)
+    # A prompt that was cut has the message's own ids between the template's, a whole one was read in one piece.
+    heads, tails = [around.head + encode(tokenizer, before)], [encode(tokenizer, after) + around.tail]
+    if chat:
+        rendered = render(tokenizer, before + _PLACEHOLDER + after).split(_PLACEHOLDER)
+        heads.append(encode(tokenizer, rendered[0]))
+        tails.append(encode(tokenizer, rendered[1]))
+    start = max(_common(ids, head) for head in heads)
+    return start, max(start, len(ids) - max(_common(ids[::-1], tail[::-1]) for tail in tails))
+
+
+def _common(ids: list[int], others: list[int]) -> int:
+    """How many first ids are the same."""
+    pairs = zip(ids, others, strict=False)
+    return next((place for place, (own, other) in enumerate(pairs) if own != other), min(len(ids), len(others)))
+
+
 def render(tokenizer: PreTrainedTokenizerBase, message: str) -> str:
     """The chat template's text for one user message, up to where the model's reply begins."""
     messages = [{"role": "user", "content": message}]

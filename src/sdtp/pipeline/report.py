@@ -9,15 +9,16 @@ import pandas as pd
 import yaml
 
 from sdtp.errors import UserError
+from sdtp.evaluation.names import LEARNED
 from sdtp.pipeline import html_page
 from sdtp.pipeline.figures import FIGURES
 from sdtp.pipeline.formats import flatten
 from sdtp.pipeline.plotstyle import saliency_name
-from sdtp.pipeline.results import LOWER_IS_BETTER, Pair, nearest_length, speed_at, verdict, with_speedup
+from sdtp.pipeline.results import AGREEMENT, LOWER_IS_BETTER, Pair, nearest_length, speed_at, verdict, with_speedup
 from sdtp.pipeline.token_view import removal_stages
 
 # The oracle reads the answer, so it is a bound and no method one could use instead.
-NO_RIVALS = ("unpruned", "sdtp", "oracle")
+NO_RIVALS = ("unpruned", *LEARNED, "oracle")
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,8 @@ def _costs(run: Run, ratio: float) -> list[dict[str, Any]]:
     """
     judged = _judged(run.comparisons)
     costs: list[dict[str, Any]] = []
-    for row in _records(run.quality[(run.quality["method"] == "sdtp") & (run.quality["keep_ratio"] == ratio)]):
+    own = run.quality[(run.quality["method"] == "sdtp") & (run.quality["keep_ratio"] == ratio)]
+    for row in _records(own[~own["metric"].isin(AGREEMENT)]):  # from unpruned it can but fall short
         task, metric = row["task"], row["metric"]
         cell = run.quality[(run.quality["task"] == task) & (run.quality["metric"] == metric)]
         rivals = cell[(cell["keep_ratio"] == ratio) & ~cell["method"].isin(NO_RIVALS)]

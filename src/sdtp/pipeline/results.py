@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from sdtp.errors import UserError
-from sdtp.evaluation.stats import PairedDifference
+from sdtp.evaluation.stats import PairedDifference, holm
 from sdtp.pipeline.reading import reading
 
 # fmt: off
@@ -22,7 +22,7 @@ LATENCY_COLUMNS = [
     "method", "keep_ratio", "prompt_tokens", "new_tokens", "prefill_s", "prefill_q25", "prefill_q75", "decode_s",
     "end_to_end_s", "repeats", "prefill_tflop", "flop_bound", "length_bound", "prefill_speedup", "speedup_q25",
     "efficiency", "flop_efficiency", "peak_memory_bytes", "kv_cache_bytes", "decode_speedup", "end_to_end_speedup",
-    "kept_tokens", "cold_prefill_s", "scoring_tflop", "overhead_s",
+    "kept_tokens", "cold_prefill_s", "scoring_tflop", "overhead_s", "scoring_s",
 ]
 QUALITY_COLUMNS = ["task", "metric", "method", "keep_ratio", "value", "ci_low", "ci_high", "n", "retained"]
 COMPARISON_COLUMNS = [
@@ -33,7 +33,9 @@ HISTORY_COLUMNS = ["step", "split", "metric", "value"]
 
 # Below this many examples a cell an interval is too wide to compare methods by.
 SMOKE_BELOW = 200
-LOWER_IS_BETTER = frozenset({"loss"})
+LOWER_IS_BETTER = frozenset({"loss", "kl"})
+# How closely a method predicts what the unpruned model does, right or wrong: no quality of its own.
+AGREEMENT = frozenset({"kl", "top1"})
 
 # A cell of quality.csv: task, metric, method, keep ratio.
 Cell = tuple[str, str, str, float]
@@ -51,6 +53,31 @@ def difference_columns(pair: PairedDifference | None) -> dict[str, float]:
         "difference_high": pair.high,
         "p_value": pair.p_value,
     }
+
+
+def with_verdicts(table: pd.DataFrame, family: list[str]) -> pd.DataFrame:
+    """A table whose rows have `difference_columns`, with what they show of themselves and among others.
+
+    Args:
+        table: the difference may be of a `metric`; where there is no such column, more is better.
+        family: columns; rows that are equal in them are looked at together.
+
+    Returns:
+        The table with `p_holm`, the p-value adjusted for all comparisons of the row's family, and `verdict` as that
+        function words it; both are missing in a row that is compared with nothing.
+    """
+    compared = table["p_value"].notna()
+    adjusted: dict[Any, float] = {}
+    for _, own in table[compared].groupby(family, dropna=False):
+        adjusted |= zip(own.index, holm(own["p_value"].tolist()), strict=True)
+    judged = [
+        verdict({"metric": row.get("metric"), "ci_low": row["difference_low"], "ci_high": row["difference_high"]})
+        if pd.notna(row["p_value"])
+        else None
+        for row in table.to_dict("records")
+    ]
+    holms = [adjusted.get(index, math.nan) for index in table.index]
+    return table.assign(p_holm=holms, verdict=pd.Series(judged, table.index, dtype=object))
 
 
 def read_table(path: Path, columns: list[str]) -> pd.DataFrame:

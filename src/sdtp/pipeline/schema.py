@@ -149,11 +149,22 @@ def _faults(filled: Mapping[str, Any], schema: Schema) -> list[str]:
     """One line for each fault of a configuration whose defaults are filled in."""
     validator = jsonschema.Draft202012Validator(schema)
     faults = [line for error in validator.iter_errors(filled) for line in _explain(error)]
+    if not faults:
+        faults += _disagreements(filled)
     return faults + [
         f"{key} = {_show(value)}: must be finite"
         for key, value in leaves(filled)
         if any(isinstance(one, float) and not math.isfinite(one) for one in (value if type(value) is list else [value]))
     ]
+
+
+def _disagreements(filled: Mapping[str, Any]) -> list[str]:
+    """One line for each value that is good by itself and not with another."""
+    training = filled.get("training", {})
+    gpus, batch = training.get("gpus", 1), training.get("batch_size", 1)
+    if batch >= gpus:
+        return []
+    return [f"training.batch_size = {batch}: must be at least training.gpus = {gpus}, or GPUs are idle in every step"]
 
 
 def _refuse(faults: list[str]) -> None:

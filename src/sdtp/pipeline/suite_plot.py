@@ -9,9 +9,8 @@ from matplotlib.figure import Figure
 
 from sdtp.pipeline.plotstyle import METHODS, OTHER, STYLE, name_of
 from sdtp.pipeline.results import smoke
-from sdtp.pipeline.suite_tables import ALL
+from sdtp.pipeline.suite_tables import ALL, NAMES
 
-NAMES = {"ruler": "RULER-style tasks", "longbench": "LongBench", "harness": "lm-evaluation-harness"}
 # Height of one method's mark in a task's band, and of what is free between two bands, in inches.
 _MARK, _FREE = 0.12, 0.16
 
@@ -20,13 +19,18 @@ _MARK, _FREE = 0.12, 0.16
 def suite(table: pd.DataFrame) -> Figure:
     """Mean scores with 95% intervals, a panel a keep ratio, a band a task, all lengths together.
 
-    The whole suite is the band at the top. Differences from the unpruned model are in the table, paired.
+    The whole suite is the band at the top; of LongBench in two languages, the whole of each above its tasks.
+    Differences from the unpruned model are in the table, paired.
 
     Args:
         table: as `sdtp.pipeline.suite_tables.suite_table` gives it.
     """
     rows = table[table["length"].isna() & ((table["task"] != ALL) | (table["category"] == ALL))]
-    bands = list(dict.fromkeys(rows["task"]))
+    several = rows.loc[rows["task"] == ALL, "language"].nunique() > 1
+    rows = rows.assign(
+        band=[_label(row["task"], row["language"] if several else "") for row in rows.to_dict("records")]
+    )
+    bands = list(dict.fromkeys(rows["band"]))
     pruned = rows[rows["method"] != "unpruned"]
     ratios = sorted(pruned["keep_ratio"].unique(), reverse=True) or [1.0]
     methods = ["unpruned", *dict.fromkeys(pruned["method"])]
@@ -37,7 +41,7 @@ def suite(table: pd.DataFrame) -> Figure:
         _panel(axes, rows[(rows["method"] == "unpruned") | (rows["keep_ratio"] == ratio)], bands, methods)
         few = int(rows.loc[rows["task"] != ALL, "n"].min())
         axes.set(xlabel="mean score (%)", title=f"keep ratio {ratio:g}, {smoke(few)} a task", xlim=(-3, 103))
-    grid[0].set_yticks(range(len(bands)), [_label(band) for band in bands])
+    grid[0].set_yticks(range(len(bands)), bands)
     grid[0].set_ylim(len(bands) - 0.5, -0.5)
     handles, labels = grid[0].get_legend_handles_labels()
     title = NAMES.get(str(rows["suite"].iloc[0]), "")
@@ -51,7 +55,7 @@ def _panel(axes: Axes, rows: pd.DataFrame, bands: list[str], methods: list[str])
     for number, method in enumerate(methods):
         own = rows[rows["method"] == method]
         _, colour, marker = METHODS.get(method, (method, *OTHER))
-        places = [bands.index(task) + step * (number - (len(methods) - 1) / 2) for task in own["task"]]
+        places = [bands.index(band) + step * (number - (len(methods) - 1) / 2) for band in own["band"]]
         # An interval may lie to one side of a score by rounding.
         bars = [(own["value"] - own["low"]).clip(lower=0), (own["high"] - own["value"]).clip(lower=0)]
         axes.errorbar(own["value"], places, xerr=bars, color=colour, marker=marker, linestyle="", label=name_of(method))
@@ -59,5 +63,6 @@ def _panel(axes: Axes, rows: pd.DataFrame, bands: list[str], methods: list[str])
     axes.grid(axis="x", color="#EEEEEE")
 
 
-def _label(task: str) -> str:
-    return "all tasks" if task == ALL else task.replace("_", " ")
+def _label(task: str, language: str) -> str:
+    words = {"en": "all English tasks", "zh": "all Chinese tasks"}
+    return words.get(language, "all tasks") if task == ALL else task.replace("_", " ")

@@ -12,18 +12,23 @@ import pandas as pd
 
 from sdtp.errors import UserError
 from sdtp.evaluation import strata
+from sdtp.evaluation.longbench import tasks as longbench
+from sdtp.evaluation.longbench.tasks import Language
 from sdtp.evaluation.stats import wilson_interval
-from sdtp.pipeline.results import difference_columns
+from sdtp.pipeline.results import difference_columns, with_verdicts
 
 # fmt: off
 SUITE_COLUMNS = [
-    "suite", "category", "task", "length", "method", "keep_ratio", "value", "low", "high", "n", "difference",
-    "difference_low", "difference_high", "p_value", "compression",
+    "suite", "language", "category", "task", "length", "method", "keep_ratio", "value", "low", "high", "n",
+    "difference", "difference_low", "difference_high", "p_value", "p_holm", "verdict", "prompt_tokens", "compression",
 ]
 # fmt: on
+NAMES = {"ruler": "RULER-style tasks", "longbench": "LongBench", "harness": "lm-evaluation-harness"}
 # Stands for a category or task in a row that is over all of them.
 ALL = "all"
 UNPRUNED = ("unpruned", 1.0)
+# Columns that tell apart the groups of examples that rows are about.
+GROUP = ["suite", "language", "category", "task", "length"]
 
 # A method at a keep ratio, and an example of a suite.
 Cell = tuple[str, float]
@@ -77,11 +82,15 @@ def suite_table(cells: Cells) -> pd.DataFrame:
 
     Groups are the whole, each category and each task; of RULER also each of these at each length. A category's value is
     the mean over its tasks' means; the whole's is that over the tasks of RULER and of the harness, and over the
-    categories' means of LongBench, as in its official tables. `low` and `high` are the value's 95% interval: Wilson's
-    for shares of right answers (RULER, harness) where each task has as many examples, else by bootstrap within each
-    task. `difference` is the value minus unpruned's on the same examples, with its paired interval and p-value;
-    `compression` prompt tokens over those that the last layer keeps. Numbers that do not exist are missing: a length of
-    rows over all lengths, differences of unpruned, intervals of a single example.
+    categories' means of LongBench. Of LongBench the whole and its categories stand once for each `language`, as in its
+    official tables: English and Chinese, the code tasks in either; a task's row has its own.
+
+    `low` and `high` are the value's 95% interval: Wilson's for shares of right answers (RULER, harness) where each task
+    has as many examples, else by bootstrap within each task. `difference` is the value minus unpruned's on the same
+    examples, with its paired interval and p-value; `p_holm` is that adjusted for all methods and keep ratios of the
+    group, and `verdict` says what the interval shows. `prompt_tokens` is the mean over the examples, `compression` all
+    of them over those that the last layer keeps. What does not exist is missing: a length of rows over all lengths,
+    differences of unpruned, intervals of a single example.
 
     Args:
         cells: as `suite_cells` gives them.
@@ -98,6 +107,7 @@ def suite_table(cells: Cells) -> pd.DataFrame:
             table.append(
                 {
                     "suite": group.suite,
+                    "language": group.language,
                     "category": group.category,
                     "task": group.task,
                     "length": group.length,
@@ -108,10 +118,16 @@ def suite_table(cells: Cells) -> pd.DataFrame:
                     "high": high,
                     "n": len(own),
                     **difference_columns(pair),
+                    "prompt_tokens": math.fsum(row["prompt_tokens"] for row in own) / len(own),
                     "compression": sum(row["prompt_tokens"] for row in own) / sum(row["kept_tokens"] for row in own),
                 }
             )
-    return pd.DataFrame(table, columns=SUITE_COLUMNS).astype({"length": "Int64"})
+    return with_verdicts(pd.DataFrame(table), GROUP)[SUITE_COLUMNS].astype({"length": "Int64"})
+
+
+def wholes(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a suite's table that are over all of it: one a method and keep ratio, of LongBench and language."""
+    return table[(table["category"] == ALL) & (table["task"] == ALL) & table["length"].isna()]
 
 
 @dataclass(frozen=True)
@@ -119,6 +135,7 @@ class _Group:
     """Examples that a row of the table is about: those of each task, and what each task's mean weighs."""
 
     suite: str
+    language: str | None
     category: str
     task: str
     length: int | None
@@ -127,29 +144,46 @@ class _Group:
 
 
 def _groups(rows: Mapping[Example, Mapping[str, Any]]) -> list[_Group]:
-    """All lengths together, then each: the whole, then each category with its tasks, in the order of the examples."""
+    """All lengths together, then each: the whole, then each category with its tasks, in the order of the examples.
+
+    Of LongBench first all of that in English, then what there is in Chinese; a task of both, code, with the first.
+    """
     lengths = sorted({row["length"] for row in rows.values() if "length" in row})
+    suite = next(iter(rows.values()))["suite"]
+    counted = _by_language({task for task, _ in rows}) if suite == "longbench" else {None: None}
     groups = []
     for length in (None, *lengths):
-        # category -> task -> its examples
-        parts: dict[str, dict[str, list[Example]]] = {}
-        for example, row in rows.items():
-            if length in (None, row.get("length")):
-                parts.setdefault(row["category"], {}).setdefault(row["task"], []).append(example)
-        suite = next(iter(rows.values()))["suite"]
-        count = sum(map(len, parts.values()))
-        shares = [
-            1 / (len(parts) * len(tasks)) if suite == "longbench" else 1 / count
-            for tasks in parts.values()
-            for _ in tasks
-        ]
-        every = [examples for tasks in parts.values() for examples in tasks.values()]
-        groups.append(_Group(suite, ALL, ALL, length, every, shares))
-        for category, tasks in parts.items():
-            equal = [1 / len(tasks)] * len(tasks)
-            groups.append(_Group(suite, category, ALL, length, list(tasks.values()), equal))
-            groups += [_Group(suite, category, task, length, [own], [1.0]) for task, own in tasks.items()]
+        listed: set[str] = set()
+        for language, names in counted.items():
+            # category -> task -> its examples
+            parts: dict[str, dict[str, list[Example]]] = {}
+            for example, row in rows.items():
+                if length in (None, row.get("length")) and (names is None or row["task"] in names):
+                    parts.setdefault(row["category"], {}).setdefault(row["task"], []).append(example)
+            count = sum(map(len, parts.values()))
+            shares = [
+                1 / (len(parts) * len(tasks)) if suite == "longbench" else 1 / count
+                for tasks in parts.values()
+                for _ in tasks
+            ]
+            every = [examples for tasks in parts.values() for examples in tasks.values()]
+            groups.append(_Group(suite, language, ALL, ALL, length, every, shares))
+            for category, tasks in parts.items():
+                equal = [1 / len(tasks)] * len(tasks)
+                groups.append(_Group(suite, language, category, ALL, length, list(tasks.values()), equal))
+                for task, own in tasks.items():
+                    if task not in listed:
+                        of_task = None if language is None else longbench.task(task).language.value
+                        groups.append(_Group(suite, of_task, category, task, length, [own], [1.0]))
+            listed |= {task for tasks in parts.values() for task in tasks}
     return groups
+
+
+def _by_language(tasks: set[str]) -> dict[str | None, set[str] | None]:
+    """Of LongBench's tasks those that count for each language there is; code alone counts for English."""
+    languages = {longbench.task(name).language for name in tasks}
+    chosen = [language for language in (Language.ENGLISH, Language.CHINESE) if language in languages]
+    return {language.value: tasks & set(longbench.of_language(language)) for language in chosen or [Language.ENGLISH]}
 
 
 def _scores(rows: Mapping[Example, Mapping[str, Any]], group: _Group) -> list[list[float]]:

@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from sdtp.pipeline.plotstyle import METHODS, STYLE, shades
-from sdtp.pipeline.results import LOWER_IS_BETTER, smoke
+from sdtp.pipeline.results import AGREEMENT, LOWER_IS_BETTER, smoke
 
 AXES = {"layers": "layer that one stage stands before", "stages": "number of stages"}
 
@@ -16,6 +16,8 @@ AXES = {"layers": "layer that one stage stands before", "stages": "number of sta
 def sweep(table: pd.DataFrame, by: str) -> Figure:
     """Means with 95% intervals, a panel a task and metric, a line a keep ratio; the unpruned model is a level line.
 
+    Agreement with the unpruned model is in the table alone.
+
     The last panel is the calculated speedup, over all tasks' prompts alike. Differences from the unpruned model, which
     are of the same examples and so have narrower intervals, are in the table.
 
@@ -23,7 +25,8 @@ def sweep(table: pd.DataFrame, by: str) -> Figure:
         table: as `sdtp.pipeline.sweeps.sweep_table` gives it; of single stages where it is drawn by layer.
         by: the column that is the horizontal axis, a key of `AXES`.
     """
-    panels = list(dict.fromkeys(table[["task", "metric"]].itertuples(index=False, name=None)))
+    own_metrics = table.loc[~table["metric"].isin(AGREEMENT), ["task", "metric"]]
+    panels = list(dict.fromkeys(own_metrics.itertuples(index=False, name=None)))
     pruned = table[table["method"] == "sdtp"].astype({by: int})
     ratios = sorted(pruned["keep_ratio"].unique(), reverse=True)
     colours = dict(zip(ratios, shades(len(ratios)), strict=True))

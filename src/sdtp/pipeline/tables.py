@@ -22,11 +22,15 @@ from sdtp.evaluation.stats import (
 from sdtp.pipeline.results import COMPARISON_COLUMNS, LATENCY_COLUMNS, QUALITY_COLUMNS, Cell, pairs_of
 
 # What is reported of each task: the metric and the column of an evaluation row it is the mean of.
+# The first of a task is its quality in one number; agreement with the unpruned model comes last.
 TASK_METRICS = {
-    "retrieval": {"accuracy": "correct", "loss": "loss"},
-    "continuation": {"loss": "loss"},
-    "instruction": {"loss": "loss"},
+    "retrieval": {"accuracy": "correct", "loss": "loss", "kl": "kl", "top1": "top1"},
+    "continuation": {"loss": "loss", "kl": "kl", "top1": "top1"},
+    "instruction": {"loss": "loss", "kl": "kl", "top1": "top1"},
 }
+# Shares of right and wrong answers. A planted value has a token or a few, so that the share of them that the unpruned
+# model would choose too is hardly anything between 0 and 1.
+_PROPORTIONS = frozenset({("retrieval", "accuracy"), ("retrieval", "top1")})
 
 # The value of each example, by id, of every cell.
 Cells = dict[Cell, dict[str, float]]
@@ -98,6 +102,7 @@ def _unpruned_latency(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "end_to_end_speedup": 1.0,
         "scoring_tflop": 0.0,
         "overhead_s": 0.0,
+        "scoring_s": 0.0,
     }
 
 
@@ -120,6 +125,7 @@ def _pruned_latency(keep_ratio: float, row: Mapping[str, Any], unpruned: Mapping
         "overhead_s": statistics.median(
             pruned - bound for pruned, bound in zip(row["prefill_s"], row["ideal_s"], strict=True)
         ),
+        "scoring_s": statistics.median(row["scoring_s"]),
     }
 
 
@@ -176,11 +182,17 @@ def quality_table(cells: Cells) -> pd.DataFrame:
         value = math.fsum(values) / len(values)
         unpruned = list(cells[task, metric, "unpruned", 1.0].values())
         baseline = math.fsum(unpruned) / len(unpruned)
-        share = metric == "accuracy"
-        low, high = wilson_interval(values) if share else mean_interval(values)
-        retained = retained_share(value, baseline) if share else retained_loss(value, baseline)
+        low, high = wilson_interval(values) if (task, metric) in _PROPORTIONS else mean_interval(values)
+        retained = _retained(metric, value, baseline)
         table.append((task, metric, method, ratio, value, low, high, len(values), retained))
     return pd.DataFrame(table, columns=QUALITY_COLUMNS)
+
+
+def _retained(metric: str, value: float, unpruned: float) -> float:
+    """What is left of the unpruned value; nan of a divergence from the unpruned model, whose own is 0."""
+    if metric == "kl":
+        return math.nan
+    return retained_loss(value, unpruned) if metric == "loss" else retained_share(value, unpruned)
 
 
 def comparison_table(cells: Cells) -> pd.DataFrame:

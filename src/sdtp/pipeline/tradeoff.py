@@ -13,8 +13,9 @@ import pandas as pd
 
 from sdtp.errors import UserError
 from sdtp.evaluation import names
-from sdtp.evaluation.stats import paired_difference, paired_ratios
-from sdtp.pipeline.results import difference_columns
+from sdtp.evaluation.stats import paired_difference, paired_ratios, retained_share
+from sdtp.pipeline.results import difference_columns, with_verdicts
+from sdtp.pipeline.suite_tables import wholes
 from sdtp.pipeline.tables import Cells, quality_cells, quality_table
 
 logger = logging.getLogger(__name__)
@@ -29,8 +30,8 @@ TRADEOFF_COLUMNS = [
 ]
 COMPRESSION_COLUMNS = [
     "base", "rule", "method", "keep_ratio", "task", "metric", "value", "low", "high", "n", "difference",
-    "difference_low", "difference_high", "p_value", "timed_tokens", "kv_cache_bytes", "cache_share",
-    "prefill_speedup", "decode_speedup", "end_to_end_speedup", "peak_memory_bytes",
+    "difference_low", "difference_high", "p_value", "p_holm", "verdict", "timed_tokens", "kv_cache_bytes",
+    "cache_share", "prefill_speedup", "decode_speedup", "end_to_end_speedup", "peak_memory_bytes",
 ]
 # fmt: on
 
@@ -74,7 +75,9 @@ def read_timed(content: Mapping[str, Any], where: str) -> Timed:
     return Timed(method, content["keep_ratio"], content["model"], stages, pairs)
 
 
-def tradeoff_table(rows: Sequence[Mapping[str, Any]], timings: Sequence[Timed]) -> pd.DataFrame:
+def tradeoff_table(
+    rows: Sequence[Mapping[str, Any]], timings: Sequence[Timed], suites: Sequence[pd.DataFrame] = ()
+) -> pd.DataFrame:
     """Each quality cell with the speed and the memory of the same method and keep ratio: a row a timed length.
 
     The oracle, which no clock can be held to, has quality alone. A speedup is the median of paired ratios, over the
@@ -83,6 +86,7 @@ def tradeoff_table(rows: Sequence[Mapping[str, Any]], timings: Sequence[Timed]) 
     Args:
         rows: evaluation rows of the unpruned model and of the methods.
         timings: of each of these methods at each of its keep ratios.
+        suites: tables of suites, whose whole scores come last, those of methods and keep ratios that were timed.
 
     Raises:
         UserError: a method was evaluated and not timed, or jobs timed other lengths.
@@ -115,7 +119,28 @@ def tradeoff_table(rows: Sequence[Mapping[str, Any]], timings: Sequence[Timed]) 
         arm = cell["method"], cell["keep_ratio"]
         for speed in speeds.get(arm, [{}]):  # nothing but quality is the oracle's
             joined.append({**cell, **about[cell["task"], *arm], **speed})
+    for cell in (cell for suite in suites for cell in _whole_scores(suite)):
+        joined += [{**cell, **speed} for speed in speeds.get((cell["method"], cell["keep_ratio"]), [])]
     return pd.DataFrame(joined, columns=TRADEOFF_COLUMNS)
+
+
+def _whole_scores(suite: pd.DataFrame) -> list[dict[str, Any]]:
+    """The scores over all of a suite as cells of quality: its name, with the language where it is Chinese, is the task.
+
+    What share of the answers the prefill predicted is not known.
+    """
+    whole = wholes(suite).assign(language=suite["language"].astype(object).fillna(""))
+    unpruned = whole[whole["method"] == "unpruned"].set_index("language")["value"]
+    return [
+        {
+            **row,
+            "task": f"{row['suite']}-zh" if row["language"] == "zh" else row["suite"],
+            "metric": "score",
+            "retained": retained_share(row["value"], unpruned[row["language"]]),
+            "quality_tokens": row["prompt_tokens"],
+        }
+        for row in _records(whole)
+    ]
 
 
 def compression_table(rows: Sequence[Mapping[str, Any]], timings: Sequence[Timed]) -> pd.DataFrame:
@@ -123,7 +148,7 @@ def compression_table(rows: Sequence[Mapping[str, Any]], timings: Sequence[Timed
 
     The first token of a response comes from the prefill, before anything is compressed. Only responses of two tokens or
     more count, hence; `n` says how many there are. A difference is to the same base without compression, on the same
-    examples.
+    examples; its p-value is also adjusted for all comparisons of the task and metric.
 
     Args:
         rows: evaluation rows of the unpruned model, of `sdtp`, and of both with rules on top.
@@ -175,7 +200,7 @@ def compression_table(rows: Sequence[Mapping[str, Any]], timings: Sequence[Timed
             row["rule"] != "none",
         )
     )
-    return pd.DataFrame(found, columns=COMPRESSION_COLUMNS)
+    return with_verdicts(pd.DataFrame(found), ["task", "metric"])[COMPRESSION_COLUMNS]
 
 
 def _of_two_tokens(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

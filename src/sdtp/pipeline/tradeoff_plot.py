@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from sdtp.evaluation import names
 from sdtp.pipeline.plotstyle import METHODS, OTHER, STYLE, label_points, name_of
 from sdtp.pipeline.results import LOWER_IS_BETTER, smoke
+from sdtp.pipeline.suite_tables import NAMES
 from sdtp.pipeline.tables import TASK_METRICS
 
 # The share of a response's tokens above which a quality says little of a compression: they came before it.
@@ -22,8 +23,8 @@ MOSTLY_PREFILL = 0.5
 def tradeoff(table: pd.DataFrame) -> Figure:
     """Quality against prefill speedup: a line a method, a point a keep ratio.
 
-    Upright bars are 95% intervals of the quality, level ones quartiles of the speedup. A column a task, a row a timed
-    length; the task's first metric.
+    Upright bars are 95% intervals of the quality, level ones quartiles of the speedup. A column a task, of which the
+    first metric, or a suite, of which the whole score; a row a timed length.
 
     Args:
         table: `sdtp.pipeline.tradeoff.tradeoff_table`.
@@ -58,12 +59,12 @@ def _figure(table: pd.DataFrame, what: str, reference: float) -> Figure:
     drawn = []
     for length, panels in zip(lengths, grid, strict=True):
         for task, axes in zip(tasks, panels, strict=True):
-            metric = next(iter(TASK_METRICS[task]))
+            metric = next(iter(TASK_METRICS.get(task, {"score": ""})))
             rows = table[(table["task"] == task) & (table["metric"] == metric) & (table["timed_tokens"] == length)]
             better = "lower" if metric in LOWER_IS_BETTER else "higher"
             tokens = f"{rows['quality_tokens'].median():,.0f} tokens"
             axes.set(xlabel=f"{what} at {length:,.0f} tokens", ylabel=f"{metric} at {tokens} ({better} is better)")
-            axes.set_title(f"{task}, {smoke(int(rows['n'].min()))}")
+            axes.set_title(f"{_called(task)}, {smoke(int(rows['n'].min()))}")
             drawn.append((axes, rows.dropna(subset="x")))
     if any((rows["from_prefill"] > MOSTLY_PREFILL).any() for _, rows in drawn):
         notes.append("hollow: most of the response was predicted by the prefill, before the cache was compressed")
@@ -72,6 +73,12 @@ def _figure(table: pd.DataFrame, what: str, reference: float) -> Figure:
     for (axes, _), points in zip(drawn, ends, strict=True):  # last: they stand where the layout leaves them
         label_points(figure, axes, points)
     return figure
+
+
+def _called(task: str) -> str:
+    """A task as it is, a suite by its printed name."""
+    suite, _, language = task.partition("-")
+    return NAMES.get(suite, task) + (" in Chinese" if language == "zh" else "")
 
 
 def _panel(axes: Axes, rows: pd.DataFrame, reference: float) -> list[tuple[float, float, str, str]]:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from sdtp.pipeline.plotstyle import METHODS, STYLE, shades
 
 # Schedules by their names in the figure.
-COLOURS = {"geometric": METHODS["recent"][1], "tuned": METHODS["sdtp"][1]}
+COLOURS = {"geometric": METHODS["sdtp"][1], "tuned": METHODS["sdtp-tuned"][1]}
 
 
 @mpl.rc_context(STYLE)

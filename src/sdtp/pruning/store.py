@@ -48,6 +48,11 @@ class _Sizes:
         return scorers.Learned(**dataclasses.asdict(self))
 
 
+def learned_settings(scorer: scorers.Learned) -> dict[str, Any]:
+    """All that decides a learned scorer's scores besides its weights, as it is stored: JSON values by name."""
+    return dataclasses.asdict(_Sizes.of(scorer))
+
+
 def save(
     folder: Path, schedule: PruningSchedule, scorer: scorers.Scorer, fingerprint: Fingerprint | None = None
 ) -> None:
@@ -66,7 +71,7 @@ def save(
     """
     weights = None
     if type(scorer) is scorers.Learned:
-        described = {"kind": "Learned", **dataclasses.asdict(_Sizes.of(scorer))}
+        described = {"kind": "Learned", **learned_settings(scorer)}
         weights = {name: value.detach().cpu().contiguous() for name, value in scorer.state_dict().items()}
         for name, value in weights.items():
             _check_values(name, value)

@@ -17,13 +17,17 @@ from sdtp.disk import naming, sync
 
 logger = logging.getLogger(__name__)
 
+# Of a training, in the order in which they follow one another; each counts steps of its own.
+LABELS, STEPS = "labels", "step"
 _TENSORS, _STATE = "state.safetensors", "state.json"
 # The newest checkpoint, and the one before it in case the newest turns out damaged.
 _KEPT = 2
 
 
 class Checkpoints:
-    """A folder of checkpoints `step-<number>`, each tensors (safetensors) and a JSON state; nothing is pickled.
+    """A folder of checkpoints, each tensors (safetensors) and a JSON state; nothing is pickled.
+
+    `labels-<number>` is one of the label epochs, `step-<number>` one of the optimizer steps that follow them.
 
     Args:
         folder: made where missing.
@@ -34,33 +38,33 @@ class Checkpoints:
         self.folder = folder
         self.fingerprint = fingerprint
 
-    def save(self, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> Path:
+    def save(self, part: str, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> Path:
         """Write a checkpoint under a temporary name, rename it into place, and drop all but the last two.
 
         Args:
-            step: optimizer steps done.
+            part: `LABELS` or `STEPS`.
+            step: optimizer steps done, or label epochs.
             tensors: what is stored as tensors, by name.
             state: JSON values.
 
         Returns:
             The checkpoint's folder.
         """
-        final = self.folder / f"step-{step:08d}"
+        final = self.folder / f"{part}-{step:08d}"
         with naming(final):
-            self._write(final, step, tensors, state)
+            self._write(final, tensors, {"part": part, "step": step, **state})
         for old in self._newest_first()[_KEPT:]:
             shutil.rmtree(old)
         return final
 
-    def _write(self, final: Path, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+    def _write(self, final: Path, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
+        for left in self.folder.glob(".tmp-*"):  # by a run that was killed here
+            shutil.rmtree(left, ignore_errors=True)
         temporary = self.folder / f".tmp-{final.name}"
-        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed here
         temporary.mkdir()
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary / _TENSORS)
-        text = json.dumps(
-            {"fingerprint": self.fingerprint, "step": step, "tensors_sha256": _sha256(temporary / _TENSORS), **state}
-        )
+        text = json.dumps({"fingerprint": self.fingerprint, "tensors_sha256": _sha256(temporary / _TENSORS), **state})
         (temporary / _STATE).write_text(text + "\n", encoding="utf-8")
         for name in (_TENSORS, _STATE):
             sync(temporary / name)
@@ -69,7 +73,10 @@ class Checkpoints:
         sync(self.folder)
 
     def load(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-        """Tensors and state of the newest checkpoint that is whole and of this fingerprint; None if there is none."""
+        """Tensors and state of the newest checkpoint that is whole and of this fingerprint; None if there is none.
+
+        The state has `part` and `step` as well, which `save` was given.
+        """
         for path in self._newest_first():
             try:
                 state: dict[str, Any] = json.loads((path / _STATE).read_text(encoding="utf-8"))
@@ -86,12 +93,12 @@ class Checkpoints:
         return None
 
     def clear(self) -> None:
-        """Remove every checkpoint, whatever its fingerprint: what follows starts from step 0."""
+        """Remove every checkpoint, whatever its fingerprint: what follows starts anew."""
         for path in self._newest_first():
             shutil.rmtree(path)
 
     def _newest_first(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*"), reverse=True)
+        return [path for part in (STEPS, LABELS) for path in sorted(self.folder.glob(f"{part}-*"), reverse=True)]
 
 
 def snapshot(

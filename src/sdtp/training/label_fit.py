@@ -9,6 +9,9 @@ tokens entering a stage, as pruning leaves them. Here each stage's losses run ov
 state in the unpruned model, for there is no policy yet that could say which tokens enter: what untrained scorers would
 drop is chance, and a token one of them lost would teach the later stages nothing.
 
+An epoch can be the first of a run that goes on: what the ones before it left are the scorer, its optimizer and its
+learning rate, and the order of the examples depends on the epoch's number alone.
+
 Several processes make the same updates as one, to the bit: each holds the states of its share of the examples, computes
 the gradient when one of these is next, and sends it to the others. Updates follow one another, so this spreads the
 states' memory and the forwards that made them, and not the updates' time.
@@ -16,20 +19,87 @@ states' memory and the forwards that made them, and not the updates' time.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from torch import optim
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from sdtp.errors import UserError
+from sdtp.host_memory import available_memory
 from sdtp.pruning.adapter import decoder, decoder_layers
 from sdtp.pruning.learned import Learned, rms_normalised
 from sdtp.training.examples import Example
 from sdtp.training.losses import pairwise_ranking, standardise, standardised_mse
-from sdtp.training.optimizer import GRADIENT_CLIP, adamw, flat_gradients
+from sdtp.training.optimizer import GRADIENT_CLIP, flat_gradients
 from sdtp.training.processes import Processes
 from sdtp.training.seeding import keyed_generator
+
+# The share of the memory left that stored states may take: the rest of training needs some as well.
+_MOST = 0.9
+
+
+def check_states_fit(prompt_tokens: Sequence[int], stages: int, hidden_size: int, processes: Processes) -> None:
+    """Refuse examples whose stored states need more memory than there is, before any of them is computed.
+
+    Args:
+        prompt_tokens: of each example.
+        stages: states of a token.
+        hidden_size: numbers of a state, 2 bytes each.
+        processes: that share the examples, on one host or several; called by all of them.
+
+    Raises:
+        UserError: a host has less than that left; it says how many of the examples would fit.
+        FailedElsewhereError: so it is, and this is not the main process.
+    """
+    hosts = processes.from_all((socket.gethostname(), available_memory()))
+    left = {host: _MOST * free for host, free in hosts if free is not None}
+    needed = dict.fromkeys(left, 0)
+    full = None
+    for place, tokens in enumerate(prompt_tokens):
+        host = hosts[place % len(hosts)][0]
+        if host in left:
+            needed[host] += 2 * stages * tokens * hidden_size
+            if full is None and needed[host] > left[host]:
+                full = place, host
+    with processes.together():
+        if full is not None:
+            fitting, host = full
+            accepted = f"at most {fitting} is accepted" if fitting else "training.label_epochs of 0 is accepted"
+            takes, there = (f"{value / 1e9:.3g} GB of memory" for value in (needed[host], left[host]))
+            raise UserError(
+                f"training.label_examples: the hidden states of {len(prompt_tokens)} examples take {takes} on "
+                f"{host}, where {there} may be used: {accepted}"
+            )
+
+
+def stored_states(
+    model: PreTrainedModel, examples: Sequence[Example], layers: Sequence[int], processes: Processes, lockstep: bool
+) -> dict[int, torch.Tensor]:
+    """What `fit_labels` trains on: the `stage_states` of the examples that this process holds, by their place.
+
+    Args:
+        model: frozen causal LM.
+        examples: all of them.
+        layers: the stages' decoder layers.
+        processes: that share the examples.
+        lockstep: whether all must run as many forwards (the model is sharded).
+
+    Raises:
+        UserError: see `check_states_fit`.
+    """
+    hidden_size = model.config.get_text_config().hidden_size
+    check_states_fit([len(example.prompt_ids) for example in examples], len(layers), hidden_size, processes)
+    states = {}
+    with processes.together(lockstep):
+        turns = processes.share(len(examples), lockstep)
+        for index, counts in tqdm(turns, desc="states for saliency", unit="example", disable=not processes.main):
+            found = stage_states(model, examples[index].prompt_ids, layers)
+            if counts:
+                states[index] = found
+    return states
 
 
 @torch.no_grad()
@@ -63,11 +133,12 @@ def stage_states(model: PreTrainedModel, prompt_ids: torch.Tensor, layers: Seque
 
 def fit_labels(
     scorer: Learned,
+    optimizer: optim.Optimizer,
+    rates: optim.lr_scheduler.LRScheduler,
     states: Mapping[int, torch.Tensor],
     examples: Sequence[Example],
     *,
-    epochs: int,
-    learning_rate: float,
+    epochs: range,
     mse: float,
     rank: float,
     seed: int,
@@ -78,14 +149,13 @@ def fit_labels(
 
     Args:
         scorer: on the device to train on, alike on every process.
-        states: by example [stages, tokens, hidden], as `stage_states` gives them, of the examples that this process
-            holds (see `Processes.holds`).
+        optimizer, rates: of its weights and their learning rate, stepped once an example (see `optimizer.adamw`).
+        states: by example [stages, tokens, hidden], as `stored_states` gives them.
         examples: all of them; their saliency is what is learned.
-        epochs: passes over the examples.
-        learning_rate: peak of the cosine schedule with linear warm-up.
+        epochs: numbers of the passes over the examples, counted from 1.
         mse, rank: weights of `standardised_mse` and `pairwise_ranking`, each the mean over stages; one may be 0.
-        seed: keys the order of the examples.
-        log: `log(mean loss, epoch)`, epochs counted from 1.
+        seed: keys the order of the examples in each epoch.
+        log: `log(mean loss, epoch)`, called after each.
         processes: that hold the states.
 
     Raises:
@@ -93,13 +163,13 @@ def fit_labels(
     """
     device = next(scorer.parameters()).device
     targets = {index: torch.stack([standardise(stage) for stage in examples[index].saliency]) for index in states}
-    updates = epochs * len(examples)
-    optimizer, rates = adamw(scorer, learning_rate, updates)
     gradients = flat_gradients(scorer)
-    generator = keyed_generator(seed, "labels")
-    progress = tqdm(total=updates, desc="fitting to saliency", unit="update", disable=not processes.main)
-    for epoch in range(1, epochs + 1):
+    progress = tqdm(
+        total=len(epochs) * len(examples), desc="fitting to saliency", unit="update", disable=not processes.main
+    )
+    for epoch in epochs:
         total = 0.0
+        generator = keyed_generator(seed, "labels", epoch)
         for index in torch.randperm(len(examples), generator=generator).tolist():
             gradients.zero_()
             loss = torch.zeros((), device=device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,6 +21,9 @@ from sdtp.training.masked_model import masked_attention
 from sdtp.training.samplers import SAMPLERS, highest
 
 Noise = Callable[[int, int], torch.Tensor]
+
+# Rows of a layer's attention mask that are compared at once: at 32K tokens each copy of one takes 32 MB.
+_BLOCK = 1024
 
 
 @dataclasses.dataclass
@@ -114,6 +118,8 @@ class _MaskedForward:
         self.trace = PolicyTrace()
         self.mask: torch.Tensor | None = None  # [prompt_tokens], cumulative
         self.keys: torch.Tensor | None = None  # [1, 1, 1, tokens], the mask as the attention takes it
+        # What was found causal, with its window: layers are handed the same one or two masks. Not kept alive.
+        self.causal: list[tuple[weakref.ref[torch.Tensor], int | None]] = []
 
     def hook(self, layer: int, window: int | None) -> Any:
         """Forward pre-hook of a decoder layer that attends within a window, or to all before it."""
@@ -124,13 +130,20 @@ class _MaskedForward:
             if layer in stages:
                 self.decide(stages.index(layer), hidden)
                 self.keys = self.key_mask(hidden.shape[1])
-            if not _is_causal(kwargs["attention_mask"], hidden.shape[1], window):
-                raise UserError(
-                    f"the masking policy takes one sequence without padding: layer {layer} was handed an attention mask"
-                )
+            self.check(kwargs["attention_mask"], hidden.shape[1], window, layer)
             return args, {**kwargs, "attention_mask": self.keys}
 
         return enter
+
+    def check(self, mask: torch.Tensor | None, tokens: int, window: int | None, layer: int) -> None:
+        """Refuse a layer's attention mask that hides more or less than its window and the future; once a mask."""
+        if mask is None or any(known() is mask and of == window for known, of in self.causal):
+            return
+        if not _is_causal(mask, tokens, window):
+            raise UserError(
+                f"the masking policy takes one sequence without padding: layer {layer} was handed an attention mask"
+            )
+        self.causal.append((weakref.ref(mask), window))
 
     def decide(self, stage: int, hidden: torch.Tensor) -> None:
         """Score, choose, and multiply the stage's straight-through mask into the cumulative one."""
@@ -177,11 +190,21 @@ class _MaskedForward:
         return torch.cat([self.mask, self.mask.new_ones(tokens - self.prompt_tokens)])[None, None, None]
 
 
-def _is_causal(mask: torch.Tensor | None, tokens: int, window: int | None) -> bool:
-    """Whether a layer's attention mask, bool or to be added, hides the future and what is before the window alone."""
-    if mask is None:
-        return True
-    visible = mask if mask.dtype == torch.bool else mask == 0
+def _is_causal(mask: torch.Tensor, tokens: int, window: int | None) -> bool:
+    """Whether a layer's attention mask, bool or to be added, hides the future and what is before the window alone.
+
+    Compared in blocks of rows, by comparisons of positions and not by their distances: at 32K tokens a matrix of these
+    would take 8 GB. One synchronisation with the device.
+    """
+    if mask.shape[2:] != (tokens, tokens):
+        return False
     columns = torch.arange(tokens, device=mask.device)
-    distance = columns[:, None] - columns
-    return torch.equal(visible[0, 0], (distance >= 0) & (distance < (window or tokens)))
+    alike = []
+    for start in range(0, tokens, _BLOCK):
+        own = columns[start : start + _BLOCK, None]
+        expected = own >= columns
+        if window:
+            expected &= columns > own - window
+        shown = mask[0, 0, start : start + _BLOCK]
+        alike.append(((shown if shown.dtype == torch.bool else shown == 0) == expected).all())
+    return bool(torch.stack(alike).all())

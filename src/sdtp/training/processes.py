@@ -84,6 +84,13 @@ class Processes:
         distributed.broadcast_object_list(box, 0, device=self.device)
         return box[0]
 
+    def from_all(self, value: Any) -> list[Any]:
+        """What each process has, in the order of their ranks; tensors in it should be on the CPU."""
+        found = [value] * self.count
+        if self.count > 1:
+            distributed.all_gather_object(found, value)
+        return found
+
     @contextmanager
     def together(self, lockstep: bool = False) -> Iterator[None]:
         """Work that each process does without the others: if it fails on one, it ends on all, with one message.
@@ -108,8 +115,7 @@ class Processes:
         distributed.all_reduce(failed)
         if not failed:
             return
-        found: list[tuple[bool, str] | None] = [None] * self.count
-        distributed.all_gather_object(found, _described(failure))
+        found = self.from_all(_described(failure))
         if not self.main:
             raise FailedElsewhereError from failure
         if failure is not None:

@@ -6,23 +6,27 @@ import dataclasses
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
+from torch import optim
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from sdtp.errors import UserError
 from sdtp.pruning.schedule import PruningSchedule
 from sdtp.pruning.scorers import Learned
+from sdtp.pruning.store import learned_settings
 from sdtp.training.backbone import is_sharded, running
-from sdtp.training.checkpoints import Checkpoints, restore, snapshot
+from sdtp.training.checkpoints import LABELS, STEPS, Checkpoints, restore, snapshot
 from sdtp.training.examples import Example, check_examples
 from sdtp.training.gradients import batch_gradient
 from sdtp.training.heldout import HeldOut, best_evaluation
-from sdtp.training.label_fit import fit_labels, stage_states
+from sdtp.training.label_fit import fit_labels, stored_states
 from sdtp.training.objective import Weights
 from sdtp.training.optimizer import GRADIENT_CLIP, adamw, flat_gradients
 from sdtp.training.policy import MaskingPolicy
@@ -35,6 +39,15 @@ Log = Callable[[dict[str, float], int, str], None]
 # Another version may compute other numbers: a checkpoint belongs to the one it was made with.
 _LIBRARIES = {"torch": torch.__version__, "transformers": transformers.__version__}
 
+# Of the time of the label epochs, the share that their checkpoints may take: with little to an epoch, not each has one.
+_SAVING = 0.05
+
+Found = tuple[dict[str, torch.Tensor], dict[str, Any]]
+"""What `Checkpoints.load` found."""
+
+Save = Callable[[str, int, optim.Optimizer, optim.lr_scheduler.LRScheduler], None]
+"""Writes a checkpoint of a part and step of the training, with the optimizer and the learning rate of that part."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -42,7 +55,7 @@ class Options:
 
     Attributes:
         label_epochs: passes over stored states before the first step, on saliency alone (see `label_fit`); 0 for none.
-        label_examples: the first so many examples take part in these; their states are held in memory.
+        label_examples: the first so many examples take part in these; their states are held in the host's memory.
         steps: optimizer steps through the masked model, at most.
         batch_size: examples an optimizer step averages over, on all processes together; each runs its share one by one.
         learning_rate: peak of the cosine schedule with linear warm-up.
@@ -104,8 +117,9 @@ def fit(
             resumed run did before it was interrupted is logged again, so that the curve is whole.
         checkpoints: folder of the resume state, which all processes see; None keeps none.
         inputs: identifies the model, the examples with their labels, and the code; a checkpoint made with other inputs,
-            settings, shapes or library versions is ignored.
-        on_checkpoint: called with the step of every checkpoint once it is whole, while `scorer` is as it was saved.
+            options, schedule, settings of the scorer or library versions is ignored.
+        on_checkpoint: called with the step of every checkpoint once it is whole, while `scorer` is as it was saved; not
+            of those between label epochs.
         tracking_run: id of the run that `log` reports to; checkpoints hold it, and a run that goes on from one says
             whose work that was.
 
@@ -114,8 +128,9 @@ def fit(
 
     Raises:
         UserError: nothing to train on, or no held-out examples to be patient with; an example that `check_examples`
-            refuses; a loss that is not finite, naming the example and the stage; a gradient that is not finite, naming
-            the example and the step; or what `HeldOut.evaluate` raises.
+            refuses; more states for the label epochs than fit into memory (see `check_states_fit`); a loss that is not
+            finite, naming the example and the stage; a gradient that is not finite, naming the example and the step; or
+            what `HeldOut.evaluate` raises.
         FailedElsewhereError: one of several processes failed, and this is not the main one, which raises the failure.
     """
     if not train:
@@ -167,20 +182,25 @@ class _Training:
         """See `fit`."""
         options = self.options
 
-        def save() -> None:
+        def save(part: str, step: int, optimizer: optim.Optimizer, rates: optim.lr_scheduler.LRScheduler) -> None:
             if store is None:
                 return
             with self.processes.together():
                 if self.processes.main:
-                    tensors, state = snapshot(self.scorer, self.optimizer, self.rates, self.best)
-                    store.save(self.step, tensors, {**state, "history": self.history, "tracking_run": tracking_run})
-                    if on_checkpoint is not None:
-                        on_checkpoint(self.step)
+                    tensors, state = snapshot(self.scorer, optimizer, rates, self.best)
+                    state |= {"history": self.history, "tracking_run": tracking_run}
+                    store.save(part, step, tensors, state)
+                    if part == STEPS and on_checkpoint is not None:
+                        on_checkpoint(step)
 
-        if not self._resume(store):
-            self._fit_labels()
+        found = self._found(store)
+        if found is not None and found[1]["part"] == STEPS:
+            self.best = restore(self.scorer, self.optimizer, self.rates, *found)
+            self.step = found[1]["step"]
+        else:
+            self._fit_labels(found, save)
             self._evaluate()
-            save()
+            save(STEPS, self.step, self.optimizer, self.rates)
         gradients = flat_gradients(self.scorer)
         progress = tqdm(
             initial=self.step, total=options.steps, desc="training", unit="step", disable=not self.processes.main
@@ -191,17 +211,17 @@ class _Training:
                 step=self.step, batch_size=options.batch_size, seed=options.seed, processes=self.processes,
             )  # fmt: skip
             norm = torch.nn.utils.clip_grad_norm_(self.scorer.parameters(), GRADIENT_CLIP)
+            rate = float(self.rates.get_last_lr()[0])
             self.optimizer.step()
             self.rates.step()
             self.step += 1
-            rate = float(self.rates.get_last_lr()[0])
-            self._report({**losses, "gradient_norm": float(norm), "learning_rate": rate}, "train")
+            self._report({**losses, "gradient_norm": float(norm), "learning_rate": rate}, self.step, "train")
             progress.update()
             progress.set_postfix(loss=f"{losses['loss']:.3f}")
             if self.step % options.evaluate_every == 0 or self.step == options.steps:
                 self._evaluate()
             if self.step % options.checkpoint_every == 0 or self.step == options.steps or self._out_of_patience():
-                save()
+                save(STEPS, self.step, self.optimizer, self.rates)
         progress.close()
         evaluations = {step: metrics for metrics, step, split in self.history if split == "heldout"}
         kept, _ = best_evaluation(self.history)
@@ -213,10 +233,10 @@ class _Training:
         self.scorer.load_state_dict(self.best)
         return evaluations[kept]
 
-    def _resume(self, store: Checkpoints | None) -> bool:
-        """Go on from the newest checkpoint, if there is one; else make sure that none is left."""
+    def _found(self, store: Checkpoints | None) -> Found | None:
+        """The newest checkpoint, whose history is reported again; if there is none, it makes sure that none is left."""
         if store is None:
-            return False
+            return None
         with self.processes.together():
             found = store.load() if self.processes.main else None
         found = self.processes.from_main(found)
@@ -224,65 +244,68 @@ class _Training:
             with self.processes.together():
                 if self.processes.main:
                     store.clear()
-            return False
-        tensors, state = found
-        self.best = restore(self.scorer, self.optimizer, self.rates, tensors, state)
+            return None
+        state = found[1]
         for metrics, step, split in state["history"]:
-            self.step = step
-            self._report(metrics, split)
-        self.step = state["step"]
-        logger.info("going on from step %d, reached by tracking run %s", self.step, state["tracking_run"] or "(none)")
-        return True
+            self._report(metrics, step, split)
+        reached = f"{'label epoch' if state['part'] == LABELS else 'step'} {state['step']}"
+        logger.info("going on from %s, reached by tracking run %s", reached, state["tracking_run"] or "(none)")
+        return found
 
-    def _report(self, metrics: dict[str, float], split: str) -> None:
-        self.history.append((metrics, self.step, split))
+    def _report(self, metrics: dict[str, float], step: int, split: str) -> None:
+        self.history.append((metrics, step, split))
         if self.processes.main:
-            self._log(metrics, self.step, split)
+            self._log(metrics, step, split)
 
     def _evaluate(self) -> None:
         if self.heldout is None:
             return
-        self._report(self.heldout.evaluate(self.policy), "heldout")
+        self._report(self.heldout.evaluate(self.policy), self.step, "heldout")
         if self.options.patience and best_evaluation(self.history)[0] == self.step:
             self.best = {name: value.detach().clone() for name, value in self.scorer.state_dict().items()}
 
     def _out_of_patience(self) -> bool:
         return 0 < self.options.patience <= best_evaluation(self.history)[1]
 
-    def _fit_labels(self) -> None:
-        """The label epochs, if there are any and a loss that uses labels has a weight."""
+    def _fit_labels(self, found: Found | None, save: Save) -> None:
+        """The label epochs, if there are any and a loss that uses labels has a weight; from those found done on."""
         options, weights = self.options, self.options.weights
         if not options.label_epochs or not (weights.mse or weights.rank):
             return
         chosen = [self.train[index] for index in range(min(len(self.train), options.label_examples))]
-        layers = self.policy.schedule.layers
-        states = {}
-        with self.processes.together(self.lockstep):
-            turns = self.processes.share(len(chosen), self.lockstep)
-            for index, counts in tqdm(
-                turns, desc="states for saliency", unit="example", disable=not self.processes.main
-            ):
-                found = stage_states(self.model, chosen[index].prompt_ids, layers)
-                if counts:
-                    states[index] = found
+        optimizer, rates = adamw(self.scorer, options.learning_rate, options.label_epochs * len(chosen))
+        done = 0
+        if found is not None:
+            restore(self.scorer, optimizer, rates, *found)
+            done = found[1]["step"]
+        if done == options.label_epochs:
+            return
+        states = stored_states(self.model, chosen, self.policy.schedule.layers, self.processes, self.lockstep)
+        saved, cost = time.monotonic(), 0.0
 
-        def report(loss: float, epoch: int) -> None:
-            self.step = epoch
-            self._report({"loss": loss}, "labels")
+        def ended(loss: float, epoch: int) -> None:
+            nonlocal saved, cost
+            self._report({"loss": loss}, epoch, "labels")
+            began = time.monotonic()
+            # Where checkpoints are decides what a kill costs, and no result.
+            if self.processes.from_main(epoch == options.label_epochs or cost <= _SAVING * (began - saved)):
+                save(LABELS, epoch, optimizer, rates)
+                saved = time.monotonic()
+                cost = saved - began
 
         fit_labels(
             self.scorer,
+            optimizer,
+            rates,
             states,
             chosen,
-            epochs=options.label_epochs,
-            learning_rate=options.learning_rate,
+            epochs=range(done + 1, options.label_epochs + 1),
             mse=weights.mse,
             rank=weights.rank,
             seed=options.seed,
-            log=report,
+            log=ended,
             processes=self.processes,
         )
-        self.step = 0
 
 
 def _fingerprint(options: Options, schedule: PruningSchedule, scorer: Learned, inputs: str) -> str:
@@ -291,7 +314,7 @@ def _fingerprint(options: Options, schedule: PruningSchedule, scorer: Learned, i
     described = {
         "options": dataclasses.asdict(options),
         "schedule": schedule.to_dict(),
-        "scorer": {name: list(value.shape) for name, value in scorer.state_dict().items()},
+        "scorer": learned_settings(scorer),
         "inputs": inputs,
         "libraries": _LIBRARIES,
     }

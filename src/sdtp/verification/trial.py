@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.cache_utils import Cache
 
 from sdtp.pruning.adapter import cache_of
+from sdtp.pruning.decoding import greedy_settings
 from sdtp.pruning.prefill import Trace
 from sdtp.pruning.pruner import TokenPruner
 from sdtp.pruning.wrappers import unwrap
@@ -96,13 +97,7 @@ class Trial:
         The model's own generation settings are put aside where they would end early or choose by another rule.
         """
         plain = {
-            "do_sample": False,
-            "num_beams": 1,
-            "num_return_sequences": 1,
-            "repetition_penalty": 1.0,
-            "no_repeat_ngram_size": 0,
-            "length_penalty": 1.0,
-            "max_new_tokens": self.new_tokens,
+            **greedy_settings(self.new_tokens),
             "eos_token_id": None,
             "pad_token_id": 0,
             "return_dict_in_generate": True,

@@ -10,7 +10,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from sdtp.evaluation.longbench.predicting import Prompt, predict
+from sdtp.evaluation.longbench.predicting import predict
+from sdtp.evaluation.longbench.tasks import Prompt
 from sdtp.evaluation.peers.budgets import fraction
 from sdtp.evaluation.peers.compression import Compression
 from sdtp.evaluation.peers.snapkv import SnapKV
@@ -38,7 +39,8 @@ def letters(ids: list[int]) -> str:
 
 
 def prompt(task: str, ids: list[int], **fields: Any) -> Prompt:
-    return Prompt(**{"id": "1", "task": task, "ids": ids, "tokens_cut": 0, "chat": False, **fields})
+    own = {"id": "1", "task": task, "ids": ids, "context": (0, len(ids)), "tokens_cut": 0, "chat": False}
+    return Prompt(**{**own, **fields})
 
 
 def rig(model: PreTrainedModel, tokens: list[int]) -> list[int]:

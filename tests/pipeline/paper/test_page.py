@@ -12,6 +12,7 @@ from sdtp.pipeline.paper import drawing, page
 from sdtp.pipeline.paper.names import PARTS
 from sdtp.pipeline.paper.part import Part, Value, not_run, part
 from sdtp.pipeline.paper.published import load
+from sdtp.pipeline.paper.quality import JUDGED
 from tests.pipeline.test_report import Page, words
 
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg"/>'
@@ -108,6 +109,27 @@ def test_markdown_has_every_part_its_table_and_its_figure() -> None:
     for name in PARTS:
         assert f"![{PARTS[name]}]({name}.svg)" in lines
     assert "![Quality against speed](../figures/tradeoff.svg)" in lines
+
+
+def test_verdict_stands_in_words_beside_its_interval() -> None:
+    rows: list[dict[str, Any]] = [
+        {"method": method, "difference": mean, "difference_low": mean - 1, "difference_high": mean + 1, **judged}
+        for method, mean, judged in (
+            ("unpruned", np.nan, {}),
+            ("sdtp", 0.5, {"p_holm": 0.25, "verdict": "no difference shown"}),
+        )
+    ]
+    columns = (Value("difference", "Minus unpruned", "signed", interval=True, published=False), *JUDGED)
+    shown = part("table-1", "About it.", {"method": "Method"}, columns, rows, {}, lambda row: "")
+    assert [list(line.cells) for line in page.view(shown).lines] == [
+        ["Unpruned", "–", "–", "–"],
+        ["SDTP", "+0.500 [−0.500, +1.50]", "0.250", "no difference shown"],
+    ]
+    parts = [shown if one.name == "table-1" else one for one in paper().parts]
+    markdown = page.render_markdown(paper(parts=parts)).splitlines()
+    assert "| SDTP | +0.500 [−0.500, +1.50] | 0.250 | no difference shown |" in markdown
+    text = words(Page(page.render_html(paper(parts=parts))).text)
+    assert "SDTP +0.500 [−0.500, +1.50] 0.250 no difference shown" in text
 
 
 def test_map_shows_the_tokens_with_the_largest_shares() -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import shlex
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
 from sdtp.errors import UserError
 from sdtp.pipeline.paper import missing
@@ -16,13 +20,15 @@ from sdtp.pipeline.paper.part import Part
 from sdtp.pipeline.paper.published import load, numbers
 from sdtp.pipeline.paper.quality import speeds_of, table_1, table_3, table_6, with_llmlingua
 from sdtp.pipeline.paper.saliency import figure_1, figure_2, salient
+from sdtp.pipeline.paper.shortened import Speed
 from sdtp.pipeline.paper.speed import LENGTHS, table_2
 from sdtp.pipeline.paper.sweep import swept
 from sdtp.pipeline.suite_tables import suite_cells, suite_table
 from tests.pipeline import synthetic_run
+from tests.workflow.project import ROOT
 
 MISTRAL = "mistralai/Mistral-7B-Instruct-v0.2"
-RUN_AGAIN = "snakemake paper --configfile FILE"
+AGAIN = missing.Again("tiny", ["config/tiny.yaml"])
 
 
 def row(part: Part, **keys: Any) -> dict[str, Any]:
@@ -34,7 +40,12 @@ def row(part: Part, **keys: Any) -> dict[str, Any]:
     return {str(name): value for name, value in found.items()}
 
 
-def speed(lengths: dict[int, int] | None = None, context: int | None = 8192) -> Part:
+def timing_of(tokens: int, positions: int | None) -> str:
+    """Stands for the command that times a length."""
+    return f"time {tokens} with {positions or 'its own'} positions"
+
+
+def speed(lengths: dict[int, int] | None = None, context: int | None = 8192, new_tokens: int = 128) -> Part:
     """Table 2 of the made-up run, its lengths renamed."""
     latency = synthetic_run.latency()
     latency["prompt_tokens"] = latency["prompt_tokens"].replace(lengths or {})
@@ -43,7 +54,8 @@ def speed(lengths: dict[int, int] | None = None, context: int | None = 8192) -> 
         latency,
         lambda tokens, new, ratio: 2.0 * new * (1.0 if ratio == 1.0 else 0.75),
         context,
-        RUN_AGAIN,
+        new_tokens,
+        timing_of,
         numbers("table-2", MISTRAL, load()),
     )
 
@@ -56,6 +68,7 @@ def test_speeds_are_the_latency_tables_and_arithmetic_ends_with_decoding() -> No
     assert pruned["end_to_end_tflop"] == pytest.approx(2048 * 2.7e-4 / (1.52 * 1.05) + 24)
     assert pruned["flop_change"] == pytest.approx(pruned["end_to_end_tflop"] / unpruned["end_to_end_tflop"] - 1)
     assert (unpruned["flop_change"], unpruned["memory_change"], unpruned["prefill_speedup"]) == (0.0, 0.0, 1.0)
+    assert (unpruned["scoring_s"], pruned["scoring_s"]) == (0.0, pytest.approx(0.01 * pruned["prefill_s"]))
     assert pruned["memory_change"] == pytest.approx(-0.1 / 1.2)
     assert pruned["prefill_speedup"] == pytest.approx(1.52 * 1.05)
     assert pruned["end_to_end_speedup"] == pytest.approx(0.9 * 1.52 * 1.05)
@@ -83,12 +96,21 @@ def test_lengths_of_the_paper_that_were_not_timed_say_why() -> None:
     assert list(left["prompt_tokens"]) == list(LENGTHS[1:])
     assert list(left["prefill_speedup_paper"]) == [1.58, 1.67, 1.79, 1.87, 2.15]
     assert left["prefill_speedup"].isna().all()
-    assert set(left["command"]) == {RUN_AGAIN}
-    # 8,192 and 128 new ones are one too many for 8,192 positions.
-    assert "8,192 and 128 new tokens are more than the model's 8,192 positions" in left["why"].iloc[0]
-    assert "not among benchmark.prompt_tokens" in row(speed(context=None), prompt_tokens=131072)["why"]
-    assert "not among benchmark.prompt_tokens" in row(speed(context=8320), prompt_tokens=8192)["why"]
-    assert "more than the model's 8,319 positions" in row(speed(context=8319), prompt_tokens=8192)["why"]
+    # 8,192 and 128 new ones are more than 8,192 positions, but 8,064 is the paper's 8K as well.
+    assert left["command"].iloc[0] == "time 8064 with its own positions"
+    assert left["why"].iloc[0] == (
+        "not among benchmark.prompt_tokens of this configuration; 8,064 counts, the longest that 128 new tokens leave "
+        "of 8,192 positions"
+    )
+    assert left["command"].iloc[1] == "time 16384 with 16512 positions"
+    assert "are more than the model's 8,192 positions" in left["why"].iloc[1]
+    assert row(speed(context=None), prompt_tokens=131072)["command"] == "time 131072 with its own positions"
+    assert row(speed(context=8320), prompt_tokens=8192)["command"] == "time 8192 with its own positions"
+    # With a twentieth of the length for new tokens it still counts, and with one more no longer.
+    assert row(speed(new_tokens=409), prompt_tokens=8192)["command"] == "time 7783 with its own positions"
+    assert row(speed(new_tokens=410), prompt_tokens=8192)["command"] == "time 8192 with 8602 positions"
+    # What is advised counts as the paper's length once it was timed.
+    assert 8192 not in speed({2048: 8064}).rows["prompt_tokens"].tolist()
 
 
 def test_salient_tokens_are_those_above_a_tenth_of_the_layers_largest() -> None:
@@ -137,7 +159,8 @@ def evaluation(method: str, ratio: float, losses: list[float], kept: int = 40) -
     return [
         {
             "id": f"c-{number}", "task": "continuation", "prompt_tokens": 80, "kept_tokens": kept, "correct": None,
-            "loss": loss, "response_tokens": 4, "method": method, "keep_ratio": ratio, "seed": None,
+            "loss": loss, "kl": loss / 8, "top1": 0.5, "response_tokens": 4, "method": method, "keep_ratio": ratio,
+            "seed": None,
         }
         for number, loss in enumerate(losses)
     ]  # fmt: skip
@@ -150,14 +173,22 @@ def test_ablation_is_paired_with_the_runs_own_pruner(name: str, trained: str) ->
         evaluation("unpruned", 1.0, [2.0, 3.0, 4.0]),
         evaluation("sdtp", 0.8, [2.5, 3.5, 4.5]),
         evaluation("sdtp", 0.8, [2.75, 3.75, 4.75]),
+        [
+            {"label_updates": 1920, "optimizer_steps": 8, "kept_step": 8},
+            {"label_updates": 0, "optimizer_steps": 4, "kept_step": 4},
+        ],
         {},
     )
-    assert list(part.rows["variant"]) == ["unpruned", "full", trained]
-    left_out = row(part, variant=trained)
+    updates = part.rows.loc[part.rows["metric"] == "loss", ["label_updates", "optimizer_steps"]]
+    assert updates.iloc[0].isna().all()
+    assert updates.iloc[1:].to_numpy().tolist() == [[1920, 8], [0, 4]]
+    assert list(part.rows["variant"]) == ["unpruned", "full", trained] * 3
+    assert list(dict.fromkeys(part.rows["metric"])) == ["loss", "kl", "top1"]
+    left_out = row(part, metric="loss", variant=trained)
     assert (left_out["value"], left_out["difference"], left_out["n"]) == (3.75, 0.25, 3)
     assert (left_out["difference_low"], left_out["difference_high"]) == (0.25, 0.25)
-    assert np.isnan(row(part, variant="full")["difference"])
-    assert row(part, variant="unpruned")["value"] == 3.0
+    assert np.isnan(row(part, metric="loss", variant="full")["difference"])
+    assert row(part, metric="loss", variant="unpruned")["value"] == 3.0
 
 
 def scores(suite: str) -> pd.DataFrame:
@@ -176,17 +207,35 @@ def scores(suite: str) -> pd.DataFrame:
                     "suite": suite, "category": category, "task": task, "length": length, "method": method,
                     "keep_ratio": ratio, "value": own, "low": own - 5, "high": own + 5, "n": 12,
                     "difference": own - 50, "difference_low": own - 53, "difference_high": own - 47, "p_value": 0.01,
-                    "compression": 1.0 if ratio == 1.0 else 2.5,
+                    "p_holm": 0.02, "verdict": None if ratio == 1.0 else "worse",
+                    "language": "en" if suite == "longbench" else None, "compression": 1.0 if ratio == 1.0 else 2.5,
                 }
             )  # fmt: skip
     return pd.DataFrame(rows).astype({"length": "Int64"})
 
 
+# Of the unpruned model on the prompts of both suites, of which some are in another language or category.
+PROMPTS = [
+    {"suite": suite, "category": category, "task": task, "prompt_tokens": tokens}
+    for suite, category, task, tokens in (
+        ("longbench", "qa", "hotpotqa", 900), ("longbench", "qa", "qasper", 2000), ("longbench", "qa", "dureader", 70),
+        ("longbench", "code", "lcc", 100), ("ruler", "qa", "qa-1", 512), ("ruler", "qa", "qa-1", 1024),
+    )
+]  # fmt: skip
+
+
 def test_categories_of_a_suite_stand_with_compression_speed_and_the_papers_average() -> None:
+    seen: dict[tuple[str, float], list[list[int]]] = {}
+
+    def layer_mean(method: str, ratio: float, prompts: Sequence[int]) -> float | None:
+        seen.setdefault((method, ratio), []).append(list(prompts))
+        return 1.6 if method == "sdtp" else None
+
     part = table_1(
         {"longbench": scores("longbench"), "ruler": scores("ruler")},
-        {("sdtp", 0.9): (1.5, 1.2)},
-        lambda method, ratio: 1.6 if method == "sdtp" else None,
+        PROMPTS,
+        {("sdtp", 0.9): Speed(1.5, 1.2, timed_tokens=384)},
+        layer_mean,
         [{"suite": "longbench", "category": "average", "method": "llmlingua2", "why": "no weights", "command": "x"}],
         numbers("table-1", MISTRAL, load()),
     )
@@ -194,8 +243,14 @@ def test_categories_of_a_suite_stand_with_compression_speed_and_the_papers_avera
     pruned = row(part, suite="longbench", category="average", method="sdtp")
     assert (pruned["value"], pruned["value_low"], pruned["value_high"], pruned["n"]) == (41.0, 36.0, 46.0, 12)
     assert (pruned["difference"], pruned["difference_low"]) == (-9.0, -12.0)
+    assert (pruned["p_holm"], pruned["verdict"]) == (0.02, "worse")
     assert (pruned["compression"], pruned["last_compression"]) == (1.6, 2.5)
-    assert (pruned["prefill_speedup"], pruned["end_to_end_speedup"]) == (1.5, 1.2)
+    assert (pruned["prefill_speedup"], pruned["end_to_end_speedup"], pruned["timed_tokens"]) == (1.5, 1.2, 384)
+    # Each category's own prompts, and the average's in English and code.
+    assert seen["sdtp", 0.9] == [[900, 2000], [900, 2000, 100], [512, 1024], [512, 1024]]
+    assert pruned["prompt_tokens"] == 900
+    assert row(part, suite="longbench", category="qa", method="sdtp")["prompt_tokens"] == 1450
+    assert row(part, suite="ruler", category="average", method="sdtp")["prompt_tokens"] == 768
     assert (pruned["value_paper"], pruned["compression_paper"]) == (39.82, 1.61)
     assert row(part, suite="longbench", category="average", method="unpruned")["value_paper"] == 42.34
     half = row(part, suite="longbench", category="average", method="sdtp-half")
@@ -207,9 +262,21 @@ def test_categories_of_a_suite_stand_with_compression_speed_and_the_papers_avera
     assert row(part, method="llmlingua2")["why"] == "no weights"
 
 
+def test_papers_average_is_that_of_the_english_tasks() -> None:
+    chinese = scores("longbench").assign(language="zh", value=1.0)
+    table = pd.concat([scores("longbench"), chinese], ignore_index=True)
+    part = table_1({"longbench": table}, PROMPTS, {}, lambda *_: None, [], numbers("table-1", MISTRAL, load()))
+    assert list(part.rows["category"][:2]) == ["qa", "average"]
+    assert set(part.rows["category"]) == {"qa", "average", "qa, Chinese", "average, Chinese"}
+    assert row(part, category="average", method="sdtp")["value_paper"] == 39.82
+    other = row(part, category="average, Chinese", method="sdtp")
+    assert other["value"] == 1.0
+    assert np.isnan(other["value_paper"])
+
+
 def test_table_without_a_column_is_refused_by_name() -> None:
     with pytest.raises(UserError, match=r"ruler\.csv: no column n, difference; accepted: task"):
-        table_1({"ruler": scores("ruler").drop(columns=["n", "difference"])}, {}, lambda *_: None, [], {})
+        table_1({"ruler": scores("ruler").drop(columns=["n", "difference"])}, PROMPTS, {}, lambda *_: None, [], {})
 
 
 def test_tasks_of_the_paper_that_were_not_run_follow_the_local_ones() -> None:
@@ -247,6 +314,7 @@ def test_sweep_has_its_place_in_words_and_none_without_stages(name: str, by: str
 def compression() -> pd.DataFrame:
     common = {"task": "continuation", "metric": "loss", "keep_ratio": 0.8, "n": 12, "low": 3.0, "high": 4.0}
     common |= dict.fromkeys(("difference", "difference_low", "difference_high"), 0.25)
+    common |= {"p_holm": 0.02, "verdict": "worse"}
     rows = [
         {"method": "sdtp", "value": 3.5, "cache_share": 0.5, "prefill_speedup": 2.0},
         {"method": "sdtp+h2o", "value": 3.75, "cache_share": 0.2, "prefill_speedup": 1.9},
@@ -261,9 +329,63 @@ def test_compression_on_top_stands_with_the_cache_that_is_left() -> None:
     assert (on_top["value"], on_top["difference"], on_top["cache_share"], on_top["cache_share_paper"]) == (
         3.75, 0.25, 0.2, 0.4,
     )  # fmt: skip
+    assert (on_top["p_holm"], on_top["verdict"]) == (0.02, "worse")
     assert (on_top["decode_speedup"], on_top["end_to_end_speedup"], on_top["prefill_speedup"]) == (1.1, 1.5, 1.9)
-    [left] = table_6(None, missing.compression("tiny"), {}).rows.to_dict("records")
+    [left] = table_6(None, missing.compression(AGAIN, ["fastkv"], None), {}).rows.to_dict("records")
     assert (left["method"], left["why"][:13]) == ("sdtp+h2o", "peers.methods")
+    assert overlay_of(left["command"]) == {"peers": {"methods": ["fastkv", "sdtp+h2o"]}}
+
+
+def test_model_that_no_rule_attaches_to_is_the_reason_and_another_is_needed() -> None:
+    [left] = missing.compression(
+        AGAIN, ["sdtp-half"], "Bloom is not supported by peers: its positions are ALiBi biases"
+    )
+    assert left["why"].startswith("Bloom is not supported by peers: its positions are ALiBi biases; ")
+    changes = overlay_of(left["command"])
+    assert changes["peers"] == {"methods": ["sdtp-half", "sdtp+h2o"]}
+    assert changes["run"] == "tiny-compression"
+    assert changes["model"]["source"]["ref"] == "MODEL"
+
+
+def overlay_of(command: str) -> dict[str, Any]:
+    """The configuration that the shell writes for a command, once it is clear that the workflow is given it last."""
+    words = shlex.split(command)
+    write = words[words.index("echo") :]
+    assert write[2:5] == [">", write[3], "&&"]
+    assert write[5:9] == [".venv/bin/snakemake", "paper", "--cores", "all"]
+    assert write[9:] == ["--configfile", "config/tiny.yaml", write[3]]
+    found: dict[str, Any] = yaml.safe_load(write[1])
+    return found
+
+
+def test_commands_state_what_is_needed_beside_what_the_run_was_given() -> None:
+    again = missing.Again("tiny", ["config/tiny.yaml"], {"run": "tiny", "suites": {"keep_ratios": [0.5]}})
+    [left] = missing.longbench(again)
+    assert overlay_of(left["command"]) == {
+        "run": "tiny",
+        "suites": {"keep_ratios": [0.5], "longbench": {"source": missing.LONGBENCH}},
+    }
+    assert again.overrides["suites"] == {"keep_ratios": [0.5]}
+    papers = yaml.safe_load((ROOT / "config" / "paper" / "mistral-7b.yaml").read_text(encoding="utf-8"))
+    assert papers["suites"]["longbench"]["source"] == missing.LONGBENCH
+    [left] = missing.llmlingua(AGAIN)
+    assert left["command"].startswith("make llmlingua && echo ")
+    assert overlay_of(left["command"]) == {"paper": {"llmlingua": missing.LLMLINGUA}}
+    assert overlay_of(missing.length(AGAIN, [512, 256], 8064, None)) == {
+        "benchmark": {"prompt_tokens": [256, 512, 8064]}
+    }
+    longer = overlay_of(missing.length(AGAIN, [512], 131072, 131200))
+    assert (longer["run"], longer["model"]["source"]["ref"]) == ("tiny-131072", "MODEL")
+
+
+def test_run_without_a_file_of_its_own_is_run_again_without_one() -> None:
+    plain = missing.Again.from_json("default", "")
+    assert plain.command("more", {"seed": 1}) == (
+        "echo '{seed: 1}' > results/default/more.yaml && "
+        ".venv/bin/snakemake paper --cores all --configfile results/default/more.yaml"
+    )
+    given = missing.Again.from_json("a", '{"files": ["my config.yaml"], "overrides": {"run": "a"}}')
+    assert given.command("more", {}).endswith("--configfile 'my config.yaml' results/a/more.yaml")
 
 
 def test_speeds_are_those_at_the_longest_timed_length() -> None:
@@ -274,7 +396,9 @@ def test_speeds_are_those_at_the_longest_timed_length() -> None:
         ],
         columns=["method", "keep_ratio", "timed_tokens", "prefill_speedup", "end_to_end_speedup"],
     )  # fmt: skip
-    assert speeds_of(timed) == {("sdtp", 0.9): (1.5, 1.2), ("unpruned", 1.0): (1.0, 1.0)}
+    assert speeds_of(timed) == {
+        ("sdtp", 0.9): Speed(1.5, 1.2, timed_tokens=512), ("unpruned", 1.0): Speed(1.0, 1.0, timed_tokens=512),
+    }  # fmt: skip
 
 
 def score(id_: str, value: float, tokens: int, **changes: Any) -> dict[str, Any]:
@@ -292,7 +416,7 @@ def test_llmlingua_is_the_unpruned_model_on_shorter_prompts() -> None:
     own = {0.8: [score("a", 0.0, 30), score("b", 50.0, 50)]}
     both = with_llmlingua(table, unpruned, own)
     assert len(both) == len(table) + len(table) // 2
-    part = table_1({"ruler": both}, {}, lambda method, ratio: 1.5 if method == "sdtp" else None, [], {})
+    part = table_1({"ruler": both}, unpruned, {}, lambda method, *_: 1.5 if method == "sdtp" else None, [], {})
     found = row(part, method="llmlingua2", category="average")
     assert (found["keep_ratio"], found["value"], found["difference"], found["n"]) == (0.8, 25.0, -50.0, 2)
     # 200 tokens of which 80 were left, before the first layer.
@@ -303,6 +427,24 @@ def test_llmlingua_is_the_unpruned_model_on_shorter_prompts() -> None:
 
 
 def test_papers_tasks_are_left_out_of_those_not_run_once_they_ran() -> None:
-    left = missing.harness("tiny", ["copa", "sdtp_fact"])
-    assert [one["task"] for one in left] == ["piqa", "winogrande", "mathqa", "boolq", "cb", "wic", "wsc"]
-    assert "--tasks piqa --num_fewshot 5 --model_args pretrained=results/tiny/model" in left[0]["command"]
+    left = missing.harness(AGAIN, ["copa", "sdtp_fact"])
+    others = ["piqa", "winogrande", "mathqa", "boolq", "cb", "wic", "wsc"]
+    assert [one["task"] for one in left] == others
+    # At the run's own keep ratios, and into its own table.
+    [command] = {one["command"] for one in left}
+    assert overlay_of(command) == {"harness": {"tasks": ["copa", "sdtp_fact", *others]}}
+
+
+def test_p_values_count_llmlingua_among_the_methods_that_are_looked_at() -> None:
+    unpruned = [score(str(number), 100.0, 100) for number in range(8)]
+    pruned = {"score": 50.0, "method": "sdtp", "keep_ratio": 0.8, "kept_tokens": 40}
+    made = suite_table(suite_cells([*unpruned, *({**row, **pruned} for row in unpruned)]))
+    read = pd.read_csv(io.StringIO(made.to_csv(index=False)))
+    shorter = {0.8: [{**row, "score": 0.0, "prompt_tokens": 40, "kept_tokens": 40} for row in unpruned]}
+    for table in (made, read):
+        both = with_llmlingua(table, unpruned, shorter)
+        whole = both[(both["category"] == "all") & both["length"].isna() & both["p_value"].notna()]
+        assert list(whole["method"]) == ["sdtp", "llmlingua2"]
+        assert whole["p_value"].tolist() == [2 / 2**8] * 2  # of all signs, one as far on either side
+        assert whole["p_holm"].tolist() == [2 * 2 / 2**8] * 2
+        assert whole["verdict"].tolist() == ["worse"] * 2

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from transformers import LlamaConfig
+from transformers import BloomConfig, LlamaConfig
 
 from sdtp.pipeline.files import write_jsonl
 from sdtp.pipeline.paper.names import PARTS
@@ -21,6 +21,11 @@ report_folder = report_folder  # a fixture
 
 SVG = '<svg xmlns="http://www.w3.org/2000/svg"/>'
 LAYERS = 12
+# Scores of the unpruned model, of each suite's one category.
+WHOLE = [
+    *(score("r", 50.0, tokens, category="qa") for tokens in (100, 1000)),
+    score("l", 50.0, 7000, suite="longbench", category="qa", task="hotpotqa"),
+]
 
 
 @pytest.fixture
@@ -40,6 +45,10 @@ def run(report_folder: Path) -> Path:
     }
     for name, rows in evaluations.items():
         write_jsonl(report_folder / f"{name}.jsonl", rows)
+    for name, updates in (("full", 640), ("without-rank", 640), ("without-rank-and-mse", 0)):
+        counted = {"label_updates": updates, "optimizer_steps": 8, "kept_step": 8}
+        (report_folder / f"{name}.json").write_text(json.dumps(counted))
+    write_jsonl(report_folder / "whole.jsonl", WHOLE)
     timed = pd.DataFrame(
         [("sdtp", 0.9, 512, 1.5, 1.2)],
         columns=["method", "keep_ratio", "timed_tokens", "prefill_speedup", "end_to_end_speedup"],
@@ -56,7 +65,7 @@ def run(report_folder: Path) -> Path:
     for name, table in tables.items():
         table.to_csv(report_folder / "tables" / f"{name}.csv", index=False)
     (report_folder / "figures").mkdir()
-    for name in ("tradeoff", "ruler-heatmap"):
+    for name in ("tradeoff-suites", "ruler-heatmap"):
         (report_folder / "figures" / f"{name}.svg").write_text(SVG)
     return report_folder
 
@@ -77,7 +86,9 @@ def call(folder: Path, *more: str, ref: str = "mistralai/Mistral-7B-v0.1", **cha
         "unpruned": ["unpruned.jsonl"],
         "full": ["full.jsonl"],
         "variants": ["without-rank.jsonl", "without-rank-and-mse.jsonl"],
-        "figures": ["figures/tradeoff.svg", "figures/ruler-heatmap.svg"],
+        "training": ["full.json", "without-rank.json", "without-rank-and-mse.json"],
+        "suite-scores": ["whole.jsonl"],
+        "figures": ["figures/tradeoff-suites.svg", "figures/ruler-heatmap.svg"],
         "output": ["paper"],
         "metrics": ["metrics/paper.json"],
         **{name: [f"tables/{name}.csv"] for name in ("ruler", "harness", "stage-position", "stage-count", "tradeoff")},
@@ -112,24 +123,29 @@ def test_what_the_configuration_lacks_is_not_run_and_the_rest_is(run: Path) -> N
     assert [why[:24] for why in left["table-1"]] == ["LongBench's data are a d", "LLMLingua-2's weights ar"]
     assert len(left["table-3"]) == 8
     assert len(left["table-6"]) == 1
-    # 4K fits into 8,192 positions and was not asked for.
-    found = [why.partition(" and ")[0] for why in left["table-2"]]
-    assert found[0].startswith("not among benchmark.prompt_tokens")
-    assert found[1:] == ["8,192", "16,384", "32,768", "65,536", "131,072"]
+    assert left["table-6"][0].startswith("peers.methods has no rule on top")
+    # 4K fits into 8,192 positions and was not asked for; 8K does with the new tokens taken off.
+    assert [why.startswith("not among benchmark.prompt_tokens") for why in left["table-2"]] == 2 * [True] + 4 * [False]
+    assert "; 8,176 counts, the longest that 16 new tokens leave of 8,192 positions" in left["table-2"][1]
     assert not any(left[name] for name in ("figure-1", "figure-2", "table-4", "table-5", "figure-4", "figure-5"))
     # The paper's numbers that nothing was run for stand there all the same.
     assert tables["table-2"]["prefill_speedup_paper"].notna().sum() == 6
 
 
 def test_longbench_and_llmlingua_stand_where_they_were_run(run: Path) -> None:
-    rows = [score("a", 100.0, 100), score("b", 50.0, 100)]
-    write_jsonl(run / "whole.jsonl", rows)
+    rows = [score("a", 100.0, 100, category="qa"), score("b", 50.0, 100, category="qa")]
+    write_jsonl(run / "whole.jsonl", [*rows, WHOLE[-1]])
     shortened = {"score": 25.0, "prompt_tokens": 50, "kept_tokens": 50}
     write_jsonl(run / "scores-0.9.jsonl", [{**row, **shortened} for row in rows])
+    times = {"prompt_tokens": 512, "prefill_s": [2.0], "end_to_end_s": [3.0]}
+    own = {**times, "method": "llmlingua2", "prefill_s": [0.5], "end_to_end_s": [1.5], "shortening_s": [0.5]}
+    speeds = {"keep_ratio": 0.9, "rows": [{**times, "method": "unpruned"}, own]}
+    (run / "speed-0.9.json").write_text(json.dumps(speeds))
     tables = call(
         run,
         longbench=["tables/longbench.csv"],
-        **{"suite-scores": ["whole.jsonl"], "llmlingua": ["scores-0.9.jsonl"]},
+        llmlingua=["scores-0.9.jsonl"],
+        **{"llmlingua-speeds": ["speed-0.9.json"]},
     )
     table = tables["table-1"]
     assert table["why"].isna().all()
@@ -137,17 +153,55 @@ def test_longbench_and_llmlingua_stand_where_they_were_run(run: Path) -> None:
     assert average.loc["sdtp", ["value", "value_paper", "compression_paper"]].tolist() == [41.0, 39.82, 1.61]
     found = table[(table["method"] == "llmlingua2") & (table["category"] == "average")].iloc[0]
     assert (found["suite"], found["keep_ratio"], found["value"], found["compression"]) == ("ruler", 0.9, 25.0, 2.0)
+    assert (found["prefill_speedup"], found["end_to_end_speedup"], found["shortening_s"]) == (2.0, 1.5, 0.5)
+    assert found["timed_tokens"] == 512
+    pruned = table[(table["method"] == "sdtp") & (table["category"] == "average")].iloc[0]
+    assert pd.isna(pruned["shortening_s"])
 
 
 def test_compression_is_the_mean_of_the_layers_of_the_runs_schedule(run: Path) -> None:
     table = call(run)["table-1"].query("category == 'average' and suite == 'ruler'").set_index("method")
-    # Stages before layers 4, 6, 8, 10 of 12, each keeping 0.9 of 1,024: 4 layers whole, then 2 each.
-    kept = [round(0.9**stage * 1024) for stage in (1, 2, 3, 4)]
-    assert table.loc["sdtp", "compression"] == pytest.approx(1024 * 12 / (4 * 1024 + 2 * sum(kept)))
+    # Stages before layers 4, 6, 8, 10 of 12, each keeping 0.9 of what is left of 100 and of 1,000: 4 layers whole, 2
+    # layers each after.
+    kept = [round(0.9**stage * 100) + round(0.9**stage * 1000) for stage in (1, 2, 3, 4)]
+    assert table.loc["sdtp", "compression"] == pytest.approx(1100 * 12 / (4 * 1100 + 2 * sum(kept)))
     # Every second stage: before layers 4 and 8, four layers each.
-    assert table.loc["sdtp-half", "compression"] == pytest.approx(1024 * 12 / (4 * 1024 + 4 * (kept[0] + kept[1])))
+    assert table.loc["sdtp-half", "compression"] == pytest.approx(1100 * 12 / (4 * 1100 + 4 * (kept[0] + kept[1])))
     assert table.loc["unpruned", "compression"] == 1.0
-    assert table.loc["sdtp", "prefill_speedup"] == 1.5
+    assert table.loc["sdtp", ["prefill_speedup", "timed_tokens", "prompt_tokens"]].tolist() == [1.5, 512, 550]
+
+
+def test_longbench_is_compressed_at_its_own_lengths(run: Path) -> None:
+    table = call(run, longbench=["tables/longbench.csv"])["table-1"].query("category == 'average'")
+    found = table.set_index(["suite", "method"])["compression"]
+    kept = [round(0.9**stage * 7000) for stage in (1, 2, 3, 4)]
+    assert found["longbench", "sdtp"] == pytest.approx(7000 * 12 / (4 * 7000 + 2 * sum(kept)))
+    assert found["ruler", "sdtp"] != found["longbench", "sdtp"]
+
+
+def test_updates_of_each_pruner_stand_beside_its_quality(run: Path) -> None:
+    tables = call(run)
+    for name, updates in (("table-4", [640, 640]), ("table-5", [640, 0])):
+        rows = tables[name].query("metric == 'loss' and variant != 'unpruned'")
+        assert rows["label_updates"].tolist() == updates
+        assert rows["optimizer_steps"].tolist() == [8, 8]
+    assert "the fit falls away with them" in (run / "paper" / "paper.md").read_text()
+
+
+def test_model_that_no_rule_attaches_to_is_told_in_the_rules_own_words(run: Path) -> None:
+    BloomConfig(hidden_size=32, n_layer=LAYERS, n_head=4, vocab_size=6).save_pretrained(run / "model")
+    [why] = call(run)["table-6"]["why"]
+    assert why.startswith("BloomForCausalLM is not supported by peers: its positions are ALiBi biases; ")
+
+
+def test_commands_name_the_files_that_the_run_was_given(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDTP_CONFIGURED", json.dumps({"files": ["config/own.yaml"], "overrides": {"seed": 7}}))
+    tables = call(run)
+    commands = [command for table in tables.values() for command in table["command"].dropna()]
+    assert len(commands) == 2 + 6 + 8 + 1
+    for command in commands:
+        assert "{seed: 7, " in command
+        assert " --configfile config/own.yaml results/" in command
 
 
 def test_model_that_the_paper_does_not_have_has_none_of_its_numbers(run: Path) -> None:

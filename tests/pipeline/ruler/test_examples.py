@@ -49,6 +49,27 @@ def test_prompt_is_the_message_in_its_template_and_a_question_follows_the_text(m
 
 
 @pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("template", [TURNS, None])
+def test_context_is_the_text_without_instruction_question_and_template(
+    make_tokenizer: Make, task: str, template: str | None
+) -> None:
+    tokenizer = make_tokenizer(template=template)
+    for example in examples(tokenizer, task):
+        start, end = example.context
+        head, inner, tail = (
+            decode(tokenizer, example.prompt_ids[piece])
+            for piece in (slice(start), slice(start, end), slice(end, None))
+        )
+        body = example.prompt.split("\n\nQuestion: ")[0]
+        assert body.endswith(inner)
+        # What is before the text is said of every example alike, and is no white space.
+        assert ("" if template is None else "[turn]user\n") + body[: -len(inner)] == head
+        assert inner.startswith(" ")
+        assert len(inner) > 3 * len(head)
+        assert tail.startswith("\n\nQuestion: ")
+
+
+@pytest.mark.parametrize("task", TASKS)
 def test_every_reference_is_in_the_prompt_and_none_is_given_away_by_the_question(
     make_tokenizer: Make, task: str
 ) -> None:

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 import jieba
 import rouge
 
+from sdtp.evaluation.longbench.references import paragraph_number
 from sdtp.evaluation.longbench.tasks import Metric
 
 # It reports the loading of its dictionary on stderr, at every start.
@@ -150,19 +151,6 @@ BY_NAME: dict[Metric, Callable[[str, str], float]] = {
     Metric.COUNT: count,
     Metric.CODE_SIMILARITY: code_similarity,
 }
-_PARAGRAPH = {Metric.RETRIEVAL: "Paragraph ", Metric.RETRIEVAL_ZH: "段落"}
-
-
-def paragraph_number(reference: str, metric: Metric) -> str:
-    """The digits after the word for a paragraph in a reference of `RETRIEVAL` or `RETRIEVAL_ZH`.
-
-    Raises:
-        ValueError: the reference has no such word with a number.
-    """
-    found = re.search(_PARAGRAPH[metric] + r"(\d+)", reference)
-    if found is None:
-        raise ValueError(f'{reference!r} names no paragraph; "{_PARAGRAPH[metric]}" and a number are needed')
-    return found.group(1)
 
 
 def _english_words(text: str) -> list[str]:

@@ -2,35 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sdtp.evaluation.generation import greedy, stop_tokens
-from sdtp.evaluation.longbench.tasks import task
+from sdtp.evaluation.longbench.tasks import Prompt, task
 from sdtp.evaluation.peers.peer import Peer
 from sdtp.pruning.pruner import TokenPruner
-
-
-@dataclasses.dataclass(frozen=True)
-class Prompt:
-    """One prompt as the model is given it.
-
-    Attributes:
-        id: of the example, unique in its task.
-        task: its name.
-        ids: token ids, at least one.
-        tokens_cut: tokens that were cut out of its middle.
-        chat: whether it is in the model's chat template.
-    """
-
-    id: str
-    task: str
-    ids: list[int]
-    tokens_cut: int
-    chat: bool
 
 
 def predict(

@@ -1,4 +1,4 @@
-"""The 21 tasks: category, language, most tokens of an answer, metric, and the rules that go with the category."""
+"""The 21 tasks: category, language, longest answer, metric, the rules that go with a category; and what a prompt is."""
 
 from __future__ import annotations
 
@@ -71,6 +71,27 @@ class Task:
     def stops_at_newline(self) -> bool:
         """Whether a newline ends generation, as it does for the one task where models never stop at an answer."""
         return self.name == "samsum"
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """One prompt as the model is given it.
+
+    Attributes:
+        id: of the example, unique in its task.
+        task: its name.
+        ids: token ids, at least one.
+        context: where in `ids` the example's context begins and ends; around it are instruction, question and template.
+        tokens_cut: tokens that were cut out of its middle.
+        chat: whether it is in the model's chat template.
+    """
+
+    id: str
+    task: str
+    ids: list[int]
+    context: tuple[int, int]
+    tokens_cut: int
+    chat: bool
 
 
 _ENGLISH, _CHINESE, _CODE = Language.ENGLISH, Language.CHINESE, Language.CODE

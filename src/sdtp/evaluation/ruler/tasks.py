@@ -29,6 +29,7 @@ class RulerExample:
         length: prompt tokens that were asked for; `prompt_ids` has as many, seldom a few less.
         depth: where the single fact stands, 0 before the text and 1 after it; None for tasks that draw it.
         prompt_ids: what the model is given.
+        context: where in `prompt_ids` the text begins and ends; around it are instruction, question and template.
         prompt: the message before template and reply.
         references: what has to be in the prediction.
         max_new_tokens: most tokens of a prediction.
@@ -41,6 +42,7 @@ class RulerExample:
     length: int
     depth: float | None
     prompt_ids: list[int]
+    context: tuple[int, int]
     prompt: str
     references: list[str]
     max_new_tokens: int

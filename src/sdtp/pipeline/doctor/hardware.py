@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 import warnings
-from pathlib import Path
 from typing import Any
 
 from sdtp.errors import UserError
+from sdtp.host_memory import available_memory
 from sdtp.pipeline.devices import visible_gpus
 from sdtp.pipeline.doctor.finding import INSTALL, Finding, import_torch, one_line
 from sdtp.pipeline.formats import memory
@@ -66,24 +65,6 @@ def _host() -> Finding:
         advice = f"a job of the default run needs up to {memory(JOB_BYTES)}: end other programs, give fewer --cores"
         return Finding("CPU", "warning", found, advice)
     return Finding("CPU", "ok", found)
-
-
-def available_memory(root: Path = Path("/")) -> int | None:
-    """Bytes that programs can still have: of the machine, or of the control group if that has fewer left; None where
-    the system does not say."""
-    try:
-        information = (root / "proc/meminfo").read_text()
-    except OSError:
-        return None
-    found = re.search(r"^MemAvailable: +([0-9]+) kB", information, re.MULTILINE)
-    if found is None:
-        return None
-    free = int(found[1]) * 1024
-    try:
-        limit, used = ((root / "sys/fs/cgroup" / name).read_text().strip() for name in ("memory.max", "memory.current"))
-    except OSError:  # no limit on the whole machine, or control groups of the older kind
-        return free
-    return free if limit == "max" else max(0, min(free, int(limit) - int(used)))
 
 
 def _gpu(torch: Any, index: int) -> Finding:

@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sdtp.pipeline.ablations import ablation_table
+from sdtp.pipeline.ablations import ablation_table, all_rows
 from sdtp.pipeline.paper.names import ABLATIONS
 from sdtp.pipeline.paper.part import Part, Value, part
 from sdtp.pipeline.paper.published import Numbers
+from sdtp.pipeline.tables import quality_cells
 
 ABOUT = {
     "table-4": "The paper's pruner, and one trained without the ranking loss.",
-    "table-5": "The paper's pruner, and one trained without the ranking loss and without the value loss (MSE).",
+    "table-5": "The paper's pruner, and one trained without the ranking loss and without the value loss (MSE). These "
+    "are all that the labels are fitted by, so that the fit falls away with them: that pruner has its optimizer steps "
+    "alone, and the difference is that of fewer updates too.",
 }
 MORE = (
     " Here both are measured on the run's own test examples, and the difference is paired on the same ones. Every loss "
-    "but those left out keeps the weight that the run's configuration gives it."
+    "but those left out keeps the weight that the run's configuration gives it. Beside each pruner stand its updates: "
+    "those of the fit to the labels, then the steps of the optimizer through the pruned model."
 )
 VARIANTS = dict(zip(ABOUT, ABLATIONS, strict=True))
 FULL = "full"
@@ -24,27 +28,36 @@ KEYS = {"task": "Task", "metric": "Metric", "variant": "Trained", "keep_ratio": 
 VALUES = (
     Value("value", "Mean", interval=True),
     Value("difference", "Minus full, paired", "signed", interval=True, published=False),
+    Value("label_updates", "Label updates", published=False),
+    Value("optimizer_steps", "Optimizer steps", published=False),
 )
+
+UPDATES = ("label_updates", "optimizer_steps")
 
 Rows = Sequence[Mapping[str, Any]]
 
 
-def ablation(name: str, unpruned: Rows, full: Rows, variant: Rows, published: Numbers) -> Part:
+def ablation(
+    name: str, unpruned: Rows, full: Rows, variant: Rows, training: Sequence[Mapping[str, int]], published: Numbers
+) -> Part:
     """A row each task, metric, pruner and keep ratio, those of the unpruned model first.
 
     Args:
         name: `table-4` or `table-5`.
         unpruned, full, variant: evaluation rows of the unpruned model, of the run's pruner and of the one
             without a loss.
+        training: `sdtp.pipeline.ablations.TRAINING_COLUMNS` of these two pruners.
         published: the paper's numbers.
 
     Raises:
         UserError: they were evaluated on other examples.
     """
-    table = ablation_table(unpruned, {FULL: full, VARIANTS[name]: variant})
+    pruners = (FULL, VARIANTS[name])
+    evaluated = all_rows(unpruned, dict(zip(pruners, (full, variant), strict=True)))
+    table = ablation_table(evaluated, quality_cells(evaluated), dict(zip(pruners, training, strict=True)))
     rows = [
         {
-            **{key: row[key] for key in ("task", "metric", "keep_ratio", "value", "n")},
+            **{key: row[key] for key in ("task", "metric", "keep_ratio", "value", "n", *UPDATES)},
             "method": row["variant"] or row["method"],
             "variant": row["variant"] or row["method"],
             "value_low": row["ci_low"],

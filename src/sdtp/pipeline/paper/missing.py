@@ -2,55 +2,134 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import dataclasses
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import yaml
 
 from sdtp.evaluation.names import PAPER_TASKS
 from sdtp.pipeline.paper.part import not_run
 
 LLMLINGUA = "microsoft/llmlingua-2-xlm-roberta-large-meetingbank"
+LONGBENCH = {
+    "kind": "hub",
+    "ref": "zai-org/LongBench",
+    "revision": "5e628be450b7e67fb7ae6e201bd6d8f7056f7672",
+    "sha256": None,
+}
+# Stands for a model that whoever runs the command has to choose.
+MODEL = {"kind": "hub", "ref": "MODEL", "revision": None, "sha256": None}
 
 
-def again(run: str) -> str:
-    """What runs the workflow on a run's configuration once more."""
-    return f"snakemake paper --cores all --configfile FILE  # that of run {run}"
+@dataclasses.dataclass(frozen=True)
+class Again:
+    """How a run was configured, and so how it is made once more with other values of some keys.
+
+    Attributes:
+        run: its name.
+        files: the configuration files that Snakemake was given, in their order.
+        overrides: what its `--config` set on top of them.
+    """
+
+    run: str
+    files: Sequence[str] = ()
+    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, run: str, text: str) -> Self:
+        """Of a run's name and an object of `files` and `overrides`; an empty text is neither."""
+        return cls(run, **json.loads(text or "{}"))
+
+    def command(self, name: str, changes: Mapping[str, Any]) -> str:
+        """A line for a shell that runs the workflow with other values.
+
+        They go through a file: what `--config` takes below a block arrives as text, numbers and nulls too.
+
+        Args:
+            name: of the file, without suffix.
+            changes: nested, as in a configuration; a list or a source as a whole.
+        """
+        path = f"results/{self.run}/{name}.yaml"
+        text = yaml.safe_dump(
+            _laid_over(self.overrides, changes), default_flow_style=True, sort_keys=False, width=float("inf")
+        )
+        files = " ".join(map(shlex.quote, [*self.files, path]))
+        return (
+            f"echo {shlex.quote(text.strip())} > {shlex.quote(path)} && "
+            f".venv/bin/snakemake paper --cores all --configfile {files}"
+        )
 
 
-def longbench(run: str) -> list[dict[str, Any]]:
+def _laid_over(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        below = merged.get(key)
+        merged[key] = _laid_over(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def longbench(again: Again) -> list[dict[str, Any]]:
     """LongBench without its data."""
     why = (
         "LongBench's data are a download; suites.longbench.source names a folder of the official JSON lines, or its "
         "hub id, and is null here"
     )
-    return [not_run(why, again(run), suite="longbench", category="average", method="sdtp")]
+    command = again.command("longbench", {"suites": {"longbench": {"source": LONGBENCH}}})
+    return [not_run(why, command, suite="longbench", category="average", method="sdtp")]
 
 
-def llmlingua(run: str) -> list[dict[str, Any]]:
+def llmlingua(again: Again) -> list[dict[str, Any]]:
     """LLMLingua-2 without its weights."""
     why = (
         f"LLMLingua-2's weights are a download ({LLMLINGUA}); paper.llmlingua names them or a folder, and is null here"
     )
-    return [not_run(why, again(run), suite="ruler", category="average", method="llmlingua2")]
+    command = f"make llmlingua && {again.command('llmlingua', {'paper': {'llmlingua': LLMLINGUA}})}"
+    return [not_run(why, command, suite="ruler", category="average", method="llmlingua2")]
 
 
-def compression(run: str) -> list[dict[str, Any]]:
-    """Cache compression where no method of the configuration has a rule on top."""
-    return [
-        not_run("peers.methods has no rule on top of sdtp; with sdtp+h2o there, it has", again(run), method="sdtp+h2o")
-    ]
+def compression(again: Again, methods: Sequence[str], refusal: str | None) -> list[dict[str, Any]]:
+    """Cache compression where no method of the configuration has a rule on top.
+
+    Args:
+        again: how the run was configured.
+        methods: its `peers.methods`.
+        refusal: why no rule can be put on top of anything with this model; None where one can.
+    """
+    changes: dict[str, Any] = {"peers": {"methods": [*methods, "sdtp+h2o"]}}
+    if refusal is None:
+        why = "peers.methods has no rule on top of sdtp; with sdtp+h2o there, it has"
+        return [not_run(why, again.command("compression", changes), method="sdtp+h2o")]
+    why = f"{refusal}; the command is for another model in place of MODEL, as a run of its own"
+    changes |= {"run": f"{again.run}-compression", "model": {"source": MODEL}}
+    return [not_run(why, again.command("compression", changes), method="sdtp+h2o")]
 
 
-def harness(run: str, ran: Sequence[str]) -> list[dict[str, Any]]:
-    """Those of the paper's tasks that were not run."""
-    why = "its questions are a download"
-    return [
-        not_run(
-            why,
-            f"sdtp-lm-eval --model sdtp --tasks {task} --num_fewshot 5 "
-            f"--model_args pretrained=results/{run}/model,pruner=results/{run}/pruner",
-            task=task,
-            method="sdtp",
-        )
-        for task in PAPER_TASKS
-        if task not in ran
-    ]
+def harness(again: Again, tasks: Sequence[str]) -> list[dict[str, Any]]:
+    """Those of the paper's tasks that were not run; one command runs them all.
+
+    Args:
+        again: how the run was configured.
+        tasks: its `harness.tasks`.
+    """
+    left = [task for task in PAPER_TASKS if task not in tasks]
+    command = again.command("harness", {"harness": {"tasks": [*tasks, *left]}})
+    why = "its questions are a download, and harness.tasks does not name it here"
+    return [not_run(why, command, task=task, method="sdtp") for task in left]
+
+
+def length(again: Again, timed: Sequence[int], tokens: int, positions: int | None) -> str:
+    """What times a prompt of `tokens` tokens as well.
+
+    Args:
+        again: how the run was configured.
+        timed: its `benchmark.prompt_tokens`.
+        tokens: of the prompt.
+        positions: that a model needs which has to take this one's place; None where the run's own has room.
+    """
+    changes: dict[str, Any] = {"benchmark": {"prompt_tokens": sorted({*timed, tokens})}}
+    if positions is not None:
+        changes |= {"run": f"{again.run}-{tokens}", "model": {"source": MODEL}}
+    return again.command(f"length-{tokens}", changes)

@@ -121,7 +121,9 @@ def _measured(row: Mapping[Any, Any], value: Value) -> str:
 
 
 def _number(value: Any, kind: str) -> str:
-    return NOTHING if value is None or pd.isna(value) else FORMATS[kind](float(value))
+    if value is None or pd.isna(value):
+        return NOTHING
+    return str(value) if kind == "text" else FORMATS[kind](float(value))
 
 
 def _key(value: Any) -> str:

@@ -22,7 +22,8 @@ class Value:
     Attributes:
         name: of the column; `{name}_low` and `{name}_high` are its 95% interval, `{name}_paper` is the paper's number.
         title: heading on the page.
-        kind: how it is written: `number`, `signed`, `change` (a relative one, as a percentage), `memory` (bytes).
+        kind: how it is written: `number`, `signed`, `change` (a relative one, as a percentage), `memory` (bytes),
+            `text`.
         interval: whether it has one.
         published: whether the paper states it, so that the paper's column stands beside it.
     """

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
 from sdtp.errors import UserError
+from sdtp.evaluation.longbench import tasks as longbench
 from sdtp.pipeline.paper.part import Part, Value, part
 from sdtp.pipeline.paper.published import Numbers
-from sdtp.pipeline.suite_tables import ALL, suite_cells, suite_table
+from sdtp.pipeline.paper.shortened import LLMLINGUA, Speed
+from sdtp.pipeline.results import with_verdicts
+from sdtp.pipeline.suite_tables import ALL, GROUP, suite_cells, suite_table
 
 # What a table of scores has of each cell, whichever suite it is of.
 SCORED = [
@@ -24,16 +28,20 @@ SCORED = [
     "difference",
     "difference_low",
     "difference_high",
+    "p_holm",
+    "verdict",
 ]
 SCORE = Value("value", "Score", interval=True)
 DIFFERENCE = Value("difference", "Minus unpruned, paired", "signed", interval=True, published=False)
+# What a bare interval leaves the reader to work out.
+JUDGED = (Value("p_holm", "p, adjusted", published=False), Value("verdict", "Verdict", "text", published=False))
 PREFILL, END_TO_END = Value("prefill_speedup", "Prefill speedup ×"), Value("end_to_end_speedup", "End-to-end speedup ×")
+SHORTENING = Value("shortening_s", "Of it shortening, s", published=False)
 
-LLMLINGUA = "llmlingua2"
-# (method, keep ratio) -> measured prefill and end-to-end speedup.
-Speeds = Mapping[tuple[str, float], tuple[float, float]]
-# Of a method and keep ratio the prompt's tokens over the mean that a layer sees; None for what has no stages.
-LayerMean = Callable[[str, float], float | None]
+# (method, keep ratio) -> what was measured.
+Speeds = Mapping[tuple[str, float], Speed]
+# Of a method, keep ratio and prompts' tokens: these over those that a layer sees on average; None without stages.
+LayerMean = Callable[[str, float, Sequence[int]], float | None]
 
 
 def scored(table: pd.DataFrame, name: str, more: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -51,6 +59,7 @@ def scored(table: pd.DataFrame, name: str, more: Sequence[str] = ()) -> list[dic
 
 def table_1(
     suites: Mapping[str, pd.DataFrame],
+    unpruned: Sequence[Mapping[str, Any]],
     speeds: Speeds,
     layer_mean: LayerMean,
     missing: Sequence[dict[str, Any]],
@@ -60,29 +69,48 @@ def table_1(
 
     Args:
         suites: `longbench` and `ruler`, those that were run, as `sdtp.pipeline.suite_tables.suite_table` gives them.
+        unpruned: scores of the unpruned model on all of their prompts, which say how long these are.
         speeds: what was timed.
         layer_mean: the compression as the mean over layers.
         missing: rows of `not_run`.
         published: the paper's numbers.
+
+    Raises:
+        UserError: a table without one of the columns, or of examples that the unpruned model has no scores of.
     """
     keys = {"suite": "Suite", "category": "Category", "method": "Method", "keep_ratio": "Keep ratio"}
     last = Value("last_compression", "Compression at the last layer ×", published=False)
-    values = (SCORE, DIFFERENCE, Value("compression", "Compression, mean of layers ×"), last, PREFILL, END_TO_END)
+    values = (
+        SCORE,
+        DIFFERENCE,
+        *JUDGED,
+        Value("prompt_tokens", "Prompt tokens, median", published=False),
+        Value("compression", "Compression, mean of layers ×"),
+        last,
+        PREFILL,
+        END_TO_END,
+        SHORTENING,
+        Value("timed_tokens", "Timed at, tokens", published=False),
+    )
     rows = []
     for name, table in suites.items():
-        for row in scored(categories(table), f"{name}.csv", ("category", "compression")):
+        for row in scored(categories(table), f"{name}.csv", ("category", "compression", "language")):
             arm = row["method"], row["keep_ratio"]
-            prefill, end_to_end = speeds.get(arm, (None, None))
+            own = prompt_tokens(unpruned, name, row)
+            measured = speeds.get(arm)
             rows.append(
                 {
                     **row,
                     "suite": name,
-                    "category": "average" if row["category"] == ALL else row["category"],
+                    "category": _category(row),
+                    "prompt_tokens": statistics.median(own),
                     # A shortened text is as short for every layer.
-                    "compression": row["compression"] if arm[0] == LLMLINGUA else layer_mean(*arm),
+                    "compression": row["compression"] if arm[0] == LLMLINGUA else layer_mean(*arm, own),
                     "last_compression": row["compression"],
-                    "prefill_speedup": prefill,
-                    "end_to_end_speedup": end_to_end,
+                    "prefill_speedup": measured and measured.prefill,
+                    "end_to_end_speedup": measured and measured.end_to_end,
+                    "shortening_s": measured and measured.shortening_s,
+                    "timed_tokens": measured and measured.timed_tokens,
                 }
             )
     # The paper's numbers are LongBench's.
@@ -91,13 +119,47 @@ def table_1(
         "The paper scores LongBench's English tasks by category: the unpruned model, its pruner with ten stages and "
         "with five, and LLMLingua-2, which shortens the prompt's text. RULER-style tasks over local text are the "
         "analogue that needs no download; sdtp-half is the trained pruner at every second of its stages. Speedups were "
-        "measured of the method and keep ratio, at a length of their own.",
+        "measured of the method and keep ratio, at the length beside them and not on the suite's prompts; those of "
+        "LLMLingua-2 count the time that it takes to shorten the prompt, which has a column of its own.",
         keys,
         values,
         [*rows, *missing],
         published,
         lambda row: str(row["category"]) if row["suite"] == "longbench" else "",
     )
+
+
+def _category(row: Mapping[str, Any]) -> str:
+    """What a category is called; the paper's are of the English tasks."""
+    words = "average" if row["category"] == ALL else str(row["category"])
+    return f"{words}, Chinese" if row["language"] == "zh" else words
+
+
+def prompt_tokens(unpruned: Sequence[Mapping[str, Any]], suite: str, row: Mapping[str, Any]) -> list[int]:
+    """Tokens of each prompt that a row of a suite's table is about.
+
+    Args:
+        unpruned: scores of the unpruned model on whole prompts.
+        suite: the table's.
+        row: of a category, or of all of them, in a language or in none.
+
+    Raises:
+        UserError: there are none.
+    """
+    language = row["language"]
+    counted = None if pd.isna(language) else longbench.of_language(longbench.Language(language))
+    found = [
+        own["prompt_tokens"]
+        for own in unpruned
+        if own["suite"] == suite
+        and row["category"] in (ALL, own["category"])
+        and (counted is None or own["task"] in counted)
+    ]
+    if not found:
+        raise UserError(
+            f"--suite-scores: no score of {suite}'s category {row['category']}; the unpruned model's are needed"
+        )
+    return found
 
 
 def categories(table: pd.DataFrame) -> pd.DataFrame:
@@ -121,7 +183,12 @@ def table_3(harness: pd.DataFrame | None, missing: Sequence[dict[str, Any]], pub
         "unpruned and pruned. Multiple-choice questions over local text, in the same harness and with as many "
         "examples, are the analogue that needs no download.",
         {"task": "Task", "method": "Method", "keep_ratio": "Keep ratio"},
-        (Value("value", "Accuracy, %", interval=True), DIFFERENCE, Value("chance", "By guessing, %", published=False)),
+        (
+            Value("value", "Accuracy, %", interval=True),
+            DIFFERENCE,
+            *JUDGED,
+            Value("chance", "By guessing, %", published=False),
+        ),
         [*rows, *missing],
         published,
         lambda row: str(row["task"]),
@@ -136,7 +203,7 @@ def with_llmlingua(
     Args:
         table: as `sdtp.pipeline.suite_tables.suite_table` gives it.
         unpruned: scores of the unpruned model on the whole prompts.
-        own: the same on the shortened ones, by the keep ratio whose survivors they have.
+        own: the same on the shortened ones, by the keep ratio whose mean layer has as many tokens.
 
     Raises:
         UserError: other examples than the unpruned model's.
@@ -155,7 +222,8 @@ def with_llmlingua(
         for row in rows
     ]
     below = suite_table(suite_cells([*unpruned, *renamed]))
-    return pd.concat([table, below[below["method"] == LLMLINGUA]], ignore_index=True)
+    # Looked at together with the others, which the p-values have to be adjusted for.
+    return with_verdicts(pd.concat([table, below[below["method"] == LLMLINGUA]], ignore_index=True), GROUP)
 
 
 def table_6(compression: pd.DataFrame | None, missing: Sequence[dict[str, Any]], published: Numbers) -> Part:
@@ -170,13 +238,14 @@ def table_6(compression: pd.DataFrame | None, missing: Sequence[dict[str, Any]],
     values = (
         Value("value", "Mean", interval=True),
         Value("difference", "Minus the same without, paired", "signed", interval=True, published=False),
+        *JUDGED,
         Value("cache_share", "Cache, share of the whole prompt's"),
         PREFILL,
         Value("decode_speedup", "Decode speedup ×"),
         END_TO_END,
         Value("peak_memory_bytes", "Peak memory", "memory", published=False),
     )
-    more = ("metric", *(value.name for value in values[2:]))
+    more = ("metric", *(value.name for value in values if value.name not in SCORED))
     rows = [] if compression is None else scored(compression, "cache-compression.csv", more)
     return part(
         "table-6",
@@ -192,7 +261,7 @@ def table_6(compression: pd.DataFrame | None, missing: Sequence[dict[str, Any]],
     )
 
 
-def speeds_of(tradeoff: pd.DataFrame) -> Speeds:
+def speeds_of(tradeoff: pd.DataFrame) -> dict[tuple[str, float], Speed]:
     """What was timed of each method and keep ratio, at the longest of its lengths.
 
     Args:
@@ -200,6 +269,8 @@ def speeds_of(tradeoff: pd.DataFrame) -> Speeds:
     """
     timed = tradeoff.dropna(subset=["prefill_speedup"]).sort_values("timed_tokens", kind="stable")
     return {
-        (row["method"], row["keep_ratio"]): (row["prefill_speedup"], row["end_to_end_speedup"])
+        (row["method"], row["keep_ratio"]): Speed(
+            row["prefill_speedup"], row["end_to_end_speedup"], timed_tokens=int(row["timed_tokens"])
+        )
         for row in timed.to_dict("records")
     }

@@ -24,6 +24,7 @@ VALUES = (
     Value("end_to_end_tflop", "End-to-end TFLOP"),
     Value("flop_change", "End-to-end FLOPs against unpruned", "change"),
     Value("prefill_s", "Prefill s", published=False),
+    Value("scoring_s", "Of it scoring, s", published=False),
     Value("end_to_end_s", "End to end s", published=False),
     Value("prefill_speedup", "Prefill speedup ×"),
     Value("end_to_end_speedup", "End-to-end speedup ×"),
@@ -36,7 +37,8 @@ def table_2(
     latency: pd.DataFrame,
     decode_tflop: Callable[[int, int, float], float],
     context: int | None,
-    command: str,
+    new_tokens: int,
+    command: Callable[[int, int | None], str],
     published: Numbers,
 ) -> Part:
     """A row each prompt length and arm, the unpruned one first, and a row each length of the paper that was not timed.
@@ -45,7 +47,8 @@ def table_2(
         latency: as `sdtp.pipeline.results.read_latency` gives it.
         decode_tflop: of prompt length, new tokens and keep ratio (1.0: unpruned), the arithmetic of decoding.
         context: positions of the model; None where it states none.
-        command: what runs the workflow on this run's configuration; a length that was left out adds what it needs.
+        new_tokens: that this run decodes after each prompt.
+        command: of a prompt's tokens, and the positions that a model in place of this one needs or None, what times it.
         published: the paper's numbers.
     """
     rows: list[dict[str, Any]] = []
@@ -60,7 +63,7 @@ def table_2(
         for arm in arms:
             rows.append(
                 {
-                    **{key: arm[key] for key in (*KEYS, "prefill_tflop", "prefill_s", "end_to_end_s")},
+                    **{key: arm[key] for key in (*KEYS, "prefill_tflop", "prefill_s", "scoring_s", "end_to_end_s")},
                     **{key: arm[key] for key in ("prefill_speedup", "end_to_end_speedup", "peak_memory_bytes")},
                     "end_to_end_tflop": totals[arm["keep_ratio"]],
                     "flop_change": totals[arm["keep_ratio"]] / totals[1.0] - 1,
@@ -68,7 +71,7 @@ def table_2(
                 }
             )
     timed = {nominal(int(length)) for length in latency["prompt_tokens"].unique()}
-    rows += [_untimed(length, context, command) for length in LENGTHS if length not in timed]
+    rows += [_untimed(length, context, new_tokens, command) for length in LENGTHS if length not in timed]
     return part("table-2", ABOUT, KEYS, VALUES, rows, published, lambda row: str(nominal(row["prompt_tokens"])))
 
 
@@ -77,13 +80,18 @@ def nominal(tokens: int) -> int:
     return next((length for length in LENGTHS if 0.95 * length <= tokens <= length), int(tokens))
 
 
-def _untimed(length: int, context: int | None, command: str) -> dict[str, Any]:
-    keys: Mapping[str, Any] = {"prompt_tokens": length, "method": "sdtp", "keep_ratio": 0.9, "new_tokens": NEW_TOKENS}
-    if context is not None and length + NEW_TOKENS > context:
+def _untimed(
+    length: int, context: int | None, new_tokens: int, command: Callable[[int, int | None], str]
+) -> dict[str, Any]:
+    keys: Mapping[str, Any] = {"prompt_tokens": length, "method": "sdtp", "keep_ratio": 0.9, "new_tokens": new_tokens}
+    longest = length if context is None else min(length, context - new_tokens)
+    if nominal(longest) != length:
         why = (
-            f"{length:,} and {NEW_TOKENS} new tokens are more than the model's {context:,} positions; a longer one's "
-            f"model.source is needed, and {length} among benchmark.prompt_tokens"
+            f"a prompt of this length, or up to 5% less, and {new_tokens} new tokens are more than the model's "
+            f"{context:,} positions; the command is for one with more in place of MODEL, as a run of its own"
         )
-    else:
-        why = f"not among benchmark.prompt_tokens of this configuration; with {length} there, it is"
-    return not_run(why, command, **keys)
+        return not_run(why, command(length, length + new_tokens), **keys)
+    why = "not among benchmark.prompt_tokens of this configuration"
+    if longest < length:
+        why += f"; {longest:,} counts, the longest that {new_tokens} new tokens leave of {context:,} positions"
+    return not_run(why, command(longest, None), **keys)

@@ -99,12 +99,15 @@ def _example(sheet: Sheet, identifier: str, draft: Draft) -> RulerExample:
     asking = draft.asking
     references = list(asking.references)
     reply = max(references, key=len) if sheet.task in PART_MATCH else ", ".join(references)
+    body = [token for _, ids in draft.body for token in ids]
+    before = len(asking.frame.head)
     return RulerExample(
         id=identifier,
         task=sheet.task,
         length=sheet.length,
         depth=draft.depth,
-        prompt_ids=asking.frame.head + [token for _, ids in draft.body for token in ids] + asking.frame.tail,
+        prompt_ids=asking.frame.head + body + asking.frame.tail,
+        context=(before, before + len(body)),
         prompt=asking.opening + "".join(text for text, _ in draft.body) + asking.closing,
         references=references,
         max_new_tokens=max(_SHORTEST_REPLY, _REPLY * len(encode(sheet.tokenizer, reply))),

@@ -19,8 +19,7 @@ from sdtp.pipeline.devices import choose_device
 from sdtp.pipeline.files import sha256_file, write_atomically
 from sdtp.pipeline.limits import check_benchmark
 from sdtp.pipeline.models import load_model, read_manifest
-from sdtp.pipeline.pruners import read_pruner
-from sdtp.pipeline.schedules import build_schedule
+from sdtp.pipeline.pruners import read_pruner_at
 from sdtp.pipeline.step import step
 from sdtp.pipeline.timings import measured_on, memory, times
 from sdtp.pruning import flops
@@ -43,8 +42,7 @@ def main(argv: list[str]) -> None:
         check_benchmark(settings.benchmark, read_manifest(args.model)["context_length"])
         log.dataset("benchmark", args.data / BENCHMARK_FILE, sha256_file(args.data / BENCHMARK_FILE))
         model = load_model(args.model, settings.model.dtype, settings.model.attention, choose_device())
-        schedule = build_schedule(settings.pruning, model.config.num_hidden_layers, args.keep_ratio)
-        pruner = read_pruner(args.pruner).with_schedule(schedule)
+        pruner = read_pruner_at(args.pruner, settings.pruning, model.config.num_hidden_layers, args.keep_ratio)
         prompts = [benchmark_prompt(args.data, length) for length in settings.benchmark.prompt_tokens]
         rows: list[dict[str, Any]] = []
         for prompt_ids in tqdm(prompts, desc="benchmarking", unit="length"):
@@ -84,9 +82,12 @@ def measure(
         with memory(model) as held[arm]:
             yield
 
-    samples = latency.compare(
-        model, pruner, prompt, settings.new_tokens, settings.repeats, settings.warmup, first_pass=first_pass
-    )
+    watch = latency.Stopwatch(prompt.device)
+    passes = {
+        **latency.arms(model, pruner, prompt, settings.new_tokens, watch),
+        "scoring": latency.scoring_arm(model, pruner, length, watch),
+    }
+    samples = latency.interleave(passes, settings.repeats, settings.warmup, first_pass)
     unpruned = {
         **times("unpruned", length, samples["unpruned"]),
         **held["unpruned"],
@@ -97,6 +98,7 @@ def measure(
         **times("sdtp", length, samples["sdtp"]),
         **held["sdtp"],
         "ideal_s": [timing.prefill_s for timing in samples["ideal"].warm],
+        "scoring_s": [timing.prefill_s for timing in samples["scoring"].warm],
         "kept_tokens": schedule.surviving(length)[-1],
         "prefill_flop": flops.prefill(model.config, length, schedule, pruner.scorer),
         "scoring_flop": flops.scoring(length, schedule, pruner.scorer),

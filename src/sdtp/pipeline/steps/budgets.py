@@ -1,4 +1,4 @@
-"""Writes prompts, each with the cache that a schedule leaves of it, for methods of other environments."""
+"""Writes prompts, each with the tokens that a layer sees of it under a schedule, for methods of other environments."""
 
 import argparse
 from collections.abc import Iterable, Sequence
@@ -8,10 +8,13 @@ from typing import Any
 from sdtp.evaluation.peers.budgets import Budget, kept, mean_entries
 from sdtp.pipeline.config import Settings
 from sdtp.pipeline.data import BENCHMARK_FILE, benchmark_prompt, load_split, split_hash
-from sdtp.pipeline.files import sha256_file, write_jsonl
+from sdtp.pipeline.files import read_jsonl, sha256_file, write_jsonl
 from sdtp.pipeline.models import read_manifest
 from sdtp.pipeline.schedules import build_schedule
 from sdtp.pipeline.step import step
+
+# What is needed of an example of the test split.
+TEST_COLUMNS = ["id", "task", "prompt_ids", "response_ids"]
 
 
 def main(argv: list[str]) -> None:
@@ -19,23 +22,30 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="sdtp budgets", description=__doc__)
     parser.add_argument("--settings", required=True, metavar="JSON", help="pruning settings")
     parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="model folder, for its manifest")
-    parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="data folder: its test split is used")
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--data", type=Path, metavar="DIR", help="data folder: its test split is used")
+    prompts.add_argument("--suite", type=Path, metavar="JSONL", help="prompts of a suite, whose rows stay whole")
     parser.add_argument("--keep-ratio", required=True, type=float, help="fraction of tokens each stage keeps")
     parser.add_argument(
-        "--timed", action="store_true", help="the prompts that methods are timed on, not the test split"
+        "--timed", action="store_true", help="of the data, the prompts that methods are timed on, not the test split"
     )
     parser.add_argument("--output", required=True, type=Path, metavar="JSONL", help="one row an example")
     parser.add_argument("--metrics", required=True, type=Path, metavar="FILE", help="metrics to write")
     args = parser.parse_args(argv)
+    if args.suite and args.timed:
+        parser.error("--timed is of --data: a suite's prompts are not timed")
     settings = Settings.from_json(args.settings)
     with step("budgets", args, outputs=[args.output], wildcards={"keep_ratio": args.keep_ratio}) as log:
         layers = read_manifest(args.model)["num_layers"]
         schedule = build_schedule(settings.pruning, layers, args.keep_ratio)
-        if args.timed:
+        if args.suite:
+            examples = read_jsonl(args.suite)
+            log.dataset("suite", args.suite, sha256_file(args.suite))
+        elif args.timed:
             examples = timed_examples(args.data, settings.peers.prompt_tokens)
             log.dataset("benchmark", args.data / BENCHMARK_FILE, sha256_file(args.data / BENCHMARK_FILE))
         else:
-            examples = load_split(args.data, "test").to_list()
+            examples = load_split(args.data, "test").select_columns(TEST_COLUMNS).to_list()
             log.dataset("test", args.data / "test", split_hash(args.data, "test"))
         rows = budgeted(examples, mean_entries(schedule, layers))
         write_jsonl(args.output, rows)
@@ -58,14 +68,10 @@ def budgeted(examples: Iterable[dict[str, Any]], budget: Budget) -> list[dict[st
     """What another program needs to evaluate a method on examples at a budget.
 
     Args:
-        examples: rows of the test split.
-        budget: entries that a layer's cache may hold of so many prompt tokens.
+        examples: with `prompt_ids`.
+        budget: of so many prompt tokens those that a layer may see, and its cache hold.
 
     Returns:
-        Of each example `id`, `task`, `prompt_ids` and `response_ids`, and `entries`, the budget of its prompt.
+        The examples, each with `entries`, the budget of its prompt.
     """
-    names = ("id", "task", "prompt_ids", "response_ids")
-    return [
-        {**{name: example[name] for name in names}, "entries": kept(budget, len(example["prompt_ids"]))}
-        for example in examples
-    ]
+    return [{**example, "entries": kept(budget, len(example["prompt_ids"]))} for example in examples]

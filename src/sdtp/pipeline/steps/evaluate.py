@@ -1,20 +1,25 @@
 """Measures the quality of one method at one keep ratio on the test examples, teacher-forced."""
 
 import argparse
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from sdtp.evaluation import continuation, methods, names, retrieval
-from sdtp.evaluation.teacher_forcing import Forced, force_batch
+from sdtp.evaluation.agreement import Agreement, agreement
+from sdtp.evaluation.head import Head
+from sdtp.evaluation.teacher_forcing import Forced, batch_logits, summary
 from sdtp.pipeline.chosen import check_method, chosen_method, seeds_of
 from sdtp.pipeline.config import Settings
 from sdtp.pipeline.data import load_split, split_hash
 from sdtp.pipeline.devices import choose_device
 from sdtp.pipeline.files import write_jsonl
 from sdtp.pipeline.models import load_model
+from sdtp.pipeline.reference import Reference
 from sdtp.pipeline.step import step
 from sdtp.training.batching import length_batches
 
@@ -25,6 +30,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--settings", required=True, metavar="JSON", help="model, pruning, the method's own settings")
     parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="model folder")
     parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="data folder, of which test is used")
+    parser.add_argument("--reference", required=True, type=Path, metavar="FILE", help="made by `sdtp reference`")
     parser.add_argument("--pruner", type=Path, metavar="DIR", help="trained pruner, for what uses it")
     parser.add_argument("--method", required=True, choices=names.METHODS, help="what prunes")
     parser.add_argument("--keep-ratio", required=True, type=float, help="fraction of tokens each stage keeps")
@@ -38,17 +44,19 @@ def main(argv: list[str]) -> None:
         model = load_model(args.model, settings.model.dtype, settings.model.attention, choose_device())
         examples = load_split(args.data, "test").to_list()
         log.dataset("test", args.data / "test", split_hash(args.data, "test"))
+        reference = Reference(args.reference, args.model, model.dtype)
         rows = []
         for seed in seeds_of(args.method, settings):
             pruner_for = chosen_method(args.method, settings, model, args.keep_ratio, args.pruner, seed)
             identity = {"method": args.method, "keep_ratio": args.keep_ratio, "seed": seed}
             rows += [
-                {**row, **identity} for row in evaluate(model, examples, pruner_for, settings.evaluation.batch_tokens)
+                {**row, **identity}
+                for row in evaluate(model, examples, pruner_for, settings.evaluation.batch_tokens, reference)
             ]
         write_jsonl(args.output, rows)
         for task in sorted({row["task"] for row in rows}):
             own = [row for row in rows if row["task"] == task]
-            log.metric(f"{task}/loss", sum(row["loss"] for row in own) / len(own))
+            log.metrics({f"{task}/{name}": sum(row[name] for row in own) / len(own) for name in ("loss", "kl", "top1")})
             log.metric(f"{task}/kept_share", sum(row["kept_tokens"] / row["prompt_tokens"] for row in own) / len(own))
             if task == "retrieval":
                 log.metric(f"{task}/accuracy", sum(row["correct"] for row in own) / len(own))
@@ -56,7 +64,11 @@ def main(argv: list[str]) -> None:
 
 
 def evaluate(
-    model: PreTrainedModel, examples: list[dict[str, Any]], pruner_for: methods.PrunerFor, batch_tokens: int
+    model: PreTrainedModel,
+    examples: list[dict[str, Any]],
+    pruner_for: methods.PrunerFor,
+    batch_tokens: int,
+    reference: Callable[[Mapping[str, Any]], torch.Tensor],
 ) -> list[dict[str, Any]]:
     """One row an example, in their order.
 
@@ -65,7 +77,9 @@ def evaluate(
         examples: rows of the test split.
         pruner_for: see `methods`; prompts of one length run together where it is the same for all.
         batch_tokens: most prompt tokens of a batch; a longer prompt runs alone.
+        reference: the unpruned model's states [response, hidden] on an example, see `Reference`.
     """
+    head = Head(model)
     rows: dict[int, dict[str, Any]] = {}
     lengths = [len(example["prompt_ids"]) for example in examples]
     together = isinstance(pruner_for, methods.Fixed) and pruner_for.batches
@@ -73,13 +87,15 @@ def evaluate(
         for batch in length_batches(lengths, batch_tokens if together else 1, most_padding=0):
             prompts, responses = ([examples[index][name] for index in batch] for name in ("prompt_ids", "response_ids"))
             pruner = pruner_for(prompts[0], responses[0])
-            for index, forced in zip(batch, force_batch(model, prompts, responses, pruner), strict=True):
-                rows[index] = _row(examples[index], forced)
+            for index, forced in zip(batch, batch_logits(model, prompts, responses, pruner), strict=True):
+                # One example's unpruned logits are held at a time.
+                agreed = agreement(forced[0], head(reference(examples[index])))
+                rows[index] = _row(examples[index], summary(*forced), agreed)
             progress.update(len(batch))
     return [rows[index] for index in range(len(examples))]
 
 
-def _row(example: dict[str, Any], forced: Forced) -> dict[str, Any]:
+def _row(example: dict[str, Any], forced: Forced, agreed: Agreement) -> dict[str, Any]:
     return {
         "id": example["id"],
         "task": example["task"],
@@ -87,5 +103,7 @@ def _row(example: dict[str, Any], forced: Forced) -> dict[str, Any]:
         "kept_tokens": forced.kept_tokens,
         "correct": retrieval.correct(forced, example["response_ids"]) if example["task"] == "retrieval" else None,
         "loss": continuation.loss(forced),
+        "kl": agreed.kl,
+        "top1": agreed.top1,
         "response_tokens": len(example["response_ids"]),
     }

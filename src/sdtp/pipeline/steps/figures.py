@@ -1,4 +1,4 @@
-"""Draws the figures of a run, as SVG and PNG."""
+"""Draws the figures of a run, as SVG and PNG, and writes what those of the saliency show as tables."""
 
 import argparse
 from pathlib import Path
@@ -8,7 +8,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from sdtp.errors import UserError
-from sdtp.pipeline import plots
+from sdtp.pipeline import observations, plots
 from sdtp.pipeline.data import load_split
 from sdtp.pipeline.figures import FIGURES
 from sdtp.pipeline.files import read_jsonl
@@ -18,6 +18,7 @@ from sdtp.pipeline.reading import read_json
 from sdtp.pipeline.results import read_history, read_latency, read_quality
 from sdtp.pipeline.shards import SPLITS, Labels
 from sdtp.pipeline.step import step
+from sdtp.pipeline.steps.tables import write_csv
 
 
 def main(argv: list[str]) -> None:
@@ -31,18 +32,25 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--generations", required=True, nargs="+", type=Path, metavar="JSONL", help="one a keep ratio")
     parser.add_argument("--latency", required=True, type=Path, metavar="CSV", help="latency table")
     parser.add_argument("--quality", required=True, type=Path, metavar="CSV", help="quality table")
+    parser.add_argument("--sparsity", required=True, type=Path, metavar="CSV", help="table of that figure to write")
+    parser.add_argument("--foresight", required=True, type=Path, metavar="CSV", help="table of that figure to write")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder of the figures")
     args = parser.parse_args(argv)
-    with step("figures", args, outputs=[args.output]) as log:
+    with step("figures", args, outputs=[args.output, args.sparsity, args.foresight]) as log:
         index, labels = read_json(args.saliency), Labels(args.saliency)
         scores = {example["id"]: labels[example["id"]].numpy() for example in index["examples"]}
+        examples, layers = list(scores.values()), index["layers"]
+        write_csv(observations.sparsity_table(examples, layers), args.sparsity)
+        write_csv(observations.foresight_table(examples, layers), args.foresight)
+        for table in (args.sparsity, args.foresight):
+            log.artifact(table)
         latency, quality = read_latency(args.latency), read_quality(args.quality)
         lengths = [len(ids) for ids in load_split(args.data, "test")["prompt_ids"]]
         shown, tokens = shown_example(args.data, args.model, list(scores))
         figures = {
-            "saliency": plots.saliency(scores[shown], index["layers"], tokens, index["reduction"]),
-            "sparsity": plots.sparsity(list(scores.values()), index["layers"], kept_shares(args.generations)),
-            "foresight": plots.foresight(list(scores.values()), index["layers"]),
+            "saliency": plots.saliency(scores[shown], layers, tokens, index["reduction"]),
+            "sparsity": plots.sparsity(examples, layers, kept_shares(args.generations)),
+            "foresight": plots.foresight(examples, layers),
             "latency": plots.latency(latency),
             "speedup": plots.speedup(latency),
             "quality": plots.quality(quality, latency, float(np.median(lengths))),

@@ -17,8 +17,7 @@ from sdtp.pipeline.files import write_jsonl
 from sdtp.pipeline.limits import check_context
 from sdtp.pipeline.models import load_model, load_tokenizer, read_manifest
 from sdtp.pipeline.prompt_trace import Watched
-from sdtp.pipeline.pruners import read_pruner
-from sdtp.pipeline.schedules import build_schedule
+from sdtp.pipeline.pruners import read_pruner_at
 from sdtp.pipeline.step import step
 
 # Prompts generated from together. They differ in length, so that larger batches mostly add padding.
@@ -47,8 +46,7 @@ def main(argv: list[str]) -> None:
         check_context({"longest prompt": longest, "generation.max_new_tokens": new_tokens}, context)
         model = load_model(args.model, settings.model.dtype, settings.model.attention, choose_device())
         tokenizer = load_tokenizer(args.model)
-        schedule = build_schedule(settings.pruning, model.config.num_hidden_layers, args.keep_ratio)
-        pruner = read_pruner(args.pruner).with_schedule(schedule)
+        pruner = read_pruner_at(args.pruner, settings.pruning, model.config.num_hidden_layers, args.keep_ratio)
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         rows = []
         for start in tqdm(range(0, len(examples), BATCH), desc="generating", unit="batch"):

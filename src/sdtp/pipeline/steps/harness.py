@@ -1,13 +1,15 @@
-"""Answers multiple-choice tasks of lm-evaluation-harness under one method at one keep ratio."""
+"""Answers multiple-choice tasks of lm-evaluation-harness under one method at one keep ratio; nothing is asked twice."""
 
 import argparse
+import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sdtp.errors import UserError
 from sdtp.evaluation import names
-from sdtp.evaluation.harness import PrunedLM
+from sdtp.evaluation.harness import PrunedLM, Scored
 from sdtp.evaluation.harness_scores import evaluate, rows
 from sdtp.evaluation.methods import Fixed
 from sdtp.pipeline.chosen import check_method, chosen_method, seeds_of
@@ -16,6 +18,7 @@ from sdtp.pipeline.devices import choose_device
 from sdtp.pipeline.files import write_atomically, write_jsonl
 from sdtp.pipeline.models import load_model, load_tokenizer
 from sdtp.pipeline.multiple_choice import LOCAL_TASKS
+from sdtp.pipeline.predictions import Predictions, digest, what_decides
 from sdtp.pipeline.step import step
 from sdtp.pruning.pruner import TokenPruner
 
@@ -29,6 +32,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--pruner", type=Path, metavar="DIR", help="trained pruner, for what uses it")
     parser.add_argument("--method", required=True, choices=names.METHODS, help="what prunes")
     parser.add_argument("--keep-ratio", required=True, type=float, help="fraction of tokens each stage keeps")
+    parser.add_argument("--checkpoint", required=True, type=Path, metavar="JSONL", help="answers, as they are made")
+    parser.add_argument("--code", required=True, metavar="HASH", help="of the code; no other code's answers count")
     parser.add_argument("--output", required=True, type=Path, metavar="JSONL", help="one row an example and seed")
     parser.add_argument("--results", required=True, type=Path, metavar="JSON", help="lm-eval's own results, one a seed")
     parser.add_argument("--metrics", required=True, type=Path, metavar="FILE", help="metrics to write")
@@ -39,7 +44,10 @@ def main(argv: list[str]) -> None:
     with step("harness", args, outputs=[args.output, args.results], wildcards=wildcards) as log:
         model = load_model(args.model, settings.model.dtype, settings.model.attention, choose_device())
         tokenizer = load_tokenizer(args.model)
-        truncated = 0
+        given = json.loads(args.settings)
+        made_from = what_decides(given, args.model, args.pruner, args.method, args.keep_ratio, args.code)
+        done = Predictions(args.checkpoint, Scored)
+        answers = taken_over = truncated = 0
         scored: list[dict[str, Any]] = []
         results: list[dict[str, Any]] = []
         for seed in seeds_of(args.method, settings):
@@ -48,8 +56,11 @@ def main(argv: list[str]) -> None:
             if not isinstance(pruner, TokenPruner | None):
                 raise UserError(f"--method {args.method} is no pruner of contexts: sdtp and its like are accepted")
             lm = PrunedLM(model, pruner, tokenizer=tokenizer, batch_size=settings.harness.batch_size)
+            lm.known = Remembered(done, digest([made_from, seed]))
             found = evaluate(lm, settings.harness.tasks, args.tasks, settings.harness.fewshot, settings.harness.limit)
             samples = found.pop("samples")
+            answers += lm.answers
+            taken_over += lm.taken_over
             truncated += lm.truncated_requests
             results.append({"seed": seed, **found})
             identity = {"method": args.method, "keep_ratio": args.keep_ratio, "seed": seed}
@@ -66,8 +77,34 @@ def main(argv: list[str]) -> None:
         kept, tokens = (sum(row[name] for row in scored) for name in ("kept_tokens", "prompt_tokens"))
         log.metric("kept_share", kept / tokens)
         log.metric("truncated_requests", truncated)
+        log.metric("answers", answers)
+        log.metric("answers_taken_over", taken_over)
         for path in (args.output, args.results):
             log.artifact(path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Remembered:
+    """Answers in a file: the `known` of a `PrunedLM`.
+
+    Attributes:
+        done: the file.
+        made_from: hash of all that decides an answer beside the request itself.
+    """
+
+    done: Predictions[Scored]
+    made_from: str
+
+    def find(self, context: Sequence[int], continuation: Sequence[int]) -> Scored | None:
+        """The answer to a request; None where there is none yet."""
+        return self.done.get(self._key(context, continuation))
+
+    def add(self, context: Sequence[int], continuation: Sequence[int], scored: Scored) -> None:
+        """Keep an answer."""
+        self.done.add(self._key(context, continuation), scored)
+
+    def _key(self, context: Sequence[int], continuation: Sequence[int]) -> str:
+        return digest([self.made_from, context, continuation])
 
 
 def category(task: str) -> str:

@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
     with step("harness-table", args, outputs=[args.table, args.figure]) as log:
         rows = [row for path in args.scores for row in read_jsonl(path)]
         table = harness_table(rows, settings.methods, settings.keep_ratios)
-        write_csv(table.drop(columns="length"), args.table)
+        write_csv(table.drop(columns=["language", "length"]), args.table)
         save(suite_plot.suite(table), args.figure)
         for row in table[table["task"] == ALL].to_dict("records"):
             name = f"{row['method']}/{row['keep_ratio']}"

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from sdtp.errors import UserError
-from sdtp.evaluation.longbench.predicting import Prompt
-from sdtp.evaluation.longbench.tasks import task
+from sdtp.evaluation.longbench.tasks import Prompt, task
 from sdtp.evaluation.longbench.templates import TEMPLATES
 from sdtp.pipeline.config import Settings
 from sdtp.pipeline.files import write_jsonl
@@ -94,6 +93,7 @@ def row(example: Example, prompt: Prompt) -> dict[str, Any]:
         "id": example.id,
         "task": example.task,
         "prompt_ids": prompt.ids,
+        "context": prompt.context,
         "tokens_cut": prompt.tokens_cut,
         "chat": prompt.chat,
         "max_new_tokens": kind.max_new_tokens,

@@ -21,8 +21,7 @@ from sdtp.pipeline.devices import choose_device
 from sdtp.pipeline.files import sha256_file, write_atomically
 from sdtp.pipeline.limits import check_context
 from sdtp.pipeline.models import load_model, read_manifest
-from sdtp.pipeline.pruners import read_pruner
-from sdtp.pipeline.schedules import build_schedule
+from sdtp.pipeline.pruners import read_pruner_at
 from sdtp.pipeline.step import step
 from sdtp.pipeline.timings import measured_on
 
@@ -47,11 +46,10 @@ def main(argv: list[str]) -> None:
         log.dataset("benchmark", args.data / BENCHMARK_FILE, sha256_file(args.data / BENCHMARK_FILE))
         model = load_model(args.model, settings.model.dtype, settings.model.attention, device)
         limit = serving.memory_limit or default_limit(model)
-        trained = read_pruner(args.pruner)
         arms: dict[tuple[str, float], Context] = {("unpruned", 1.0): contextlib.nullcontext}
         for ratio in settings.pruning.keep_ratios:
-            schedule = build_schedule(settings.pruning, model.config.num_hidden_layers, ratio)
-            arms["sdtp", ratio] = functools.partial(trained.with_schedule(schedule), model)
+            pruner = read_pruner_at(args.pruner, settings.pruning, model.config.num_hidden_layers, ratio)
+            arms["sdtp", ratio] = functools.partial(pruner, model)
         [ids] = request_prompts(args.data, lengths[-1], 1)
         rows = []
         for (method, ratio), context in tqdm(arms.items(), desc="looking for the longest prompt", unit="arm"):

@@ -2,17 +2,21 @@
 
 import argparse
 import json
+import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from sdtp.evaluation import names
+from sdtp.evaluation.peers import attaching
 from sdtp.pipeline import plots, sweep_plot
 from sdtp.pipeline.config import Settings
 from sdtp.pipeline.files import read_jsonl, write_atomically
@@ -23,6 +27,7 @@ from sdtp.pipeline.paper.names import PARTS
 from sdtp.pipeline.paper.part import Part
 from sdtp.pipeline.paper.quality import speeds_of, table_1, table_3, table_6, with_llmlingua
 from sdtp.pipeline.paper.saliency import figure_1, figure_2
+from sdtp.pipeline.paper.shortened import shortened_speeds
 from sdtp.pipeline.paper.speed import table_2
 from sdtp.pipeline.paper.sweep import HORIZONTAL, swept
 from sdtp.pipeline.plotstyle import save
@@ -31,6 +36,7 @@ from sdtp.pipeline.results import read_latency
 from sdtp.pipeline.schedules import build_schedule
 from sdtp.pipeline.shards import Labels
 from sdtp.pipeline.step import step
+from sdtp.pipeline.steps.ablation import by_variant, read_training
 from sdtp.pipeline.steps.figures import shown_example
 from sdtp.pipeline.steps.tables import write_csv
 from sdtp.pruning import flops
@@ -38,8 +44,8 @@ from sdtp.pruning.schedule import PruningSchedule
 
 # What is on the page beside the paper's own figures: title by file name.
 FURTHER = {
-    "tradeoff": "Quality against measured prefill speedup, all methods",
-    "tradeoff-memory": "Quality against peak memory, all methods",
+    "tradeoff-suites": "Quality against measured prefill speedup, all methods",
+    "tradeoff-suites-memory": "Quality against peak memory, all methods",
     "suite-ruler": "RULER-style tasks, task by task",
     "ruler-heatmap": "Facts found, by their depth and the prompt's length",
 }
@@ -65,6 +71,14 @@ def main(argv: list[str]) -> None:
         metavar="JSONL",
         help="of those without a loss, Table 4's first",
     )
+    parser.add_argument(
+        "--training",
+        required=True,
+        nargs="+",
+        type=Path,
+        metavar="JSON",
+        help="metrics of the run's own training, then of those without a loss",
+    )
     parser.add_argument("--ruler", required=True, type=Path, metavar="CSV", help="table of the RULER-style tasks")
     parser.add_argument("--longbench", type=Path, metavar="CSV", help="table of LongBench, where it was run")
     parser.add_argument("--harness", required=True, type=Path, metavar="CSV", help="table of the multiple-choice tasks")
@@ -73,10 +87,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--cache-compression", type=Path, metavar="CSV", help="table of it on top of others")
     parser.add_argument("--tradeoff", required=True, type=Path, metavar="CSV", help="quality and speed of all methods")
     parser.add_argument(
-        "--suite-scores", nargs="+", default=[], type=Path, metavar="JSONL", help="of the unpruned model"
+        "--suite-scores", required=True, nargs="+", type=Path, metavar="JSONL", help="of the unpruned model"
     )
     parser.add_argument(
         "--llmlingua", nargs="+", default=[], type=Path, metavar="JSONL", help="scores-RATIO.jsonl on shortened prompts"
+    )
+    parser.add_argument(
+        "--llmlingua-speeds", nargs="+", default=[], type=Path, metavar="JSON", help="timings of it, one a keep ratio"
     )
     parser.add_argument(
         "--figures", required=True, nargs="+", type=Path, metavar="SVG", help="shown beyond the paper's"
@@ -124,7 +141,7 @@ def read_parts(args: argparse.Namespace, settings: Settings, known: pd.DataFrame
         return published.numbers(name, settings.model.source.ref, known)
 
     schedules = Schedules(settings, AutoConfig.from_pretrained(args.model))
-    command = missing.again(settings.run)
+    again = missing.Again.from_json(settings.run, os.environ.get("SDTP_CONFIGURED", ""))
     index, labels = read_json(args.saliency), Labels(args.saliency)
     scores = {example["id"]: labels[example["id"]].numpy() for example in index["examples"]}
     shown, tokens = shown_example(args.data, args.model, list(scores))
@@ -132,35 +149,48 @@ def read_parts(args: argparse.Namespace, settings: Settings, known: pd.DataFrame
     harness = pd.read_csv(args.harness)
     unpruned = read_jsonl(args.unpruned)
     full = [row for path in args.full for row in read_jsonl(path)]
-    each = len(args.variants) // len(VARIANTS)
+    evaluated = by_variant(list(VARIANTS), args.variants, len(args.variants) // len(VARIANTS))
+    trained, *trainings = map(read_training, args.training)
+    scored = [row for path in args.suite_scores for row in read_jsonl(path)]
     parts = [
         figure_1(scores[shown], index["layers"], tokens, of_paper("figure-1")),
         figure_2(list(scores.values()), index["layers"], of_paper("figure-2")),
         table_1(
-            read_suites(args),
-            speeds_of(pd.read_csv(args.tradeoff)),
+            read_suites(args, scored),
+            scored,
+            speeds_of(pd.read_csv(args.tradeoff)) | shortened_speeds(map(read_json, args.llmlingua_speeds)),
             schedules.layer_mean,
             [
-                *([] if args.longbench else missing.longbench(settings.run)),
-                *([] if args.llmlingua else missing.llmlingua(settings.run)),
+                *([] if args.longbench else missing.longbench(again)),
+                *([] if args.llmlingua else missing.llmlingua(again)),
             ],
             of_paper("table-1"),
         ),
-        table_2(read_latency(args.latency), schedules.decode_tflop, context, command, of_paper("table-2")),
-        table_3(harness, missing.harness(settings.run, list(harness["task"])), of_paper("table-3")),
+        table_2(
+            read_latency(args.latency),
+            schedules.decode_tflop,
+            context,
+            settings.benchmark.new_tokens,
+            lambda tokens, positions: missing.length(again, settings.benchmark.prompt_tokens, tokens, positions),
+            of_paper("table-2"),
+        ),
+        table_3(harness, missing.harness(again, settings.harness.tasks), of_paper("table-3")),
         *(
             ablation(
                 name,
                 unpruned,
                 full,
-                [row for path in args.variants[each * place : each * (place + 1)] for row in read_jsonl(path)],
+                [row for path in evaluated[name] for row in read_jsonl(path)],
+                (trained, training),
                 of_paper(name),
             )
-            for place, name in enumerate(VARIANTS)
+            for name, training in zip(VARIANTS, trainings, strict=True)
         ),
         table_6(
             pd.read_csv(args.cache_compression) if args.cache_compression else None,
-            [] if args.cache_compression else missing.compression(settings.run),
+            []
+            if args.cache_compression
+            else missing.compression(again, settings.peers.methods, refusal(args.model, settings)),
             of_paper("table-6"),
         ),
         # Read as text: beside the unpruned model's empty cell a lone layer would be a fraction.
@@ -170,13 +200,32 @@ def read_parts(args: argparse.Namespace, settings: Settings, known: pd.DataFrame
     return sorted(parts, key=lambda part: list(PARTS).index(part.name))
 
 
-def read_suites(args: argparse.Namespace) -> dict[str, pd.DataFrame]:
-    """The tables of the suites that were run, LongBench first, with LLMLingua-2's rows where it was."""
+def refusal(model: Path, settings: Settings) -> str | None:
+    """Why no rule can compress the cache of a model folder's model, in a sentence; None where one can.
+
+    Its layers are made without weights, as the rules' own check needs no more.
+    """
+    config = AutoConfig.from_pretrained(model, trust_remote_code=settings.model.trust_remote_code)
+    with torch.device("meta"):
+        made = AutoModelForCausalLM.from_config(config, trust_remote_code=settings.model.trust_remote_code)
+    try:
+        attaching.plain(made)
+    except TypeError as error:
+        return str(error)
+    return None
+
+
+def read_suites(args: argparse.Namespace, unpruned: Sequence[dict[str, Any]]) -> dict[str, pd.DataFrame]:
+    """The tables of the suites that were run, LongBench first, with LLMLingua-2's rows where it was.
+
+    Args:
+        args: of the step.
+        unpruned: scores of the unpruned model.
+    """
     tables = {"longbench": args.longbench, "ruler": args.ruler}
     suites = {name: pd.read_csv(path) for name, path in tables.items() if path is not None}
     if not args.llmlingua:
         return suites
-    unpruned = [row for path in args.suite_scores for row in read_jsonl(path)]
     own: dict[str, dict[float, list[dict[str, Any]]]] = {}
     for path in args.llmlingua:
         for row in read_jsonl(path):
@@ -204,17 +253,21 @@ class Schedules:
         schedule = None if ratio == 1.0 else self._schedule(ratio)
         return flops.decode(self._config, prompt_tokens, new_tokens, schedule) / 1e12
 
-    def layer_mean(self, method: str, ratio: float) -> float | None:
-        """A prompt's tokens over the mean that a layer sees, at the longest RULER-style ones; None without stages."""
+    def layer_mean(self, method: str, ratio: float, prompts: Sequence[int]) -> float | None:
+        """Prompts' tokens, all together, over those that a layer sees of them on average; None without stages."""
         if method == "unpruned":
             return 1.0
-        if method not in names.LEARNED:
+        # A tuned schedule is no arithmetic of the settings.
+        if method not in names.LEARNED or method == names.TUNED:
             return None
         schedule = self._schedule(ratio)
         if method == "sdtp-half":
             schedule = schedule.at_stages(names.half(schedule.stages))
-        tokens = max(self._settings.suites.ruler.lengths)
-        return tokens / float(np.mean(schedule.layer_lengths(tokens, self._config.num_hidden_layers)))
+        layers = self._config.num_hidden_layers
+        seen = sum(
+            count * float(np.mean(schedule.layer_lengths(tokens, layers))) for tokens, count in Counter(prompts).items()
+        )
+        return sum(prompts) / seen
 
 
 def figure(part: Part, args: argparse.Namespace) -> Figure:

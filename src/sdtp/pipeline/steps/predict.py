@@ -7,31 +7,27 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import safetensors
-import torch
-import transformers
 from tqdm.auto import tqdm
 
 from sdtp.evaluation import methods, names
 from sdtp.evaluation.longbench import predicting as longbench
+from sdtp.evaluation.longbench.tasks import Prompt
 from sdtp.evaluation.ruler import predicting as ruler
 from sdtp.evaluation.ruler.tasks import RulerExample
-from sdtp.evaluation.suites import COUNTS, KEPT, SUITES
+from sdtp.evaluation.suite_rows import COUNTS, KEPT, SUITES
 from sdtp.pipeline.chosen import check_method, chosen_method, seeds_of
 from sdtp.pipeline.config import Settings
 from sdtp.pipeline.devices import choose_device
 from sdtp.pipeline.files import sha256_file, write_jsonl
-from sdtp.pipeline.models import choose_dtype, load_model, load_tokenizer
-from sdtp.pipeline.predictions import Answer, Predictions, keys, model_digest, pruner_digest, read_examples
+from sdtp.pipeline.models import load_model, load_tokenizer
+from sdtp.pipeline.predictions import Answer, Predictions, keys, read_examples, what_decides
 from sdtp.pipeline.step import step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Another version may compute other numbers.
-_LIBRARIES = {module.__name__: module.__version__ for module in (safetensors, torch, transformers)}
 # Of an example, what its prediction is not held against and nobody needs beside it.
-_LEFT_OUT = ("prompt_ids", "prompt", "max_new_tokens")
+_LEFT_OUT = ("prompt_ids", "context", "prompt", "max_new_tokens")
 
 
 def main(argv: list[str]) -> None:
@@ -55,8 +51,9 @@ def main(argv: list[str]) -> None:
     with step("predict", args, outputs=[args.output], wildcards=wildcards) as log:
         log.dataset(args.suite, args.examples, sha256_file(args.examples))
         examples = list(read_examples(args.examples, args.suite))
-        made_from = what_decides(args)
-        done = Predictions(args.checkpoint)
+        given = json.loads(args.settings)
+        made_from = what_decides(given, args.model, args.pruner, args.method, args.keep_ratio, args.code)
+        done = Predictions(args.checkpoint, Answer)
         loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
         rows, taken = [], 0
         for seed in seeds_of(args.method, settings):
@@ -87,24 +84,6 @@ def main(argv: list[str]) -> None:
         log.artifact(args.output)
 
 
-def what_decides(args: argparse.Namespace) -> dict[str, Any]:
-    """All that decides a prediction beside its example and seed, for `predictions.keys`."""
-    settings = json.loads(args.settings)
-    # How many run together (but by rounding) and which seeds there are decide nothing about one of them.
-    settings.pop("suites", None)
-    settings.pop("evaluation", None)
-    return {
-        "settings": settings,
-        "dtype": str(choose_dtype(settings["model"]["dtype"], choose_device())),
-        "model": model_digest(args.model),
-        "pruner": pruner_digest(args.pruner),
-        "method": args.method,
-        "keep_ratio": args.keep_ratio,
-        "code": args.code,
-        "libraries": _LIBRARIES,
-    }
-
-
 def predict(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -129,7 +108,7 @@ def predict(
             rows: Iterator[Any] = ruler.predict(model, tokenizer, pruner, known, len(batch))
         else:
             prompts = (
-                longbench.Prompt(row["id"], row["task"], row["prompt_ids"], row["tokens_cut"], row["chat"])
+                Prompt(row["id"], row["task"], row["prompt_ids"], tuple(row["context"]), row["tokens_cut"], row["chat"])
                 for row in batch
             )
             rows = longbench.predict(model, tokenizer, pruner, prompts)

@@ -16,7 +16,7 @@ from sdtp.pipeline.files import sha256_files, write_atomically
 from sdtp.pipeline.models import read_manifest
 from sdtp.pipeline.packaging import save_model
 from sdtp.pipeline.reading import read_json
-from sdtp.pipeline.results import read_latency, read_quality
+from sdtp.pipeline.results import AGREEMENT, read_latency, read_quality
 from sdtp.pipeline.step import step
 
 
@@ -59,12 +59,12 @@ def measured(quality: pd.DataFrame, latency: pd.DataFrame, keep_ratio: float) ->
     """Quality and speed of the pruner, at the measured keep ratio nearest to the one it was trained at.
 
     Returns `quality`, the mean over tasks of the share of the unpruned value that is retained, None where no task has
-    one (its unpruned value being zero); the tasks it is of, each with n; `speed`, how many times faster than unpruned
-    the longest benchmarked prompt is prefilled; the ratio and the length.
+    one (its unpruned value being zero), agreement with the unpruned model left out; the tasks it is of, each with n;
+    `speed`, how many times faster than unpruned the longest benchmarked prompt is prefilled; the ratio and the length.
 
     Raises UserError where the ratio was not timed.
     """
-    rows = quality[quality["method"] == "sdtp"]
+    rows = quality[(quality["method"] == "sdtp") & ~quality["metric"].isin(AGREEMENT)]
     ratio = min(sorted(set(rows["keep_ratio"])), key=lambda one: abs(one - keep_ratio))
     rows = rows[(rows["keep_ratio"] == ratio) & rows["retained"].notna()].sort_values(["task", "metric"])
     length = latency["prompt_tokens"].max()

@@ -6,14 +6,14 @@ from typing import Any
 
 from sdtp.errors import UserError
 from sdtp.evaluation.ruler.scoring import heat_map
-from sdtp.evaluation.suites import SUITES
+from sdtp.evaluation.suite_rows import SUITES
 from sdtp.pipeline import ruler_plot, suite_plot
 from sdtp.pipeline.config import Settings
 from sdtp.pipeline.files import read_jsonl
 from sdtp.pipeline.plotstyle import name_of, save
 from sdtp.pipeline.step import step
 from sdtp.pipeline.steps.tables import write_csv
-from sdtp.pipeline.suite_tables import ALL, Cells, check_complete, suite_cells, suite_table
+from sdtp.pipeline.suite_tables import Cells, check_complete, suite_cells, suite_table, wholes
 
 
 def main(argv: list[str]) -> None:
@@ -39,9 +39,10 @@ def main(argv: list[str]) -> None:
         save(suite_plot.suite(table), args.figure)
         if args.heat_map:
             save(ruler_plot.heat_maps(maps(cells)), args.heat_map)
-        whole = table[(table["category"] == ALL) & table["length"].isna()]
+        whole = wholes(table)
+        several = whole["language"].nunique() > 1
         for row in whole.to_dict("records"):
-            name = f"{row['method']}/{row['keep_ratio']}"
+            name = f"{row['method']}/{row['keep_ratio']}" + (f"/{row['language']}" if several else "")
             log.metrics({f"{name}/score": row["value"], f"{name}/compression": row["compression"]})
         for path in (args.table, *(figure.with_suffix(".png") for figure in figures)):
             log.artifact(path)

@@ -12,6 +12,7 @@ from sdtp.pipeline.devices import choose_device
 from sdtp.pipeline.files import write_jsonl
 from sdtp.pipeline.models import load_model
 from sdtp.pipeline.pruners import read_pruner
+from sdtp.pipeline.reference import Reference
 from sdtp.pipeline.step import step
 from sdtp.pipeline.steps.evaluate import evaluate
 from sdtp.pipeline.sweeps import first_of_each_task
@@ -25,6 +26,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--settings", required=True, metavar="JSON", help="model, batch size, number of examples")
     parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="model folder")
     parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="data folder, of which test is used")
+    parser.add_argument("--reference", required=True, type=Path, metavar="FILE", help="made by `sdtp reference`")
     parser.add_argument("--pruner", required=True, type=Path, metavar="DIR", help="pruner with all stages")
     parser.add_argument("--layers", required=True, nargs="+", type=int, metavar="L", help="layers of the stages to use")
     parser.add_argument("--keep-ratio", required=True, type=float, help="fraction of tokens each stage keeps")
@@ -44,15 +46,16 @@ def main(argv: list[str]) -> None:
             pruned = flops.prefill(model.config, prompt_tokens, pruner.schedule, pruner.scorer)
             return {"flop": pruned, "unpruned_flop": flops.prefill(model.config, prompt_tokens)}
 
+        reference = Reference(args.reference, args.model, model.dtype)
         identity = {"method": "sdtp", "layers": args.layers, "keep_ratio": args.keep_ratio, "seed": None}
         rows = [
             {**row, **operations(row["prompt_tokens"]), **identity}
-            for row in evaluate(model, examples, Fixed(pruner), settings.evaluation.batch_tokens)
+            for row in evaluate(model, examples, Fixed(pruner), settings.evaluation.batch_tokens, reference)
         ]
         write_jsonl(args.output, rows)
         for task in sorted({row["task"] for row in rows}):
             own = [row for row in rows if row["task"] == task]
-            log.metric(f"{task}/loss", sum(row["loss"] for row in own) / len(own))
+            log.metrics({f"{task}/{name}": sum(row[name] for row in own) / len(own) for name in ("loss", "kl", "top1")})
         log.artifact(args.output)
 
 

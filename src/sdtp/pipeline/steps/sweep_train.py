@@ -24,7 +24,8 @@ from sdtp.pruning.fingerprint import fingerprint
 from sdtp.pruning.schedule import PruningSchedule
 from sdtp.training.batching import MOST_PADDING, length_batches
 from sdtp.training.examples import Example, check_examples
-from sdtp.training.label_fit import fit_labels, stage_states
+from sdtp.training.label_fit import check_states_fit, fit_labels, stored_states
+from sdtp.training.optimizer import adamw
 from sdtp.training.processes import Processes
 from sdtp.training.response import pads_exactly
 
@@ -59,11 +60,15 @@ def main(argv: list[str]) -> None:
             min_local=settings.pruning.min_local,
         )
         split = load_split(args.data, "train")
-        examples = _labelled(model, split.select(range(min(len(split), training.label_examples))), layers, settings)
+        split = split.select(range(min(len(split), training.label_examples)))
+        processes = Processes(cpu=model.device.type == "cpu")
+        hidden_size = model.config.get_text_config().hidden_size
+        check_states_fit([len(ids) for ids in split["prompt_ids"]], len(layers), hidden_size, processes)
+        examples = _labelled(model, split, layers, settings)
         check_examples(examples, layers, model.config.get_text_config().vocab_size)
-        progress = tqdm(examples, desc="states for saliency", unit="example")
-        states = {index: stage_states(model, one.prompt_ids, layers) for index, one in enumerate(progress)}
+        states = stored_states(model, examples, layers, processes, lockstep=False)
         scorer = build_scorer(training, model, schedule, settings.seed).to(model.device)
+        optimizer, rates = adamw(scorer, training.learning_rate, training.label_epochs * len(examples))
         losses = []
 
         def record(loss: float, epoch: int) -> None:
@@ -72,15 +77,16 @@ def main(argv: list[str]) -> None:
 
         fit_labels(
             scorer,
+            optimizer,
+            rates,
             states,
             examples,
-            epochs=training.label_epochs,
-            learning_rate=training.learning_rate,
+            epochs=range(1, training.label_epochs + 1),
             mse=training.weights.mse,
             rank=training.weights.rank,
             seed=settings.seed,
             log=record,
-            processes=Processes(cpu=model.device.type == "cpu"),
+            processes=processes,
         )
         with atomic_folder(args.output) as temporary:
             store.save(temporary, schedule, scorer.cpu(), fingerprint(model))

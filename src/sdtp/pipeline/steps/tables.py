@@ -1,4 +1,4 @@
-"""Gathers the benchmark and evaluation jobs into latency.csv, quality.csv and comparisons.csv."""
+"""Gathers the benchmark and evaluation jobs into latency.csv, quality.csv, comparisons.csv and targets.csv."""
 
 import argparse
 from collections import Counter
@@ -15,6 +15,7 @@ from sdtp.pipeline.files import read_jsonl, write_atomically
 from sdtp.pipeline.reading import read_json
 from sdtp.pipeline.step import step
 from sdtp.pipeline.tables import comparison_table, efficiency, latency_table, quality_cells, quality_table
+from sdtp.pipeline.targets import target_table
 
 
 def main(argv: list[str]) -> None:
@@ -27,11 +28,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--latency", required=True, type=Path, metavar="CSV", help="latency table to write")
     parser.add_argument("--quality", required=True, type=Path, metavar="CSV", help="quality table to write")
     parser.add_argument("--comparisons", required=True, type=Path, metavar="CSV", help="comparison table to write")
+    parser.add_argument("--targets", required=True, type=Path, metavar="CSV", help="what SDTP is held to, to write")
     parser.add_argument("--metrics", required=True, type=Path, metavar="FILE", help="metrics to write")
     args = parser.parse_args(argv)
     settings = Settings.from_json(args.settings)
     ratios = sorted(settings.pruning.keep_ratios, reverse=True)
-    with step("tables", args, outputs=[args.latency, args.quality, args.comparisons]) as log:
+    with step("tables", args, outputs=[args.latency, args.quality, args.comparisons, args.targets]) as log:
         benchmarks = {job["keep_ratio"]: job for job in map(read_json, args.benchmarks)}
         if sorted(benchmarks, reverse=True) != ratios:
             raise UserError(f"--benchmarks are of keep ratios {sorted(benchmarks)}: {sorted(ratios)} are needed")
@@ -54,7 +56,8 @@ def main(argv: list[str]) -> None:
         for row in comparisons[comparisons["method"] == "sdtp"].to_dict("records"):
             name = f"sdtp-minus-{row['other']}/{row['task']}-{row['metric']}/{row['keep_ratio']}"
             log.metrics({f"{name}/{key}": row[key] for key in ("mean", "ci_low", "ci_high", "p_value", "p_holm")})
-        for table in (args.latency, args.quality, args.comparisons):
+        write_csv(target_table(cells, "sdtp"), args.targets)
+        for table in (args.latency, args.quality, args.comparisons, args.targets):
             log.artifact(table)
 
 

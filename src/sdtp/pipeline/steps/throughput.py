@@ -24,8 +24,7 @@ from sdtp.pipeline.limits import check_serving
 from sdtp.pipeline.models import choose_dtype, load_config, read_manifest
 from sdtp.pipeline.placement import Placement
 from sdtp.pipeline.placements import place, refusal
-from sdtp.pipeline.pruners import read_pruner
-from sdtp.pipeline.schedules import build_schedule
+from sdtp.pipeline.pruners import read_pruner_at
 from sdtp.pipeline.step import step
 from sdtp.pipeline.timings import measured_on, times
 from sdtp.pruning.pruner import TokenPruner
@@ -73,14 +72,14 @@ def _measured(args: argparse.Namespace, settings: Settings, placement: Placement
     with group.together():
         dtype = str(choose_dtype(settings.model.dtype, group.device)).removeprefix("torch.")
         requests = _batches(args.data, settings, placement, group.device)
-        trained = read_pruner(args.pruner)
     with group.together(lockstep=placement.kind == "tensor"):
         model, alone = place(placement, args.model, dtype, settings.model.attention, group)
     layers = model.config.num_hidden_layers
-    pruners = {
-        ratio: trained.with_schedule(build_schedule(settings.pruning, layers, ratio))
-        for ratio in settings.pruning.keep_ratios
-    }
+    with group.together():
+        pruners = {
+            ratio: read_pruner_at(args.pruner, settings.pruning, layers, ratio)
+            for ratio in settings.pruning.keep_ratios
+        }
     rows = [row for batches in requests for row in measure(model, alone, pruners, batches, settings, placement, group)]
     return {**measured_on(model, settings.model), "warmup": settings.benchmark.warmup, "rows": rows}
 

@@ -38,6 +38,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="model folder")
     parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="data folder: benchmark.json is used")
     parser.add_argument("--pruner", type=Path, metavar="DIR", help="trained pruner, for what uses it")
+    parser.add_argument("--tuned", type=Path, metavar="DIR", help="pruner tuned for the keep ratio, for sdtp-tuned")
     parser.add_argument("--methods", required=True, nargs="+", choices=TIMED, help="what is timed")
     parser.add_argument("--keep-ratio", required=True, type=float, help="fraction of tokens each stage keeps")
     parser.add_argument(
@@ -45,8 +46,11 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--metrics", required=True, type=Path, metavar="FILE", help="metrics to write")
     args = parser.parse_args(argv)
+    pruners = {method: args.tuned if method == names.TUNED else args.pruner for method in args.methods}
+    if names.TUNED in args.methods and args.tuned is None:
+        raise UserError(f"--tuned is missing: method {names.TUNED} needs the folder of a tuned pruner")
     for method in args.methods:
-        check_method(method, args.keep_ratio, args.pruner)
+        check_method(method, args.keep_ratio, pruners[method])
     settings = Settings.from_json(args.settings)
     outputs = {method: args.output / f"{method}-{args.keep_ratio}.json" for method in args.methods}
     wildcards = {"keep_ratio": args.keep_ratio}
@@ -58,7 +62,7 @@ def main(argv: list[str]) -> None:
         model = load_model(args.model, settings.model.dtype, settings.model.attention, choose_device())
         prompts = [benchmark_prompt(args.data, length) for length in settings.peers.prompt_tokens]
         attached = {
-            method: _attached(chosen_method(method, settings, model, args.keep_ratio, args.pruner)(prompts[0], []))
+            method: _attached(chosen_method(method, settings, model, args.keep_ratio, pruners[method])(prompts[0], []))
             for method in args.methods
         }
         rows = [
@@ -71,7 +75,7 @@ def main(argv: list[str]) -> None:
                 "method": method,
                 "keep_ratio": args.keep_ratio,
                 **measured_on(model, settings.model),
-                "stages": stages(method, settings, model.config.num_hidden_layers),
+                "stages": stages(method, settings, model.config.num_hidden_layers, attached[method]),
                 "warmup": settings.benchmark.warmup,
                 "rows": own,
             }
@@ -83,10 +87,14 @@ def main(argv: list[str]) -> None:
                 log.metric(f"prefill_speedup/{method.replace('+', '-on-')}/{timed['prompt_tokens']}", speedup)
 
 
-def stages(method: str, settings: Settings, num_layers: int) -> list[int]:
+def stages(method: str, settings: Settings, num_layers: int, attached: TokenPruner | Peer) -> list[int]:
     """The 0-based layers of the stages that a method prunes at, or whose survivors it matches."""
     if "schedule" not in names.needs(method):
         return []
+    if method == names.TUNED and isinstance(attached, TokenPruner):
+        tuned = attached.schedule
+        before = [1.0, *tuned.keep[:-1]]  # a stage that leaves what reaches it is none
+        return [layer for layer, a, b in zip(tuned.layers, before, tuned.keep, strict=True) if b < a]
     layers = stage_layers(settings.pruning, num_layers)
     return [layers[stage] for stage in names.half(len(layers))] if method == "sdtp-half" else list(layers)
 

@@ -28,6 +28,7 @@ from sdtp.pruning import store
 from sdtp.pruning.fingerprint import fingerprint
 from sdtp.training.backbone import shard
 from sdtp.training.examples import Example
+from sdtp.training.heldout import best_evaluation
 from sdtp.training.objective import Weights
 from sdtp.training.processes import FailedElsewhereError, Processes
 from sdtp.training.trainer import Options, fit
@@ -112,11 +113,10 @@ def _train(args: argparse.Namespace, group: Processes, log: StepLog) -> None:
     if training.shard_model:
         shard(model, group)
     scorer = build_scorer(training, model, schedule, settings.seed).to(group.device)
-    history: list[tuple[int, str, str, float]] = []
+    reported: list[tuple[dict[str, float], int, str]] = []
 
     def record(metrics: dict[str, float], at: int, split: str) -> None:
-        if split != "labels":  # whose steps are epochs: another axis
-            history.extend((at, split, name, value) for name, value in metrics.items())
+        reported.append((metrics, at, split))
         log.metrics({f"{split}/{name}": value for name, value in metrics.items()}, step=at)
 
     def keep(at: int) -> None:
@@ -162,7 +162,33 @@ def _train(args: argparse.Namespace, group: Processes, log: StepLog) -> None:
     with write_atomically(args.history) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("step", "split", "metric", "value"))
-        writer.writerows(history)
+        writer.writerows(
+            (at, split, name, value)
+            for metrics, at, split in reported
+            if split != "labels"  # whose steps are epochs: another axis
+            for name, value in metrics.items()
+        )
     log.metrics({f"heldout_{name}": value for name, value in final.items()})
+    log.metrics(updates(reported, min(len(examples["train"]), training.label_examples), training.patience))
     log.artifact(args.output)
     log.artifact(args.history)
+
+
+def updates(
+    reported: Sequence[tuple[dict[str, float], int, str]], label_examples: int, patience: int
+) -> dict[str, int]:
+    """What made the scorer: its `label_updates`, `optimizer_steps`, and the one of these it was kept from, `kept_step`.
+
+    Args:
+        reported: (metrics, step, split) of all that `fit` reported; an update on labels is of one example, and their
+            steps are epochs.
+        label_examples: in a label epoch.
+        patience: as `fit` had it; without any the last step is kept.
+    """
+    last = {split: max((at for _, at, own in reported if own == split), default=0) for split in ("labels", "train")}
+    kept = best_evaluation(reported)[0] if patience else None
+    return {
+        "label_updates": last["labels"] * label_examples,
+        "optimizer_steps": last["train"],
+        "kept_step": last["train"] if kept is None else kept,
+    }
