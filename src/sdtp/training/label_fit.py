@@ -164,30 +164,32 @@ def fit_labels(
     device = next(scorer.parameters()).device
     targets = {index: torch.stack([standardise(stage) for stage in examples[index].saliency]) for index in states}
     gradients = flat_gradients(scorer)
-    progress = tqdm(
+    # Closed also when a checkpoint cannot be written, so that the message has a line of its own.
+    with tqdm(
         total=len(epochs) * len(examples), desc="fitting to saliency", unit="update", disable=not processes.main
-    )
-    for epoch in epochs:
-        total = 0.0
-        generator = keyed_generator(seed, "labels", epoch)
-        for index in torch.randperm(len(examples), generator=generator).tolist():
-            gradients.zero_()
-            loss = torch.zeros((), device=device)
-            with processes.together():
-                if processes.holds(index):
-                    loss = _loss(scorer, states[index].to(device), targets[index], examples[index], mse, rank, epoch)
-                    loss.backward()
-            loss = loss.detach()
-            processes.spread(gradients, index)
-            processes.spread(loss, index)
-            torch.nn.utils.clip_grad_norm_(scorer.parameters(), GRADIENT_CLIP)
-            optimizer.step()
-            rates.step()
-            total += loss.item() / len(examples)
-            progress.update()
-        progress.set_postfix(loss=f"{total:.3f}")
-        log(total, epoch)
-    progress.close()
+    ) as progress:
+        for epoch in epochs:
+            total = 0.0
+            generator = keyed_generator(seed, "labels", epoch)
+            for index in torch.randperm(len(examples), generator=generator).tolist():
+                gradients.zero_()
+                loss = torch.zeros((), device=device)
+                with processes.together():
+                    if processes.holds(index):
+                        loss = _loss(
+                            scorer, states[index].to(device), targets[index], examples[index], mse, rank, epoch
+                        )
+                        loss.backward()
+                loss = loss.detach()
+                processes.spread(gradients, index)
+                processes.spread(loss, index)
+                torch.nn.utils.clip_grad_norm_(scorer.parameters(), GRADIENT_CLIP)
+                optimizer.step()
+                rates.step()
+                total += loss.item() / len(examples)
+                progress.update()
+            progress.set_postfix(loss=f"{total:.3f}")
+            log(total, epoch)
 
 
 def _loss(

@@ -202,27 +202,26 @@ class _Training:
             self._evaluate()
             save(STEPS, self.step, self.optimizer, self.rates)
         gradients = flat_gradients(self.scorer)
-        progress = tqdm(
+        with tqdm(
             initial=self.step, total=options.steps, desc="training", unit="step", disable=not self.processes.main
-        )
-        while self.step < options.steps and not self._out_of_patience():
-            losses = batch_gradient(
-                gradients, self.model, self.policy, self.train, options.weights,
-                step=self.step, batch_size=options.batch_size, seed=options.seed, processes=self.processes,
-            )  # fmt: skip
-            norm = torch.nn.utils.clip_grad_norm_(self.scorer.parameters(), GRADIENT_CLIP)
-            rate = float(self.rates.get_last_lr()[0])
-            self.optimizer.step()
-            self.rates.step()
-            self.step += 1
-            self._report({**losses, "gradient_norm": float(norm), "learning_rate": rate}, self.step, "train")
-            progress.update()
-            progress.set_postfix(loss=f"{losses['loss']:.3f}")
-            if self.step % options.evaluate_every == 0 or self.step == options.steps:
-                self._evaluate()
-            if self.step % options.checkpoint_every == 0 or self.step == options.steps or self._out_of_patience():
-                save(STEPS, self.step, self.optimizer, self.rates)
-        progress.close()
+        ) as progress:
+            while self.step < options.steps and not self._out_of_patience():
+                losses = batch_gradient(
+                    gradients, self.model, self.policy, self.train, options.weights,
+                    step=self.step, batch_size=options.batch_size, seed=options.seed, processes=self.processes,
+                )  # fmt: skip
+                norm = torch.nn.utils.clip_grad_norm_(self.scorer.parameters(), GRADIENT_CLIP)
+                rate = float(self.rates.get_last_lr()[0])
+                self.optimizer.step()
+                self.rates.step()
+                self.step += 1
+                self._report({**losses, "gradient_norm": float(norm), "learning_rate": rate}, self.step, "train")
+                progress.update()
+                progress.set_postfix(loss=f"{losses['loss']:.3f}")
+                if self.step % options.evaluate_every == 0 or self.step == options.steps:
+                    self._evaluate()
+                if self.step % options.checkpoint_every == 0 or self.step == options.steps or self._out_of_patience():
+                    save(STEPS, self.step, self.optimizer, self.rates)
         evaluations = {step: metrics for metrics, step, split in self.history if split == "heldout"}
         kept, _ = best_evaluation(self.history)
         if kept is None:
