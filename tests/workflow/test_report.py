@@ -12,12 +12,14 @@ from tests.workflow.project import snakemake
 
 pytestmark = pytest.mark.slow
 
+TABLES = ("latency", "quality", "comparisons", "targets", "sparsity", "foresight")
+
 
 def test_snakemakes_own_report_has_the_page_the_tables_and_the_figures(finished_run: Path, tmp_path: Path) -> None:
     snakemake(finished_run, "--configfile", "tiny.yaml", "--report", str(tmp_path / "workflow.zip"))
     results = finished_run / "results" / "tiny"
     expected = [results / "report.html"]
-    expected += [results / "tables" / f"{name}.csv" for name in ("latency", "quality", "comparisons")]
+    expected += [results / "tables" / f"{name}.csv" for name in TABLES]
     expected += [results / "figures" / f"{name}.svg" for name in FIGURES]
     with zipfile.ZipFile(tmp_path / "workflow.zip") as archive:
         held = {Path(name).name: archive.read(name) for name in archive.namelist() if "/data/" in name}
