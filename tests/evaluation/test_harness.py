@@ -26,7 +26,8 @@ from lm_eval.tasks import TaskManager
 
 from sdtp.errors import UserError
 from sdtp.evaluation import harness
-from sdtp.evaluation.harness import PrunedLM, read_pruner
+from sdtp.evaluation.harness import PrunedLM
+from sdtp.evaluation.harness_pruner import read_pruner
 from sdtp.evaluation.methods import BASELINES
 from sdtp.evaluation.names import PAPER_TASKS
 from sdtp.evaluation.teacher_forcing import force

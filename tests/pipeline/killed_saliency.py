@@ -14,7 +14,6 @@ own, one after the other, and kills itself with SIGKILL when it gets to the phas
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -25,6 +24,7 @@ from typing import Any
 from sdtp import cli
 from sdtp.pipeline import shards
 from sdtp.pipeline.steps import saliency
+from tests.pipeline.killed import run_each
 
 
 def run(phase: str, count: int, log: str, computed: str, arguments: list[str]) -> None:
@@ -71,10 +71,4 @@ def run(phase: str, count: int, log: str, computed: str, arguments: list[str]) -
 
 
 if __name__ == "__main__":
-    for entry in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
-        # All were imported once: what a process starts with, and so what it computes, is the same for each.
-        child = os.fork()
-        if child == 0:
-            run(*entry)
-        sys.stdout.write(f"{os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}\n")
-        sys.stdout.flush()  # or the next process would have it too
+    run_each(run, Path(sys.argv[1]))

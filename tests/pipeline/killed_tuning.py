@@ -12,7 +12,6 @@ one after the other, and kills itself with SIGKILL when it gets to the phase for
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -23,6 +22,7 @@ from sdtp import cli
 from sdtp.evaluation import damage
 from sdtp.pipeline import predictions
 from sdtp.pipeline.steps import tune  # noqa: F401
+from tests.pipeline.killed import run_each
 
 
 def run(phase: str, count: int, measured: str, arguments: list[str]) -> None:
@@ -64,10 +64,4 @@ def run(phase: str, count: int, measured: str, arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    for entry in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
-        # All were imported once: what a process starts with, and so what it computes, is the same for each.
-        child = os.fork()
-        if child == 0:
-            run(*entry)
-        sys.stdout.write(f"{os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}\n")
-        sys.stdout.flush()
+    run_each(run, Path(sys.argv[1]))

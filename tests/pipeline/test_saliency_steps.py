@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from sdtp.errors import UserError
 from sdtp.pipeline.chunks import CHUNK_EXAMPLES
 from sdtp.pipeline.shards import Labels, map_labels, read_shard, write_labels, write_shard
 from sdtp.training.saliency import saliency as compute
+from tests.pipeline.killed import carry_out
 from tests.pipeline.saliency_run import (
     SETTINGS,
     checkpoints,
@@ -310,16 +310,7 @@ def test_killed_anywhere_it_ends_with_the_same_bytes_and_computes_nothing_twice(
         if name in phases:
             plan.append([name, phases[name][0], str(run / "killed.log"), str(run / "killed.txt"), arguments])
         plan.append(["", 0, str(run / "whole.log"), str(run / "whole.txt"), arguments])
-    (long_run / "plan.json").write_text(json.dumps(plan))
-    process = subprocess.run(
-        [sys.executable, "-m", "tests.pipeline.killed_saliency", str(long_run / "plan.json")],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
+    process = carry_out("tests.pipeline.killed_saliency", plan, long_run)
     assert process.returncode == 0, process.stderr
     assert process.stdout.split() == ["0"] + ["-9", "0"] * len(phases), process.stderr
 

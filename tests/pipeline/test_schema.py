@@ -9,7 +9,8 @@ import pytest
 
 from sdtp.errors import UserError
 from sdtp.evaluation.names import BASELINES
-from sdtp.pipeline.schema import accepted, check_sources, leaves, resolve, resolve_variants
+from sdtp.pipeline.schema import check_sources, leaves, resolve, resolve_variants
+from sdtp.pipeline.schema_words import accepted
 from tests.workflow.golden import SCHEMA
 
 HUB = {"kind": "hub", "ref": "a/b", "revision": None, "sha256": None}

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from sdtp.pruning import flops
 from sdtp.pruning.pruner import TokenPruner
 from sdtp.pruning.schedule import PruningSchedule
 from tests.pipeline import tunable
+from tests.pipeline.killed import carry_out
 
 pytestmark = pytest.mark.usefixtures("no_tracking")
 
@@ -138,16 +136,7 @@ def test_a_killed_step_goes_on_and_ends_with_the_same(run: Path) -> None:
     for name, (phase, count) in phases.items():
         plan.append([phase, count, str(run / f"{name}-killed.txt"), ["tune", *arguments(run, 0.8, name)]])
         plan.append(["", 0, str(run / f"{name}.txt"), ["tune", *arguments(run, 0.8, name)]])
-    (run / "plan.json").write_text(json.dumps(plan))
-    process = subprocess.run(
-        [sys.executable, "-m", "tests.pipeline.killed_tuning", str(run / "plan.json")],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
+    process = carry_out("tests.pipeline.killed_tuning", plan, run)
     assert process.stdout.split() == ["0"] + ["-9", "0"] * len(phases), process.stderr
 
     def measured(name: str) -> int:

@@ -21,9 +21,9 @@ from sdtp.training import checkpoints, trainer
 from sdtp.training.backbone import shard
 from sdtp.training.examples import Example
 from sdtp.training.objective import Weights
+from sdtp.training.options import Options
 from sdtp.training.processes import Processes
 from sdtp.training.saliency import saliency
-from sdtp.training.trainer import Options
 from tests.conftest import FAMILIES, TINY
 
 SCHEDULE = PruningSchedule((1, 3), (0.7, 0.4), sinks=1, local=0.1, min_local=2)

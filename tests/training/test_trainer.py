@@ -22,11 +22,12 @@ from sdtp.training.examples import Example
 from sdtp.training.gradients import epoch_order
 from sdtp.training.heldout import HeldOut
 from sdtp.training.objective import Weights, example_losses
+from sdtp.training.options import Options
 from sdtp.training.policy import MaskingPolicy
 from sdtp.training.processes import Processes
 from sdtp.training.saliency import saliency
 from sdtp.training.samplers import SAMPLERS
-from sdtp.training.trainer import Options, fit
+from sdtp.training.trainer import fit
 
 SCHEDULE = PruningSchedule((1, 3), (0.7, 0.4), sinks=1, local=0.1, min_local=2)
 OPTIONS = Options(

@@ -1,7 +1,6 @@
 """The config schema at work: fills defaults, refuses bad values in one line, and writes the config's manual."""
 
 import copy
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -12,8 +11,7 @@ import jsonschema
 import yaml
 
 from sdtp.errors import UserError
-
-Schema = dict[str, Any]
+from sdtp.pipeline.schema_words import Schema, accepted, kinds, shown
 
 # A variant's name is a folder's and a column's value.
 VARIANT_NAME = "[A-Za-z0-9][A-Za-z0-9._-]*"
@@ -23,17 +21,6 @@ VARIED = ("pruning", "saliency", "training")
 SHARED = ("pruning.keep_ratios", "saliency.shards")
 # Of one key; no configuration has so many.
 MOST_VALUES = 10_000
-
-# JSON Schema's type names, as messages print them.
-TYPES = {
-    "object": "a block of keys",
-    "array": "a list",
-    "string": "text",
-    "integer": "a whole number",
-    "number": "a number",
-    "boolean": "true or false",
-    "null": "null",
-}
 
 
 def load_schema(path: str | Path) -> Schema:
@@ -89,10 +76,10 @@ def resolve_variants(config: Mapping[str, Any], schema: Schema) -> dict[str, dic
     for name, changes in config["variants"].items():
         where = f"variants.{name}"
         if not re.fullmatch(VARIANT_NAME, str(name)):
-            faults.append(f"{where} = {_show(changes)}: the name must match `{VARIANT_NAME}`")
+            faults.append(f"{where} = {shown(changes)}: the name must match `{VARIANT_NAME}`")
         own = _shared_keys(changes)
         faults += [
-            f"{where}.{key} = {_show(value)}: the variants share this; a variant may change {', '.join(VARIED)}, "
+            f"{where}.{key} = {shown(value)}: the variants share this; a variant may change {', '.join(VARIED)}, "
             f"except {' and '.join(SHARED)}"
             for key, value in own.items()
         ]
@@ -152,7 +139,7 @@ def _faults(filled: Mapping[str, Any], schema: Schema) -> list[str]:
     if not faults:
         faults += _disagreements(filled)
     return faults + [
-        f"{key} = {_show(value)}: must be finite"
+        f"{key} = {shown(value)}: must be finite"
         for key, value in leaves(filled)
         if any(isinstance(one, float) and not math.isfinite(one) for one in (value if type(value) is list else [value]))
     ]
@@ -187,7 +174,7 @@ def check_sources(overlay: Mapping[str, Any], schema: Schema) -> None:
         missing = [key for key in node.get("required", []) if isinstance(value, dict) and key not in value]
         if missing:
             faults.append(
-                f"{'.'.join(path)} = {_show(value)}: also needs {', '.join(missing)}; a file given on top of the "
+                f"{'.'.join(path)} = {shown(value)}: also needs {', '.join(missing)}; a file given on top of the "
                 "default config states a source whole, or what it leaves out would stay from the default"
             )
     if faults:
@@ -203,35 +190,6 @@ def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield f"{prefix}{key}", value
 
 
-def manual(schema: Schema) -> str:
-    """The config's manual in Markdown: every key, what is accepted, its default and its meaning."""
-    lines = [
-        "# Configuration",
-        "",
-        "`config.yaml` is the default run. Another file is laid over it with `snakemake --configfile FILE`: blocks are",
-        "merged key by key, lists are replaced, and a `source` has to be stated whole. A wrong key, type or range is",
-        "refused before anything runs.",
-        "",
-        "| file | what it is |",
-        "|---|---|",
-        "| `config.yaml` | the default run: small, real, offline; a quarter of an hour on two CPU cores |",
-        "| `study.yaml` | quality with enough examples to tell methods apart (`make study`) |",
-        "| `bench.yaml` | latency and memory up to 4096 tokens (`make bench`) |",
-        "| `ablations/*.yaml` | variants of one configuration, compared by `snakemake ablation` |",
-        "| `paper/*-7b.yaml` | the paper's scale, for 8 GPUs; every key stated |",
-        "| `paper/smollm2-135m.yaml` | the paper on the default model, offline (`snakemake paper`) |",
-        "",
-        "<!-- The rest is generated from workflow/schemas/config.schema.yaml by `make config/README.md`. -->",
-    ]
-    blocks = {name: node for name, node in schema["properties"].items() if node.get("properties")}
-    top = [(name, node) for name, node in schema["properties"].items() if name not in blocks]
-    lines += ["", *_table(top)]
-    for name, node in schema["properties"].items():
-        if name in blocks:
-            lines += ["", f"## `{name}`", "", node["description"], "", *_table(_flat(node, f"{name}."))]
-    return "\n".join(lines) + "\n"
-
-
 def _with_defaults(value: Any, node: Schema) -> Any:
     if node.get("type") != "object" or not isinstance(value, Mapping):
         return copy.deepcopy(value)
@@ -242,14 +200,8 @@ def _with_defaults(value: Any, node: Schema) -> Any:
     return filled
 
 
-def _kinds(node: Schema) -> list[str]:
-    """JSON Schema's names of the types a node may have."""
-    kind = node.get("type", [])
-    return [kind] if isinstance(kind, str) else list(kind)
-
-
 def _with_types(value: Any, node: Schema) -> Any:
-    kind = next((kind for kind in _kinds(node) if kind != "null"), None)
+    kind = next((kind for kind in kinds(node) if kind != "null"), None)
     if value is None:
         return None
     if kind == "object" and isinstance(node["additionalProperties"], Mapping):
@@ -272,13 +224,13 @@ def _explain(error: jsonschema.ValidationError) -> Iterator[str]:
         known = node["properties"]
         for name in sorted(set(instance) - set(known), key=str):
             where = f"{key}.{name}" if key else name
-            yield f"{where} = {_show(instance[name])}: no such key; {key or 'the config'} has {', '.join(known)}"
+            yield f"{where} = {shown(instance[name])}: no such key; {key or 'the config'} has {', '.join(known)}"
         return
     if error.validator == "required":
         missing = [name for name in constraint if name not in instance]
         # One error a missing key: each reports its own.
         name = next(name for name in missing if f"'{name}'" in error.message)
-        yield f"{key} = {_show(instance)}: needs the key {name}"
+        yield f"{key} = {shown(instance)}: needs the key {name}"
         return
     hint = ""
     if isinstance(instance, str) and error.validator == "type" and _is_number(instance):
@@ -288,33 +240,11 @@ def _explain(error: jsonschema.ValidationError) -> Iterator[str]:
             else " (text, not a number: no quotes in a file; "
             "--config takes no numbers inside a block, use --configfile)"
         )
-    yield f"{key} = {_show(instance)}: must be {accepted(node)}{hint}"
-
-
-def accepted(node: Schema) -> str:
-    """What a schema node accepts, in words."""
-    if "enum" in node:
-        return "one of " + ", ".join(node["enum"])
-    words = " or ".join(TYPES[kind] for kind in _kinds(node))
-    if node["type"] == "array":
-        few = f" at least {node['minItems']}" if node.get("minItems") else ""
-        words = f"a list of{few} distinct values, each {accepted(node['items'])}"
-    if node.get("minLength"):
-        words += f" of at least {node['minLength']} character"
-    bounds = [
-        f"{sign} {node[key]}"
-        for key, sign in (("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"), ("exclusiveMaximum", "<"))
-        if key in node
-    ]
-    if bounds:
-        words += " " + " and ".join(bounds)
-    if "pattern" in node:
-        words += f" matching `{node['pattern']}`"
-    return words
+    yield f"{key} = {shown(instance)}: must be {accepted(node)}{hint}"
 
 
 def _objects(node: Schema, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Schema]]:
-    if "object" in _kinds(node):
+    if "object" in kinds(node):
         yield path, node
         for key, child in node["properties"].items():
             yield from _objects(child, (*path, key))
@@ -324,30 +254,6 @@ def _lookup(config: Any, path: tuple[str, ...]) -> Any:
     for key in path:
         config = config.get(key) if isinstance(config, Mapping) else None
     return config
-
-
-def _flat(node: Schema, prefix: str) -> Iterator[tuple[str, Schema]]:
-    for key, child in node["properties"].items():
-        if child["type"] == "object":
-            default = child.get("default") or {}
-            yield from (
-                (name, {"default": default[name.rsplit(".", 1)[1]]} | leaf if child.get("required") else leaf)
-                for name, leaf in _flat(child, f"{prefix}{key}.")
-            )
-        else:
-            yield f"{prefix}{key}", child
-
-
-def _table(rows: Any) -> list[str]:
-    lines = ["| key | default | accepted | meaning |", "|---|---|---|---|"]
-    for name, node in rows:
-        words = accepted(node).replace("|", "\\|")
-        lines.append(f"| `{name}` | `{_show(node['default'])}` | {words} | {node['description']} |")
-    return lines
-
-
-def _show(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _is_number(text: str) -> bool:

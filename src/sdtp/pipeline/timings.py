@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from transformers import PreTrainedModel
 from sdtp.evaluation import latency
 from sdtp.evaluation.memory import cache_bytes, peak_memory
 from sdtp.pipeline.config import ModelSettings
+from sdtp.pipeline.files import write_atomically
 
 # Passes of an arm in which peak memory is measured.
 MEMORY_ROUNDS = 3
@@ -93,3 +96,9 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
+
+
+def write_timings(path: Path, result: Mapping[str, Any]) -> None:
+    """Write what a timing step found, atomically, as JSON for people to look into too."""
+    with write_atomically(path) as temporary:
+        temporary.write_text(json.dumps(result, indent=1) + "\n", "utf-8")

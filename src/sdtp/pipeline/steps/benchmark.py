@@ -1,7 +1,6 @@
 """Times prefill and decode, unpruned against pruned at one keep ratio, and measures memory."""
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,12 +15,12 @@ from sdtp.evaluation.stats import paired_ratios, quartiles
 from sdtp.pipeline.config import BenchmarkSettings, Settings
 from sdtp.pipeline.data import BENCHMARK_FILE, benchmark_prompt
 from sdtp.pipeline.devices import choose_device
-from sdtp.pipeline.files import sha256_file, write_atomically
+from sdtp.pipeline.files import sha256_file
 from sdtp.pipeline.limits import check_benchmark
 from sdtp.pipeline.models import load_model, read_manifest
 from sdtp.pipeline.pruners import read_pruner_at
 from sdtp.pipeline.step import step
-from sdtp.pipeline.timings import measured_on, memory, times
+from sdtp.pipeline.timings import measured_on, memory, times, write_timings
 from sdtp.pruning import flops
 from sdtp.pruning.pruner import TokenPruner
 
@@ -63,8 +62,7 @@ def main(argv: list[str]) -> None:
             "warmup": settings.benchmark.warmup,
             "rows": rows,
         }
-        with write_atomically(args.output) as temporary:
-            temporary.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+        write_timings(args.output, result)
         log.artifact(args.output)
 
 

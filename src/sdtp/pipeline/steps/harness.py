@@ -9,7 +9,8 @@ from typing import Any
 
 from sdtp.errors import UserError
 from sdtp.evaluation import names
-from sdtp.evaluation.harness import PrunedLM, Scored
+from sdtp.evaluation.harness import PrunedLM
+from sdtp.evaluation.harness_answers import Scored
 from sdtp.evaluation.harness_scores import evaluate, rows
 from sdtp.evaluation.methods import Fixed
 from sdtp.pipeline.chosen import check_method, chosen_method, seeds_of

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,12 @@ from sdtp.evaluation.serving import longest
 from sdtp.pipeline.config import Settings
 from sdtp.pipeline.data import BENCHMARK_FILE, request_prompts
 from sdtp.pipeline.devices import choose_device
-from sdtp.pipeline.files import sha256_file, write_atomically
+from sdtp.pipeline.files import sha256_file
 from sdtp.pipeline.limits import check_context
 from sdtp.pipeline.models import load_model, read_manifest
 from sdtp.pipeline.pruners import read_pruner_at
 from sdtp.pipeline.step import step
-from sdtp.pipeline.timings import measured_on
+from sdtp.pipeline.timings import measured_on, write_timings
 
 # The CPU shares its memory with everything else, so that there is no such thing as all of it.
 CPU_LIMIT = 3
@@ -59,8 +58,7 @@ def main(argv: list[str]) -> None:
                 log.metric(f"longest_prompt/{method}/{ratio}", found["longest"])
         limits = {"memory_limit": limit, "tokens_at_most": lengths[-1], "length_step": serving.length_step}
         result = {**measured_on(model, settings.model), "new_tokens": serving.new_tokens, **limits, "rows": rows}
-        with write_atomically(args.output) as temporary:
-            temporary.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+        write_timings(args.output, result)
         log.artifact(args.output)
 
 

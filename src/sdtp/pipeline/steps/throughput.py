@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import functools
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from sdtp.evaluation.serving import answer
 from sdtp.pipeline.config import Settings
 from sdtp.pipeline.data import BENCHMARK_FILE, request_prompts
 from sdtp.pipeline.devices import choose_device
-from sdtp.pipeline.files import sha256_file, write_atomically
+from sdtp.pipeline.files import sha256_file
 from sdtp.pipeline.launch import end_with_launcher, launch, launched
 from sdtp.pipeline.limits import check_serving
 from sdtp.pipeline.models import choose_dtype, load_config, read_manifest
@@ -26,7 +25,7 @@ from sdtp.pipeline.placement import Placement
 from sdtp.pipeline.placements import place, refusal
 from sdtp.pipeline.pruners import read_pruner_at
 from sdtp.pipeline.step import step
-from sdtp.pipeline.timings import measured_on, times
+from sdtp.pipeline.timings import measured_on, times, write_timings
 from sdtp.pruning.pruner import TokenPruner
 from sdtp.training.processes import FailedElsewhereError, Processes
 
@@ -61,8 +60,7 @@ def main(argv: list[str]) -> None:
         result = {"placement": args.placement, "devices": placement.devices, "not_run": refused, "rows": []}
         if refused is None:
             result |= _measured(args, settings, placement, group)
-        with write_atomically(args.output) as temporary:
-            temporary.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+        write_timings(args.output, result)
         log.artifact(args.output)
         log.metric("rows", len(result["rows"]))
 

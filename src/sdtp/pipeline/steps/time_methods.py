@@ -1,7 +1,6 @@
 """Times methods at one keep ratio against the unpruned model, all interleaved in one process, and measures memory."""
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,12 @@ from sdtp.pipeline.chosen import check_method, chosen_method
 from sdtp.pipeline.config import BenchmarkSettings, Settings
 from sdtp.pipeline.data import BENCHMARK_FILE, benchmark_prompt
 from sdtp.pipeline.devices import choose_device
-from sdtp.pipeline.files import sha256_file, write_atomically
+from sdtp.pipeline.files import sha256_file
 from sdtp.pipeline.limits import check_context
 from sdtp.pipeline.models import load_model, read_manifest
 from sdtp.pipeline.schedules import stage_layers
 from sdtp.pipeline.step import step
-from sdtp.pipeline.timings import measured_on, peaks, times
+from sdtp.pipeline.timings import measured_on, peaks, times, write_timings
 from sdtp.pruning import flops
 from sdtp.pruning.pruner import TokenPruner
 
@@ -79,8 +78,7 @@ def main(argv: list[str]) -> None:
                 "warmup": settings.benchmark.warmup,
                 "rows": own,
             }
-            with write_atomically(path) as temporary:
-                temporary.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+            write_timings(path, result)
             log.artifact(path)
             for unpruned, timed in zip(own[::2], own[1::2], strict=True):
                 speedup = paired_ratios(unpruned["prefill_s"], timed["prefill_s"])[1]

@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,11 @@ from transformers import PreTrainedModel
 from sdtp.evaluation import latency
 from sdtp.pipeline.config import BenchmarkSettings, Settings
 from sdtp.pipeline.devices import choose_device
-from sdtp.pipeline.files import write_atomically
 from sdtp.pipeline.models import load_model
 from sdtp.pipeline.paper.shortened import LLMLINGUA, speed
 from sdtp.pipeline.reading import read_json
 from sdtp.pipeline.step import step
-from sdtp.pipeline.timings import measured_on, times
+from sdtp.pipeline.timings import measured_on, times, write_timings
 
 
 def main(argv: list[str]) -> None:
@@ -51,8 +49,7 @@ def main(argv: list[str]) -> None:
             "warmup": settings.benchmark.warmup,
             "rows": rows,
         }
-        with write_atomically(args.output) as temporary:
-            temporary.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+        write_timings(args.output, result)
         log.artifact(args.output)
 
 

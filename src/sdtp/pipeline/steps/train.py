@@ -30,8 +30,9 @@ from sdtp.training.backbone import shard
 from sdtp.training.examples import Example
 from sdtp.training.heldout import best_evaluation
 from sdtp.training.objective import Weights
+from sdtp.training.options import Options
 from sdtp.training.processes import FailedElsewhereError, Processes
-from sdtp.training.trainer import Options, fit
+from sdtp.training.trainer import fit
 
 # Where the tracker has the pruners of the last few checkpoints, each a folder that TokenPruner.from_pretrained takes.
 _TRACKED, _TRACKED_COUNT = "checkpoints", 3
