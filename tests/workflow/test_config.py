@@ -231,7 +231,7 @@ def test_schema_accepts_as_many_distractors_as_there_are_values() -> None:
 
 def test_offline_paper_is_the_default_model_with_enough_examples_and_every_method_of_the_paper() -> None:
     config, default = resolved(OFFLINE_PAPER), resolved("config.yaml")
-    assert config["model"] == default["model"]
+    assert config["model"] == default["model"] | {"dtype": "float32"}
     assert config["data"]["test"]["examples"] >= 200
     assert 0.9 in config["pruning"]["keep_ratios"]  # the paper's
     assert config["benchmark"]["new_tokens"] == 128
@@ -249,7 +249,7 @@ def test_offline_paper_is_the_default_model_with_enough_examples_and_every_metho
 def test_study_has_enough_examples_and_every_way_to_tell_what_matters() -> None:
     config = resolved("study.yaml")
     assert config["data"]["test"]["examples"] >= 400
-    assert {"sdtp", "recent", "lastquery", "oracle"} <= set(config["evaluation"]["methods"])
+    assert {"sdtp", "sdtp-tuned", "recent", "lastquery", "oracle"} <= set(config["evaluation"]["methods"])
 
 
 @pytest.mark.parametrize("name", FILES)

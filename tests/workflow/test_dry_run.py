@@ -83,8 +83,8 @@ def test_training_on_a_machine_without_gpus_is_one_of_its_jobs(clone: Path) -> N
 @pytest.mark.parametrize("name", ["study", "bench"])
 def test_overlay_has_a_run_of_its_own(clone: Path, name: str) -> None:
     output = snakemake(clone, "--dry-run", "--configfile", f"config/{name}.yaml").stdout
-    # The study: two ratios of four methods, and the unpruned model.
-    fewer = {"study": {"evaluate": 9, "generate": 2, "benchmark": 2}}
+    # The study: two ratios of five methods, one with a pruner tuned for each, and the unpruned model.
+    fewer = {"study": {"evaluate": 11, "tune": 2, "generate": 2, "benchmark": 2}}
     assert job_counts(output) == DEFAULT | fewer.get(name, {})
     assert f"results/{name}/report.html" in output
     assert "results/default" not in output
