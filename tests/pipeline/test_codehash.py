@@ -6,6 +6,7 @@ before committing it.
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sdtp.pipeline.codehash import NEUTRAL, READS, code_hash, modules_of
+from sdtp.pipeline.codehash import NEUTRAL, READS, code_hash, dump, modules_of
 
 SOURCE = Path(__file__).parents[2] / "src" / "sdtp"
 TABLE = Path(__file__).with_name("modules_and_steps.yaml")
@@ -126,6 +127,20 @@ def test_every_data_file_of_the_package_counts_somewhere() -> None:
     found = {str(path.relative_to(SOURCE)) for path in SOURCE.rglob("*") if path.is_file() and path.suffix != ".pyc"}
     data = {name for name in found if not name.endswith(".py")} - {"py.typed"}
     assert data == {name for names in READS.values() for name in names}
+
+
+def test_another_python_has_the_same_hash() -> None:
+    tree = ast.parse("class A:\n    def f(self, x=None, *, y=[]):\n        return {**x, 'a': f'{y!r:>{x}}'}\n")
+    text = dump(tree)
+    for node in ast.walk(tree):  # as 3.12 gave functions and classes their `type_params`
+        node._fields = (*node._fields, "later", "later_list")
+        node.later, node.later_list = None, []  # type: ignore[attr-defined]
+    assert dump(tree) == text
+
+
+@pytest.mark.parametrize(("one", "other"), [("x = None", "x = 0"), ("f()", "f(None)"), ("f([])", "f(())"), ("x", "y")])
+def test_other_code_is_other_text(one: str, other: str) -> None:
+    assert dump(ast.parse(one)) != dump(ast.parse(other))
 
 
 def test_unknown_module_is_named() -> None:

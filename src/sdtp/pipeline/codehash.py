@@ -91,10 +91,25 @@ def _module_digest(module: str) -> str:
     path = root.joinpath(*module.split(".")[1:])
     source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     tree = _without_docstrings(ast.parse(source.read_bytes(), filename=str(source)))
-    digest = hashlib.sha256(ast.dump(tree).encode())
+    digest = hashlib.sha256(dump(tree).encode())
     for name in READS.get(module, ()):
         digest.update((root / name).read_bytes())
     return digest.hexdigest()
+
+
+def dump(node: ast.AST) -> str:
+    """A syntax tree as text: the same for the same code under every Python that runs it.
+
+    `ast.dump` is not, since newer versions have fields that older ones lack, and print empty ones or leave them out.
+    """
+    fields = ((name, value) for name, value in ast.iter_fields(node) if value is not None and value != [])
+    return f"{type(node).__name__}({', '.join(f'{name}={_dump_value(value)}' for name, value in fields)})"
+
+
+def _dump_value(value: object) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_dump_value, value))}]"
+    return dump(value) if isinstance(value, ast.AST) else repr(value)
 
 
 def _without_docstrings(tree: ast.Module) -> ast.Module:
