@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sdtp.evaluation import continuation, methods, retrieval
-from sdtp.evaluation.teacher_forcing import Forced, force, force_batch
+from sdtp.evaluation.teacher_forcing import Forced, batch_logits, force, summary
 from sdtp.pruning import scorers
 from sdtp.pruning.pruner import TokenPruner
 from sdtp.pruning.schedule import PruningSchedule
@@ -66,8 +66,9 @@ def test_examples_together_have_what_each_has_alone(
 ) -> None:
     model, pruner = tiny_model(), None if scorer is None else TokenPruner(SCHEDULE, scorer)
     prompts, responses = [PROMPT, PROMPT[::-1], PROMPT[:24]], [[9, 60, 33], [7], [5, 6]]
-    for prompt, response, found in zip(prompts, responses, force_batch(model, prompts, responses, pruner), strict=True):
-        alone = force(model, prompt, response, pruner)
+    together = batch_logits(model, prompts, responses, pruner)
+    for prompt, response, one in zip(prompts, responses, together, strict=True):
+        found, alone = summary(*one), force(model, prompt, response, pruner)
         torch.testing.assert_close(found.log_probs, alone.log_probs, rtol=0, atol=1e-5)
         assert torch.equal(found.argmax, alone.argmax)
         assert found.kept_tokens == alone.kept_tokens

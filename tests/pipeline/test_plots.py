@@ -16,6 +16,7 @@ from matplotlib.text import Text
 from sdtp.errors import UserError
 from sdtp.evaluation.names import BASELINES
 from sdtp.pipeline import plots
+from sdtp.pipeline.observations import foresight_table, sparsity_table
 from sdtp.pipeline.plotstyle import METHODS, REDUCTIONS, label_ends, save, shades
 from sdtp.training.saliency import Reduction
 from tests.pipeline import synthetic_run
@@ -26,8 +27,10 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "saliency": lambda: plots.saliency(
         synthetic_run.saliency()[0], synthetic_run.LAYERS, [f"{n}$" for n in range(400)], "abs"
     ),
-    "sparsity": lambda: plots.sparsity(synthetic_run.saliency(), synthetic_run.LAYERS, KEPT),
-    "foresight": lambda: plots.foresight(synthetic_run.saliency(), synthetic_run.LAYERS),
+    "sparsity": lambda: plots.sparsity(sparsity_table(synthetic_run.saliency(), synthetic_run.LAYERS), KEPT),
+    "foresight": lambda: plots.foresight(
+        foresight_table(synthetic_run.saliency(), synthetic_run.LAYERS), synthetic_run.LAYERS
+    ),
     "latency": lambda: plots.latency(synthetic_run.latency()),
     "speedup": lambda: plots.speedup(synthetic_run.latency()),
     "quality": lambda: plots.quality(synthetic_run.quality(), synthetic_run.latency(), 490),
@@ -56,7 +59,7 @@ def texts(figure: Figure) -> list[str]:
 def test_sparsity_draws_the_mean_of_examples_and_their_quartiles() -> None:
     # 90% of the mass: 1, 2, 3 and 4 tokens of four, so mean 0.625 and quartiles 0.4375 and 0.8125; drawn first.
     examples = [np.array([row], dtype=float) for row in ([97, 1, 1, 1], [48, 48, 2, 2], [33, 33, 33, 1], [1, 1, 1, 1])]
-    (axes,) = plots.sparsity(examples, [4], {}).axes
+    (axes,) = plots.sparsity(sparsity_table(examples, [4]), {}).axes
     assert heights(axes.lines[0]) == pytest.approx([0.625])
     band = np.asarray(axes.collections[0].get_paths()[0].vertices)[:, 1]
     assert (band.min(), band.max()) == pytest.approx((0.4375, 0.8125))
@@ -64,9 +67,16 @@ def test_sparsity_draws_the_mean_of_examples_and_their_quartiles() -> None:
 
 def test_foresight_draws_the_mean_of_examples() -> None:
     rising, falling = np.array([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]]), np.array([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]])
-    figure = plots.foresight([rising, rising, rising, falling], [4, 7])
+    examples = [rising, rising, rising, falling]
+    figure = plots.foresight(foresight_table(examples, [4, 7]), [4, 7])
     np.testing.assert_allclose(heat_map(figure), [[1, 0.5], [0.5, 1]])
     assert texts(figure).count("0.50") == 2
+    assert "mean of 4 prompts" in texts(figure)
+
+
+def test_foresight_of_a_single_stage_is_its_own() -> None:
+    figure = plots.foresight(foresight_table([np.array([[1.0, 2.0]])], [4]), [4])
+    np.testing.assert_allclose(heat_map(figure), [[1]])
 
 
 def test_saliency_draws_magnitudes_and_labels_the_most_salient_tokens_that_lie_apart() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from sdtp.errors import UserError
 from sdtp.pipeline.config import Settings
-from sdtp.pipeline.pruners import read_pruner_at, read_tuned
+from sdtp.pipeline.pruners import at_ratio, read_pruner, read_pruner_at, read_tuned
 from sdtp.pruning import scorers
 from sdtp.pruning.pruner import TokenPruner
 from sdtp.pruning.schedule import PruningSchedule
@@ -33,6 +33,15 @@ def saved(folder: Path, schedule: PruningSchedule, **told: Any) -> Path:
 def test_the_keep_ratio_is_the_one_that_is_asked_for(tmp_path: Path) -> None:
     pruner = read_pruner_at(saved(tmp_path, OWN), PRUNING, 6, 0.5)
     assert pruner.schedule == dataclasses.replace(OWN, keep=(0.5, 0.25, 0.125))
+
+
+def test_a_pruner_that_was_read_once_serves_every_keep_ratio(tmp_path: Path) -> None:
+    pruner = read_pruner(saved(tmp_path, OWN))
+    for ratio in (0.9, 0.5):
+        served = at_ratio(pruner, tmp_path, PRUNING, 6, ratio)
+        assert served.schedule == read_pruner_at(tmp_path, PRUNING, 6, ratio).schedule
+        assert served.scorer is pruner.scorer
+    assert pruner.schedule == OWN
 
 
 def test_a_tuned_pruner_keeps_its_own_fractions(tmp_path: Path) -> None:

@@ -111,6 +111,20 @@ def test_a_batch_of_one_example_a_gpu_is_enough() -> None:
         )
 
 
+@pytest.mark.parametrize("block", ["evaluation", "peers", "suites", "harness"])
+def test_a_tuned_schedule_needs_examples_to_choose_and_others_to_report(block: str) -> None:
+    few, enough = ({"data": {"train": {"heldout": count}}} for count in (11, 12))
+    tuned = {block: {"methods": ["sdtp-tuned"]}}
+    with pytest.raises(UserError) as raised:
+        resolve(few | tuned, SCHEMA)
+    assert str(raised.value).splitlines()[1:] == [
+        "  data.train.heldout = 11: method sdtp-tuned needs 12 or more, because half of them choose and fewer than 6 "
+        "others can show no difference"
+    ]
+    assert resolve(enough | tuned, SCHEMA)[block]["methods"] == ["sdtp-tuned"]
+    assert resolve(few, SCHEMA)["data"]["train"]["heldout"] == 11
+
+
 def test_numbers_get_the_type_the_schema_gives_them() -> None:
     config = resolve({"training": {"steps": 60.0, "temperature": 2}, "pruning": {"keep_ratios": [1]}}, SCHEMA)
     assert [repr(config["training"][key]) for key in ("steps", "temperature")] == ["60", "2.0"]

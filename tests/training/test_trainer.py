@@ -145,7 +145,7 @@ def test_a_run_killed_while_writing_leaves_the_checkpoint_before(tiny_model, tmp
     model = tiny_model()
     examples = make_examples(model, 4)
     run(model, examples, tmp_path, stop_at=5)
-    partial = tmp_path / ".tmp-step-00000005"
+    partial = tmp_path / ".tmp-0123abcd-step-00000005"
     shutil.copytree(tmp_path / "step-00000004", partial)
     (partial / "state.json").unlink()
     _, log, seen = run(model, examples, tmp_path)

@@ -3,7 +3,6 @@
 import os
 import re
 import sys
-from hashlib import sha256
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
@@ -25,7 +24,7 @@ from sdtp.pipeline.config import PruningSettings
 from sdtp.pipeline.devices import visible_gpus
 from sdtp.pipeline.doctor.services import check_shared
 from sdtp.pipeline.figures import FIGURES
-from sdtp.pipeline.files import canonical_json
+from sdtp.pipeline.files import canonical_json, digest
 from sdtp.pipeline.mlflow_store import tracking_uri
 from sdtp.pipeline.multiple_choice import LOCAL_TASKS
 from sdtp.pipeline.paper.names import ABLATIONS, PARTS
@@ -81,16 +80,6 @@ UNPRUNED_RATIO = "1.0"
 METHODS = config["evaluation"]["methods"]
 # What the variants of an ablation are compared with; each of them has a pruner of its own in place of the run's.
 REFERENCES = [method for method in METHODS if method != "sdtp"]
-# Before anything is trained; not by an input function, since Snakemake takes a folder that is there for what it wants
-# where the inputs of its rule cannot be had.
-if (
-    any(names.TUNED in config[block]["methods"] for block in ("evaluation", "peers", "suites", "harness"))
-    and config["data"]["train"]["heldout"] < names.LEAST_TO_TUNE
-):
-    raise WorkflowError(
-        f"data.train.heldout = {config['data']['train']['heldout']}: method {names.TUNED} needs {names.LEAST_TO_TUNE} or "
-        f"more, because half of them choose and fewer than {names.LEAST_REPORTED} others can show no difference"
-    )
 # What decides nothing of the run that `all` makes.
 OF_OTHER_TARGETS = ("variants", "tracking", "suites", "sweep", "harness", "peers", "serving", "paper")
 SHARDS = [str(shard) for shard in range(config["saliency"]["shards"])]
@@ -308,7 +297,7 @@ def labels_part(variant):
 
 def labels_of(variant):
     """A name for the saliency of a variant, by content: variants that need the same share it."""
-    return sha256(canonical_json(labels_part(variant)).encode()).hexdigest()[:12]
+    return digest(labels_part(variant))[:12]
 
 
 def variant_index(wildcards):

@@ -32,6 +32,11 @@ def agreement(logits: torch.Tensor, unpruned: torch.Tensor) -> Agreement:
     Raises:
         ValueError: shapes that differ.
     """
-    kl = response_kl(logits, unpruned).item()
+    kl = divergence(logits, unpruned)
     same = logits.argmax(-1) == unpruned.argmax(-1)
-    return Agreement(max(0.0, kl), float(same.double().mean()))  # rounding may put a divergence of 0 below it
+    return Agreement(kl, float(same.double().mean()))
+
+
+def divergence(logits: torch.Tensor, unpruned: torch.Tensor) -> float:
+    """`Agreement.kl` alone; arguments and errors as `agreement` has them."""
+    return max(0.0, response_kl(logits, unpruned).item())  # rounding may put a divergence of 0 below it

@@ -13,7 +13,7 @@ from scipy.interpolate import PchipInterpolator
 from scipy.optimize import isotonic_regression
 from transformers import PreTrainedModel
 
-from sdtp.evaluation.agreement import agreement
+from sdtp.evaluation.agreement import divergence
 from sdtp.evaluation.teacher_forcing import forced_logits
 from sdtp.pruning.pruner import TokenPruner
 from sdtp.pruning.schedule import PruningSchedule
@@ -46,17 +46,6 @@ class Measurements(Protocol):
         """Keep what was measured."""
 
 
-class Nothing:
-    """`Measurements` that keep nothing."""
-
-    def get(self, example: Mapping[str, Any], schedule: PruningSchedule) -> Damage | None:
-        """See `Measurements`."""
-        return None
-
-    def add(self, example: Mapping[str, Any], schedule: PruningSchedule, damage: Damage) -> None:
-        """See `Measurements`."""
-
-
 def damages(
     model: PreTrainedModel,
     pruner: TokenPruner,
@@ -82,7 +71,7 @@ def damages(
     def of(example: dict[str, Any]) -> Iterator[Damage]:
         prompt, response = example["prompt_ids"], example["response_ids"]
         wanted = schedules(len(prompt))
-        found = [store.get(example, schedule) for schedule in wanted]
+        found = [None if known is None else known.get(example, schedule) for schedule in wanted]
         if None in found:
             unpruned, ids, _ = forced_logits(model, prompt, response)
             loss = response_cross_entropy(unpruned, ids).item()
@@ -90,13 +79,12 @@ def damages(
         for schedule, damage in zip(wanted, found, strict=True):
             if damage is None:
                 logits, _, kept = forced_logits(model, prompt, response, pruner.with_schedule(schedule))
-                kl = agreement(logits, unpruned).kl
-                damage = Damage(kl, response_cross_entropy(logits, ids).item() - loss, kept / len(prompt))
-                store.add(example, schedule, damage)
+                more = response_cross_entropy(logits, ids).item() - loss
+                damage = Damage(divergence(logits, unpruned), more, kept / len(prompt))
+                if known is not None:
+                    known.add(example, schedule, damage)
             yield damage
             forward()
-
-    store = Nothing() if known is None else known
 
     # One example's distributions are held at a time: [response, vocabulary] of hundreds would be gigabytes.
     return [list(of(example)) for example in examples]

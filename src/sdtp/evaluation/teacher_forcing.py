@@ -65,27 +65,7 @@ def force(
     pruner: TokenPruner | Peer | None = None,
 ) -> Forced:
     """The response's probabilities under `forced_logits`, whose arguments and errors these are."""
-    [forced] = force_batch(model, [prompt_ids], [response_ids], pruner)
-    return forced
-
-
-@torch.inference_mode()
-def force_batch(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    responses: Sequence[Sequence[int]],
-    pruner: TokenPruner | Peer | None = None,
-) -> list[Forced]:
-    """`force` of several examples in one prefill, which gives each what it has alone but for rounding.
-
-    Args:
-        model, pruner: as for `forced_logits`; a peer takes one prompt.
-        prompts, responses: token ids, at least one each; prompts of one length need no padding, and cost least.
-
-    Raises:
-        ValueError: an empty prompt or response.
-    """
-    return [summary(*forced) for forced in batch_logits(model, prompts, responses, pruner)]
+    return summary(*forced_logits(model, prompt_ids, response_ids, pruner))
 
 
 @torch.inference_mode()
@@ -102,7 +82,15 @@ def batch_logits(
     responses: Sequence[Sequence[int]],
     pruner: TokenPruner | Peer | None = None,
 ) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
-    """What `forced_logits` gives, of each prompt with its response; arguments and errors are those of `force_batch`."""
+    """`forced_logits` of several examples in one prefill, which gives each what it has alone but for rounding.
+
+    Args:
+        model, pruner: as for `forced_logits`; a peer takes one prompt.
+        prompts, responses: token ids, at least one each; prompts of one length need no padding, and cost least.
+
+    Raises:
+        ValueError: an empty prompt or response.
+    """
     kept = [len(prompt) for prompt in prompts]
     with contextlib.nullcontext() if pruner is None else pruner(model) as trace:
         prefilled = prefill(model, prompts)

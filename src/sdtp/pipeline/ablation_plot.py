@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sdtp.pipeline.plotstyle import METHODS, OTHER, STYLE, name_of
-from sdtp.pipeline.results import AGREEMENT, LOWER_IS_BETTER, smoke
+from sdtp.pipeline.results import LOWER_IS_BETTER, quality_panels, smoke
 
 
 @mpl.rc_context(STYLE)
@@ -20,8 +20,7 @@ def ablation(table: pd.DataFrame) -> Figure:
         table: as `sdtp.pipeline.ablations.ablation_table` gives it.
     """
     variants = table.loc[table["variant"] != "", "variant"].nunique()
-    own_metrics = table.loc[~table["metric"].isin(AGREEMENT), ["task", "metric"]]
-    panels = list(dict.fromkeys(own_metrics.itertuples(index=False, name=None)))
+    panels = quality_panels(table)
     ratios = list(dict.fromkeys(table.loc[table["variant"] != "", "keep_ratio"]))
     size = (1.5 + 2.9 * len(panels), 0.8 + len(ratios) * (1.1 + 0.28 * variants))
     figure = Figure(figsize=size, layout="constrained")

@@ -6,18 +6,16 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
-import safetensors
 import torch
-import transformers
 from transformers import PreTrainedModel
 
 from sdtp.evaluation.damage import Damage
 from sdtp.pipeline.codehash import code_hash
-from sdtp.pipeline.predictions import Predictions, digest, model_digest, pruner_digest
+from sdtp.pipeline.files import digest
+from sdtp.pipeline.libraries import LIBRARIES
+from sdtp.pipeline.predictions import Predictions, model_digest, pruner_digest
 from sdtp.pruning.schedule import PruningSchedule
 
-# Another version may compute other numbers.
-_LIBRARIES = {module.__name__: module.__version__ for module in (safetensors, torch, transformers)}
 # What runs the model and compares its predictions. How a schedule is searched for decides nothing about a measurement.
 _CODE = ("sdtp.evaluation.damage", "sdtp.pipeline.models")
 
@@ -45,7 +43,7 @@ def what_decides(model: PreTrainedModel, folder: Path, pruner: Path, attention: 
         "attention": attention,
         "device": torch.cuda.get_device_name(model.device) if cuda else model.device.type,
         "code": [code_hash(module) for module in _CODE],
-        "libraries": _LIBRARIES,
+        "libraries": LIBRARIES,
     }
 
 

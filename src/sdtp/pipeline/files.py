@@ -92,6 +92,11 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON value, however its keys are ordered."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file in UTF-8; blank lines and a byte order mark are skipped.
 

@@ -13,15 +13,13 @@ from tqdm.auto import tqdm
 from sdtp.errors import UserError
 from sdtp.pipeline.prompts import encode, encode_after, message_ids
 from sdtp.pipeline.records import Record, Records, Tally
-from sdtp.pipeline.tasks import Example
+from sdtp.pipeline.tasks import COUNT_KEYS, Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Answers written by people can be as long as documents; a loss over their first tokens says enough.
 MAX_RESPONSE_TOKENS = 256
-# Which config key says how many examples a split has.
-_COUNT_KEYS = {"train": "data.train.examples", "heldout": "data.train.heldout", "test": "data.test.examples"}
 
 
 def instruction_examples(
@@ -57,7 +55,7 @@ def instruction_examples(
     in_training = len(order) - len(free)
     if len(free) < count:
         raise UserError(
-            f"{_COUNT_KEYS[split]}: {count} records are asked for, but {len(free)} are left: {len(order)} of "
+            f"{COUNT_KEYS[split]}: {count} records are asked for, but {len(free)} are left: {len(order)} of "
             f"{content.total} are usable, and {in_training} of these have a prompt that an earlier split has"
         )
     examples, cut = [], Tally()

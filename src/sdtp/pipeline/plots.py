@@ -10,9 +10,9 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from sdtp.errors import UserError
-from sdtp.pipeline.observations import MASSES, rank_correlations, salient_share
+from sdtp.pipeline.observations import MASSES
 from sdtp.pipeline.plotstyle import METHODS, OTHER, SPLITS, STYLE, label_ends, name_of, saliency_name, shades
-from sdtp.pipeline.results import AGREEMENT, LOWER_IS_BETTER, nearest_length, smoke, with_speedup
+from sdtp.pipeline.results import LOWER_IS_BETTER, nearest_length, quality_panels, smoke, with_speedup
 
 # More columns than the figure has pixels would drop tokens; the largest of each group is drawn instead.
 HEAT_MAP_COLUMNS = 1024
@@ -79,16 +79,17 @@ def _spread(candidates: np.ndarray, count: int, apart: float) -> list[int]:
 
 
 @mpl.rc_context(STYLE)
-def foresight(examples: Sequence[np.ndarray], layers: Sequence[int]) -> Figure:
+def foresight(table: pd.DataFrame, layers: Sequence[int]) -> Figure:
     """How well an early stage's order of the tokens foretells a late one's, as the paper observes: a heat map.
 
-    Of `rank_correlations` the mean over the examples.
-
     Args:
-        examples: each [stages, tokens] of saliency.
-        layers: [stages], decoder layers.
+        table: as `foresight_table` gives it.
+        layers: [stages], decoder layers; one alone has no row in the table.
     """
-    mean = np.mean([rank_correlations(scores) for scores in examples], axis=0)
+    mean, place = np.eye(len(layers)), {layer: index for index, layer in enumerate(layers)}
+    for row in table.to_dict("records"):
+        early, late = place[row["layer"]], place[row["later_layer"]]
+        mean[early, late] = mean[late, early] = row["correlation"]
     figure = Figure(figsize=(5.6, 4.6), layout="constrained")
     axes = figure.subplots()
     drawn = axes.imshow(mean, cmap="viridis", vmin=0, vmax=1)
@@ -100,41 +101,37 @@ def foresight(examples: Sequence[np.ndarray], layers: Sequence[int]) -> Figure:
     axes.set_yticks(ticks, names)
     axes.grid(visible=False)
     axes.set(xlabel="entering decoder layer", ylabel="entering decoder layer")
-    axes.set_title(f"mean of {len(examples)} prompts")
+    if len(table):
+        axes.set_title(f"mean of {table['n'].iloc[0]} prompts")
     figure.colorbar(drawn, ax=axes, label="rank correlation of saliency (Spearman)")
     return figure
 
 
 @mpl.rc_context(STYLE)
-def sparsity(
-    examples: Sequence[np.ndarray],
-    layers: Sequence[int],
-    kept: Mapping[float, np.ndarray],
-) -> Figure:
+def sparsity(table: pd.DataFrame, kept: Mapping[float, np.ndarray]) -> Figure:
     """Salient-token sparsity over layers, after the paper's Fig. 2, beside what each keep ratio leaves.
 
-    Of each of `MASSES` the mean of `salient_share` over the examples, in a band of its quartiles.
+    Of each mass the mean share over the examples, in a band of their quartiles.
 
     Args:
-        examples: each [stages, tokens] of saliency.
-        layers: [stages], decoder layers.
+        table: as `sparsity_table` gives it.
         kept: keep ratio -> [stages], the share of prompt tokens left after each stage.
     """
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
-    labels = []
+    layers, labels = list(table["layer"].unique()), []
     for mass, colour in MASS_COLOURS.items():
-        shares = np.stack([salient_share(scores, mass) for scores in examples])  # [examples, stages]
-        axes.fill_between(layers, *np.quantile(shares, (0.25, 0.75), axis=0), color=colour, alpha=0.2, linewidth=0)
-        axes.plot(layers, shares.mean(axis=0), color=colour, marker="o", clip_on=False)
-        labels.append((shares[:, -1].mean(), f"carry {mass:.0%} of saliency", colour))
+        rows = table[table["mass"] == mass]
+        axes.fill_between(layers, rows["q25"], rows["q75"], color=colour, alpha=0.2, linewidth=0)
+        axes.plot(layers, rows["share"], color=colour, marker="o", clip_on=False)
+        labels.append((rows["share"].iloc[-1], f"carry {mass:.0%} of saliency", colour))
     for (ratio, left), colour in zip(kept.items(), shades(len(kept)), strict=True):
         axes.plot(layers, left, color=colour, linestyle="--", marker=".", linewidth=1.3)
         labels.append((left[-1], f"kept at ratio {ratio:g}", colour))
     axes.set(xlabel="decoder layer", ylabel="share of the prompt's tokens", xticks=layers)
     axes.set_ylim(0, None)
     axes.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(1))
-    axes.set_title(f"mean and quartiles of {len(examples)} prompts")
+    axes.set_title(f"mean and quartiles of {table['n'].iloc[0]} prompts")
     label_ends(figure, axes, layers[-1], labels)
     return figure
 
@@ -209,9 +206,7 @@ def quality(table: pd.DataFrame, speeds: pd.DataFrame, prompt_tokens: float) -> 
     Raises:
         UserError: a ratio of `table` was not benchmarked.
     """
-    rows = with_speedup(table, speeds, prompt_tokens)
-    own = table.loc[~table["metric"].isin(AGREEMENT), ["task", "metric"]]
-    panels = list(own.drop_duplicates().itertuples(index=False, name=None))
+    rows, panels = with_speedup(table, speeds, prompt_tokens), quality_panels(table)
     methods = list(rows["method"].unique())
     # Methods of one ratio share its speedup; a slight shift keeps their intervals readable.
     step = 0.012 * max(rows["prefill_speedup"].max() - 1, 0.1)

@@ -6,28 +6,22 @@ after a change of settings only what they decide is predicted again.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypedDict, TypeVar, cast
 
-import safetensors
-import torch
-import transformers
-
 from sdtp.errors import UserError
 from sdtp.pipeline.devices import choose_device
-from sdtp.pipeline.files import canonical_json, sha256_file, sha256_files, write_atomically
+from sdtp.pipeline.files import digest, sha256_file, sha256_files, write_atomically
+from sdtp.pipeline.libraries import LIBRARIES
 from sdtp.pipeline.models import choose_dtype, read_manifest
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Another version may compute other numbers.
-_LIBRARIES = {module.__name__: module.__version__ for module in (safetensors, torch, transformers)}
 # Blocks of settings that decide nothing about one answer: how many run together (but by rounding), which tasks and
 # seeds there are.
 _UNDECIDING = ("suites", "harness", "evaluation")
@@ -38,11 +32,6 @@ class Answer(TypedDict):
 
     prediction: str
     kept_tokens: int
-
-
-def digest(value: Any) -> str:
-    """SHA-256 of a JSON value, however its keys are ordered."""
-    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
 def model_digest(model: Path) -> str:
@@ -79,7 +68,7 @@ def what_decides(
         "method": method,
         "keep_ratio": keep_ratio,
         "code": code,
-        "libraries": _LIBRARIES,
+        "libraries": LIBRARIES,
     }
 
 

@@ -27,19 +27,25 @@ def read_pruner(folder: Path) -> TokenPruner:
 
 
 def read_pruner_at(folder: Path, pruning: PruningSettings, num_layers: int, ratio: float) -> TokenPruner:
-    """The trained pruner at a keep ratio, the one thing in which its own schedule may be another than the settings'.
+    """The trained pruner in a folder, at a keep ratio: `read_pruner`, then `at_ratio`."""
+    return at_ratio(read_pruner(folder), folder, pruning, num_layers, ratio)
+
+
+def at_ratio(pruner: TokenPruner, folder: Path, pruning: PruningSettings, num_layers: int, ratio: float) -> TokenPruner:
+    """A trained pruner at a keep ratio, the one thing in which its own schedule may be another than the settings'.
 
     Args:
-        folder: of the pruner.
+        pruner: as it was trained; the result shares its scorer.
+        folder: it was read from, which errors name.
         pruning: where it has to prune, and what it has to protect.
         num_layers: of the model.
         ratio: what each stage keeps of what reaches it, in (0, 1].
 
     Raises:
-        UserError: no pruner or a damaged one; one with stages at other layers, with other protected tokens, or whose
-            stages do not keep equal shares, which a keep ratio would replace.
+        UserError: stages at other layers, with other protected tokens, or that do not keep equal shares, which a keep
+            ratio would replace.
     """
-    pruner, asked = read_pruner(folder), build_schedule(pruning, num_layers, ratio)
+    asked = build_schedule(pruning, num_layers, ratio)
     _check_shared(folder, pruner.schedule, asked)
     if not _is_geometric(pruner.schedule):
         left = ", ".join(f"{fraction:.3g}" for fraction in pruner.schedule.keep)
@@ -52,7 +58,7 @@ def read_pruner_at(folder: Path, pruning: PruningSettings, num_layers: int, rati
 
 
 def read_tuned(folder: Path, pruning: PruningSettings, num_layers: int, ratio: float) -> TokenPruner:
-    """A pruner whose schedule was tuned to cost what equal shares of `ratio` do; arguments as of `read_pruner_at`.
+    """A pruner whose schedule was tuned to cost what equal shares of `ratio` do; arguments as of `at_ratio`.
 
     Raises:
         UserError: no pruner or a damaged one; one that was not tuned for this keep ratio; one with stages at other

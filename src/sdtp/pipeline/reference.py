@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from sdtp.errors import UserError
-from sdtp.pipeline.files import canonical_json, write_atomically
+from sdtp.pipeline.files import canonical_json, digest, write_atomically
 from sdtp.pipeline.reading import read_json, reading
 
 # The key of the file's metadata.
@@ -22,8 +22,7 @@ _DESCRIPTION = "description"
 
 def example_hash(example: Mapping[str, Any]) -> str:
     """SHA-256 of an example's token ids: whether states are of this very prompt and response."""
-    ids = [list(example["prompt_ids"]), list(example["response_ids"])]
-    return hashlib.sha256(canonical_json(ids).encode()).hexdigest()
+    return digest([list(example["prompt_ids"]), list(example["response_ids"])])
 
 
 def write_reference(
@@ -67,8 +66,8 @@ class Reference:
             made_of, made_in = description["model_sha256"], description["dtype"]
             self._examples = dict(description["examples"])
             names = sorted(self._file.keys())
-            digest = _digest((name, self._file.get_tensor(name)) for name in names)
-            whole = digest == description["states_sha256"]
+            found = _digest((name, self._file.get_tensor(name)) for name in names)
+            whole = found == description["states_sha256"]
         if not whole:
             raise UserError(f"{path} does not match its checksum: run the reference step again")
         if made_of != _model_hash(model):
@@ -95,12 +94,12 @@ class Reference:
 
 def _digest(states: Iterable[tuple[str, torch.Tensor]]) -> str:
     """SHA-256 over (id, states) pairs in order."""
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     for name, tensor in states:
-        digest.update(canonical_json([name, _name(tensor.dtype), list(tensor.shape)]).encode())
+        found.update(canonical_json([name, _name(tensor.dtype), list(tensor.shape)]).encode())
         # As bytes: numpy has no bfloat16.
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def _name(dtype: torch.dtype) -> str:

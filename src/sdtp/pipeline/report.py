@@ -9,16 +9,13 @@ import pandas as pd
 import yaml
 
 from sdtp.errors import UserError
-from sdtp.evaluation.names import LEARNED
 from sdtp.pipeline import html_page
 from sdtp.pipeline.figures import FIGURES
 from sdtp.pipeline.formats import flatten
 from sdtp.pipeline.plotstyle import saliency_name
 from sdtp.pipeline.results import AGREEMENT, LOWER_IS_BETTER, Pair, nearest_length, speed_at, verdict, with_speedup
+from sdtp.pipeline.targets import is_baseline
 from sdtp.pipeline.token_view import removal_stages
-
-# The oracle reads the answer, so it is a bound and no method one could use instead.
-NO_RIVALS = ("unpruned", *LEARNED, "oracle")
 
 
 @dataclass(frozen=True)
@@ -124,9 +121,9 @@ def _gain(latency: pd.DataFrame, ratio: float, length: int) -> dict[str, Any]:
 
 
 def _costs(run: Run, ratio: float) -> list[dict[str, Any]]:
-    """SDTP's quality rows at one ratio, each compared with unpruned and with the other methods of the same ratio.
+    """SDTP's quality rows at one ratio, each compared with unpruned and with the baselines of the same ratio.
 
-    `best_other` is the other method with the best mean, with SDTP's verdict against it; `beaten_by` are all methods,
+    `best_other` is the baseline with the best mean, with SDTP's verdict against it; `beaten_by` are all baselines,
     best first, that SDTP is shown to be worse than.
     """
     judged = _judged(run.comparisons)
@@ -135,7 +132,7 @@ def _costs(run: Run, ratio: float) -> list[dict[str, Any]]:
     for row in _records(own[~own["metric"].isin(AGREEMENT)]):  # from unpruned it can but fall short
         task, metric = row["task"], row["metric"]
         cell = run.quality[(run.quality["task"] == task) & (run.quality["metric"] == metric)]
-        rivals = cell[(cell["keep_ratio"] == ratio) & ~cell["method"].isin(NO_RIVALS)]
+        rivals = cell[(cell["keep_ratio"] == ratio) & cell["method"].map(is_baseline)]
         rivals = rivals.sort_values("value", ascending=metric in LOWER_IS_BETTER, kind="stable")
         others = [
             {**other, "verdict": judged[task, metric, "sdtp", other["method"], ratio]["verdict"]}

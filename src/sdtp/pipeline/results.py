@@ -188,6 +188,12 @@ def with_speedup(quality: pd.DataFrame, latency: pd.DataFrame, prompt_tokens: fl
     return pruned.assign(prefill_speedup=pruned["keep_ratio"].map(speed))
 
 
+def quality_panels(table: pd.DataFrame) -> list[tuple[str, str]]:
+    """The tasks and metrics of a table that figures have a panel of, in its order; agreement is in tables alone."""
+    own = table.loc[~table["metric"].isin(AGREEMENT), ["task", "metric"]]
+    return list(own.drop_duplicates().itertuples(index=False, name=None))
+
+
 def few(n: int) -> bool:
     """Whether `n` examples are too few to compare methods by."""
     return n < SMOKE_BELOW

@@ -11,6 +11,7 @@ import jsonschema
 import yaml
 
 from sdtp.errors import UserError
+from sdtp.evaluation.names import LEAST_REPORTED, LEAST_TO_TUNE, TUNED
 from sdtp.pipeline.schema_words import Schema, accepted, kinds, shown
 
 # A variant's name is a folder's and a column's value.
@@ -19,6 +20,8 @@ VARIANT_NAME = "[A-Za-z0-9][A-Za-z0-9._-]*"
 VARIED = ("pruning", "saliency", "training")
 # Of these blocks, what belongs to the comparison: variants meet at the same ratios, and shards change no label.
 SHARED = ("pruning.keep_ratios", "saliency.shards")
+# Blocks with methods that are measured.
+METHODS_IN = ("evaluation", "peers", "suites", "harness")
 # Of one key; no configuration has so many.
 MOST_VALUES = 10_000
 
@@ -147,11 +150,19 @@ def _faults(filled: Mapping[str, Any], schema: Schema) -> list[str]:
 
 def _disagreements(filled: Mapping[str, Any]) -> list[str]:
     """One line for each value that is good by itself and not with another."""
-    training = filled.get("training", {})
-    gpus, batch = training.get("gpus", 1), training.get("batch_size", 1)
-    if batch >= gpus:
-        return []
-    return [f"training.batch_size = {batch}: must be at least training.gpus = {gpus}, or GPUs are idle in every step"]
+    faults = []
+    gpus, batch = filled["training"]["gpus"], filled["training"]["batch_size"]
+    if batch < gpus:
+        faults.append(
+            f"training.batch_size = {batch}: must be at least training.gpus = {gpus}, or GPUs are idle in every step"
+        )
+    heldout = filled["data"]["train"]["heldout"]
+    if heldout < LEAST_TO_TUNE and any(TUNED in filled[block]["methods"] for block in METHODS_IN):
+        faults.append(
+            f"data.train.heldout = {heldout}: method {TUNED} needs {LEAST_TO_TUNE} or more, because half of them "
+            f"choose and fewer than {LEAST_REPORTED} others can show no difference"
+        )
+    return faults
 
 
 def _refuse(faults: list[str]) -> None:

@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from sdtp.pipeline.plotstyle import METHODS, STYLE, shades
-from sdtp.pipeline.results import AGREEMENT, LOWER_IS_BETTER, smoke
+from sdtp.pipeline.results import LOWER_IS_BETTER, quality_panels, smoke
 
 AXES = {"layers": "layer that one stage stands before", "stages": "number of stages"}
 
@@ -25,8 +25,7 @@ def sweep(table: pd.DataFrame, by: str) -> Figure:
         table: as `sdtp.pipeline.sweeps.sweep_table` gives it; of single stages where it is drawn by layer.
         by: the column that is the horizontal axis, a key of `AXES`.
     """
-    own_metrics = table.loc[~table["metric"].isin(AGREEMENT), ["task", "metric"]]
-    panels = list(dict.fromkeys(own_metrics.itertuples(index=False, name=None)))
+    panels = quality_panels(table)
     pruned = table[table["method"] == "sdtp"].astype({by: int})
     ratios = sorted(pruned["keep_ratio"].unique(), reverse=True)
     colours = dict(zip(ratios, shades(len(ratios)), strict=True))

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CONTINUATION_TOKENS = 32
+# Which config key says how many examples a split has.
+COUNT_KEYS = {"train": "data.train.examples", "heldout": "data.train.heldout", "test": "data.test.examples"}
 _OPENING = "Read the text, then answer the question.\n\nText:"
 _QUESTION = "\n\nQuestion: {question}"
 

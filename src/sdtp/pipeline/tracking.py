@@ -12,7 +12,6 @@ import os
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,7 +20,7 @@ import yaml
 
 from sdtp.errors import UserError
 from sdtp.pipeline import operations, provenance
-from sdtp.pipeline.files import canonical_json, write_atomically
+from sdtp.pipeline.files import canonical_json, digest, write_atomically
 from sdtp.pipeline.locks import only_writer
 from sdtp.pipeline.mlflow_store import tracking_uri
 from sdtp.pipeline.resources import measured
@@ -52,7 +51,7 @@ def start_pipeline(results_dir: Path, config: Mapping[str, Any], experiment: str
     chosen = tracking_uri(results_dir, uri)
     commit, dirty = provenance.git()
     facts: dict[str, Any] = {
-        "config_sha256": sha256(canonical_json(config).encode()).hexdigest(),
+        "config_sha256": digest(config),
         "git_commit": commit,
         "git_dirty": dirty,
     }

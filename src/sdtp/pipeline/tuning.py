@@ -22,6 +22,7 @@ from sdtp.pipeline.data import load_split
 from sdtp.pipeline.files import atomic_folder
 from sdtp.pipeline.plotstyle import save
 from sdtp.pipeline.pruners import TUNING_FILE
+from sdtp.pipeline.tasks import COUNT_KEYS
 from sdtp.pipeline.tuning_plot import tuning
 from sdtp.pruning.adapter import decoder_layers
 from sdtp.pruning.pruner import TokenPruner
@@ -31,7 +32,6 @@ TARGETS = {"flops": "prefill FLOPs", "latency": "prefill time", "memory": "bytes
 FIGURE = "tuning"
 # Every stage is run at each fraction on half of them.
 MOST_EXAMPLES = 64
-_COUNT_KEYS = {"train": "data.train.examples", "heldout": "data.train.heldout", "test": "data.test.examples"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +96,7 @@ def choose_examples(data: Path, split: str, count: int, schedule: PruningSchedul
             f"--data {data}: {len(taken)} examples of {split} can be used{_only_one(single)} ({len(lengths)} rows, "
             f"{left_out} too short to prune, at most {count} asked for), {len(choosing)} to choose with and "
             f"{len(reporting)} to report on; fewer than {LEAST_REPORTED} reported can show no difference at 95%, and "
-            f"a task needs one for either: {_COUNT_KEYS[split]} of {LEAST_TO_TUNE} or more gives them"
+            f"a task needs one for either: {COUNT_KEYS[split]} of {LEAST_TO_TUNE} or more gives them"
         )
     return Examples(choosing, reporting, left_out)
 

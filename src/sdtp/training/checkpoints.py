@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from sdtp.disk import naming, sync
+from sdtp.disk import naming, remove_temporaries, sync, temporary_sibling
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +59,8 @@ class Checkpoints:
 
     def _write(self, final: Path, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        for left in self.folder.glob(".tmp-*"):  # by a run that was killed here
-            shutil.rmtree(left, ignore_errors=True)
-        temporary = self.folder / f".tmp-{final.name}"
+        remove_temporaries(self.folder)  # of a run that was killed here
+        temporary = temporary_sibling(final)
         temporary.mkdir()
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary / _TENSORS)
         text = json.dumps({"fingerprint": self.fingerprint, "tensors_sha256": _sha256(temporary / _TENSORS), **state})

@@ -40,17 +40,18 @@ def main(argv: list[str]) -> None:
         index, labels = read_json(args.saliency), Labels(args.saliency)
         scores = {example["id"]: labels[example["id"]].numpy() for example in index["examples"]}
         examples, layers = list(scores.values()), index["layers"]
-        write_csv(observations.sparsity_table(examples, layers), args.sparsity)
-        write_csv(observations.foresight_table(examples, layers), args.foresight)
-        for table in (args.sparsity, args.foresight):
-            log.artifact(table)
+        sparsity = observations.sparsity_table(examples, layers)
+        foresight = observations.foresight_table(examples, layers)
+        for table, path in ((sparsity, args.sparsity), (foresight, args.foresight)):
+            write_csv(table, path)
+            log.artifact(path)
         latency, quality = read_latency(args.latency), read_quality(args.quality)
         lengths = [len(ids) for ids in load_split(args.data, "test")["prompt_ids"]]
         shown, tokens = shown_example(args.data, args.model, list(scores))
         figures = {
             "saliency": plots.saliency(scores[shown], layers, tokens, index["reduction"]),
-            "sparsity": plots.sparsity(examples, layers, kept_shares(args.generations)),
-            "foresight": plots.foresight(examples, layers),
+            "sparsity": plots.sparsity(sparsity, kept_shares(args.generations)),
+            "foresight": plots.foresight(foresight, layers),
             "latency": plots.latency(latency),
             "speedup": plots.speedup(latency),
             "quality": plots.quality(quality, latency, float(np.median(lengths))),

@@ -16,10 +16,10 @@ from sdtp.evaluation.methods import Fixed
 from sdtp.pipeline.chosen import check_method, chosen_method, seeds_of
 from sdtp.pipeline.config import Settings
 from sdtp.pipeline.devices import choose_device
-from sdtp.pipeline.files import write_atomically, write_jsonl
+from sdtp.pipeline.files import digest, write_atomically, write_jsonl
 from sdtp.pipeline.models import load_model, load_tokenizer
 from sdtp.pipeline.multiple_choice import LOCAL_TASKS
-from sdtp.pipeline.predictions import Predictions, digest, what_decides
+from sdtp.pipeline.predictions import Predictions, what_decides
 from sdtp.pipeline.step import step
 from sdtp.pruning.pruner import TokenPruner
 

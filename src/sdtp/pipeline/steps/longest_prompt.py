@@ -20,7 +20,7 @@ from sdtp.pipeline.devices import choose_device
 from sdtp.pipeline.files import sha256_file
 from sdtp.pipeline.limits import check_context
 from sdtp.pipeline.models import load_model, read_manifest
-from sdtp.pipeline.pruners import read_pruner_at
+from sdtp.pipeline.pruners import at_ratio, read_pruner
 from sdtp.pipeline.step import step
 from sdtp.pipeline.timings import measured_on, write_timings
 
@@ -46,8 +46,9 @@ def main(argv: list[str]) -> None:
         model = load_model(args.model, settings.model.dtype, settings.model.attention, device)
         limit = serving.memory_limit or default_limit(model)
         arms: dict[tuple[str, float], Context] = {("unpruned", 1.0): contextlib.nullcontext}
+        trained, layers = read_pruner(args.pruner), model.config.num_hidden_layers
         for ratio in settings.pruning.keep_ratios:
-            pruner = read_pruner_at(args.pruner, settings.pruning, model.config.num_hidden_layers, ratio)
+            pruner = at_ratio(trained, args.pruner, settings.pruning, layers, ratio)
             arms["sdtp", ratio] = functools.partial(pruner, model)
         [ids] = request_prompts(args.data, lengths[-1], 1)
         rows = []

@@ -1,16 +1,13 @@
 """Computes one shard of the saliency of the training and held-out examples on the frozen model."""
 
 import argparse
-import hashlib
 import logging
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
-import safetensors
 import torch
-import transformers
 from datasets import Dataset, concatenate_datasets
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -20,7 +17,8 @@ from sdtp.pipeline.chunks import Chunks, chunked
 from sdtp.pipeline.config import SaliencySettings, Settings
 from sdtp.pipeline.data import load_split, split_hash
 from sdtp.pipeline.devices import choose_device
-from sdtp.pipeline.files import canonical_json
+from sdtp.pipeline.files import digest
+from sdtp.pipeline.libraries import LIBRARIES
 from sdtp.pipeline.models import load_model
 from sdtp.pipeline.schedules import stage_layers
 from sdtp.pipeline.shards import SPLITS, metadata, write_shard
@@ -30,9 +28,6 @@ from sdtp.training.response import pads_exactly
 from sdtp.training.saliency import NotFiniteError, Reduction, Target, batch_saliency
 
 logger = logging.getLogger(__name__)
-
-# Another version may compute other numbers, or write the same ones in another order.
-_LIBRARIES = {module.__name__: module.__version__ for module in (safetensors, torch, transformers)}
 
 
 def main(argv: list[str]) -> None:
@@ -75,11 +70,11 @@ def main(argv: list[str]) -> None:
             "attention": settings.model.attention,
             "gradient_checkpointing": settings.saliency.gradient_checkpointing,
             "code": args.code,
-            "libraries": _LIBRARIES,
+            "libraries": LIBRARIES,
         }
         chunks = Chunks(
             args.checkpoints,
-            hashlib.sha256(canonical_json(decides).encode()).hexdigest(),
+            digest(decides),
             [{names[i]: (len(layers), prompt_tokens[i]) for batch in chunk for i in batch} for chunk in planned],
         )
         taken = [i for number in chunks.whole for batch in planned[number] for i in batch]

@@ -23,7 +23,7 @@ from sdtp.pipeline.limits import check_serving
 from sdtp.pipeline.models import choose_dtype, load_config, read_manifest
 from sdtp.pipeline.placement import Placement
 from sdtp.pipeline.placements import place, refusal
-from sdtp.pipeline.pruners import read_pruner_at
+from sdtp.pipeline.pruners import at_ratio, read_pruner
 from sdtp.pipeline.step import step
 from sdtp.pipeline.timings import measured_on, times, write_timings
 from sdtp.pruning.pruner import TokenPruner
@@ -74,8 +74,9 @@ def _measured(args: argparse.Namespace, settings: Settings, placement: Placement
         model, alone = place(placement, args.model, dtype, settings.model.attention, group)
     layers = model.config.num_hidden_layers
     with group.together():
+        trained = read_pruner(args.pruner)
         pruners = {
-            ratio: read_pruner_at(args.pruner, settings.pruning, layers, ratio)
+            ratio: at_ratio(trained, args.pruner, settings.pruning, layers, ratio)
             for ratio in settings.pruning.keep_ratios
         }
     rows = [row for batches in requests for row in measure(model, alone, pruners, batches, settings, placement, group)]

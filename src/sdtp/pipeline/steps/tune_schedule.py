@@ -24,9 +24,10 @@ from sdtp.evaluation.tuning import UnreachableError, geometric, level_counts
 from sdtp.pipeline.damage_file import DamageFile, what_decides
 from sdtp.pipeline.data import SPLITS, split_hash
 from sdtp.pipeline.devices import choose_device
+from sdtp.pipeline.files import digest
 from sdtp.pipeline.limits import check_context
 from sdtp.pipeline.models import ATTENTION, load_model, read_manifest
-from sdtp.pipeline.predictions import Predictions, digest
+from sdtp.pipeline.predictions import Predictions
 from sdtp.pipeline.pruners import TUNING_FILE
 from sdtp.pipeline.tuning import MOST_EXAMPLES, TARGETS, check_prompt, choose_examples, described, told, write
 from sdtp.pruning.adapter import decoder_layers
