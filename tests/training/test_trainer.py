@@ -277,7 +277,7 @@ def test_a_batch_is_the_mean_of_its_examples(tiny_model):
     """Each update is AdamW's on the gradients of the batch's examples, averaged by hand and clipped to norm 1."""
     model = tiny_model()
     examples = make_examples(model, 3)
-    options = dataclasses.replace(OPTIONS, steps=4, batch_size=3, weights=Weights(4.0, 1.0, 2.0))
+    options = dataclasses.replace(OPTIONS, steps=4, batch_size=3, weights=Weights(16.0, 4.0, 8.0))
     weights, log, _ = run(model, examples, options=options)
     logged = [metrics for _, split, metrics in log if split == "train"]
 
