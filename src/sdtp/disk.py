@@ -1,4 +1,4 @@
-"""What files that must be whole or absent are written with: a name beside theirs, and being on the disk."""
+"""What files that must be whole or absent are written with, and where interrupted work keeps what it resumes from."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from pathlib import Path
 
 # What stops a writer, whatever it writes.
 _FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+# Of a fingerprint in hexadecimal, how much is in a folder's name: the files in it hold the whole one.
+_NAMED = 16
 
 
 def temporary_sibling(path: Path) -> Path:
@@ -33,6 +36,17 @@ def remove_temporaries(path: Path) -> None:
             shutil.rmtree(temporary)
         else:
             temporary.unlink()
+
+
+def state_folder(folder: Path, fingerprint: str) -> Path:
+    """Where work with this fingerprint, in hexadecimal, keeps what it resumes from; `folder` is common to all such."""
+    return folder / fingerprint[:_NAMED]
+
+
+def other_states(own: Path) -> list[Path]:
+    """What work with other fingerprints has beside the `state_folder` of one's own."""
+    named = re.compile(f"[0-9a-f]{{{_NAMED}}}")
+    return [path for path in sorted(own.parent.glob("*")) if path != own and named.fullmatch(path.name)]
 
 
 def sync(path: Path) -> None:

@@ -54,6 +54,11 @@ def checkpoints(run: Path, index: int) -> Path:
     return run / "checkpoints" / "saliency" / str(index)
 
 
+def chunks(run: Path, index: int) -> list[Path]:
+    """The chunks of a shard that was killed, in their order, of one fingerprint or several."""
+    return sorted(path for path in checkpoints(run, index).rglob("*") if path.is_file())
+
+
 def shard_arguments(
     run: Path, index: int, count: int = 2, settings: dict[str, Any] = SETTINGS, code: str = CODE
 ) -> list[str]:

@@ -84,7 +84,7 @@ def test_a_killed_training_goes_on_to_the_same_pruner(
     expected, found = (load_file(folder / "pruner" / "pruner.safetensors") for folder in (whole, run))
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     assert (run / "history.csv").read_text() == (whole / "history.csv").read_text()
-    assert not list((run / "checkpoints").glob(".tmp-*"))
+    assert not list((run / "checkpoints").rglob(".tmp-*"))
     client = mlflow.MlflowClient(tracking_uri=database)
     experiment = client.get_experiment_by_name("sdtp").experiment_id
     second, first = client.search_runs([experiment], f"tags.`sdtp.output` = '{run / 'pruner'}'")
@@ -98,5 +98,6 @@ def test_a_killed_training_goes_on_to_the_same_pruner(
     assert bool(kept) == (not phase.startswith("output"))
     if kept:
         pruner = TokenPruner.from_pretrained(Path(client.download_artifacts(second.info.run_id, kept[-1])))
-        last = load_file(run / "checkpoints" / "step-00000007" / "state.safetensors")
+        (state,) = (run / "checkpoints").iterdir()
+        last = load_file(state / "step-00000007" / "state.safetensors")
         assert all(torch.equal(value, last[f"module/{name}"]) for name, value in pruner.scorer.state_dict().items())

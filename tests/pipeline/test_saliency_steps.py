@@ -21,11 +21,13 @@ from transformers import PreTrainedModel
 from sdtp.errors import UserError
 from sdtp.pipeline.chunks import CHUNK_EXAMPLES
 from sdtp.pipeline.shards import Labels, map_labels, read_shard, write_labels, write_shard
+from sdtp.pipeline.steps import saliency
 from sdtp.training.saliency import saliency as compute
 from tests.pipeline.killed import carry_out
 from tests.pipeline.saliency_run import (
     SETTINGS,
     checkpoints,
+    chunks,
     index_of,
     make_run,
     output,
@@ -188,7 +190,7 @@ class TestChunks:
             patch.setattr("sdtp.pipeline.chunks.shutil.rmtree", lambda *args, **kwargs: None)
             path = shard(long_run, 0, 1)
         path.rename(long_run / "expected")
-        assert [path.name for path in sorted(checkpoints(long_run, 0).iterdir())] == [
+        assert [path.name for path in chunks(long_run, 0)] == [
             f"chunk-00000{number}.safetensors" for number in range(3)
         ]
         return long_run
@@ -203,10 +205,7 @@ class TestChunks:
         return int(resumed)
 
     def test_hold_the_longest_examples_first(self, killed: Path) -> None:
-        tokens = [
-            [label.shape[1] for label in map_labels(path)[1].values()]
-            for path in sorted(checkpoints(killed, 0).iterdir())
-        ]
+        tokens = [[label.shape[1] for label in map_labels(path)[1].values()] for path in chunks(killed, 0)]
         assert [len(chunk) for chunk in tokens] == [CHUNK_EXAMPLES, 16, 8]
         assert min(tokens[0]) > max(tokens[1]) > min(tokens[1]) > max(tokens[2])
 
@@ -219,7 +218,7 @@ class TestChunks:
         "damage", ["truncated", "edited byte", "other label", "not there", "empty", "another's place"]
     )
     def test_a_damaged_one_is_computed_again(self, killed: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
-        first, second, _ = sorted(checkpoints(killed, 0).iterdir())
+        first, second, _ = chunks(killed, 0)
         content = second.read_bytes()
         with caplog.at_level(logging.INFO, logger="sdtp"):
             match damage:
@@ -262,7 +261,27 @@ class TestChunks:
     ) -> None:
         with caplog.at_level(logging.INFO, logger="sdtp"):
             assert self.again(killed, **change) == 0
-        assert "removed 3 files, half-written or of other settings, inputs or code" in caplog.text
+        assert f"{checkpoints(killed, 0)} has chunks of other settings" in caplog.text
+
+    def test_those_of_other_code_are_kept_until_the_shard_is_whole(
+        self, killed: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        own, true, calls = chunks(killed, 0), saliency.batch_saliency, []
+
+        def interrupted(*args: Any) -> Any:
+            calls.append(args)
+            if len(calls) > 20:  # in the second chunk
+                raise KeyboardInterrupt
+            return true(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(saliency, "batch_saliency", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                shard(killed, 0, 1, code="e" * 64)
+        assert len(chunks(killed, 0)) == 4
+        assert set(own) < set(chunks(killed, 0))
+        # Changed back, and whole: `again` sees to it that nothing is left.
+        assert self.again(killed) == 40
 
     @pytest.mark.parametrize("changed", ["model", "data"])
     def test_those_of_another_model_or_other_data_are_not_taken(self, killed: Path, changed: str) -> None:
@@ -276,7 +295,7 @@ class TestChunks:
     def test_the_progress_bar_starts_where_the_killed_run_was(
         self, killed: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        first, *others = sorted(checkpoints(killed, 0).iterdir())
+        first, *others = chunks(killed, 0)
         tokens = sum(label.shape[1] + 2 for label in map_labels(first)[1].values())
         for other in others:
             other.unlink()

@@ -158,7 +158,8 @@ def resumed(folder: Path, scenario: str, checkpoint: str) -> dict[str, Any]:
     train(scenario, folder)
     torch.distributed.barrier()
     if torch.distributed.get_rank() == 0:
-        for path in checkpoints.Checkpoints(folder, "")._newest_first():
+        (own,) = folder.iterdir()
+        for path in checkpoints.Checkpoints(folder, own.name)._newest_first():
             if path.name == checkpoint:
                 break
             shutil.rmtree(path)

@@ -91,6 +91,12 @@ def run(model, examples, folder=None, stop_at=None, options=OPTIONS, scorer=None
     return scorer.state_dict(), log, seen
 
 
+def only_state(folder):
+    """The checkpoints' folder of the one training there was."""
+    (found,) = folder.iterdir()
+    return found
+
+
 def test_resumed_run_is_the_uninterrupted_one_to_the_bit(tiny_model, tmp_path):
     model = tiny_model()
     examples = make_examples(model, 10)
@@ -124,9 +130,9 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tiny_model, tmp_path, 
     options = dataclasses.replace(OPTIONS, steps=6)
     weights, log, seen = run(model, examples, options=options)
     run(model, examples, tmp_path, stop_at=5, options=options)
-    folders = sorted(path.name for path in tmp_path.iterdir())
-    assert folders == ["step-00000003", "step-00000004"]  # the last two are kept
-    newest = tmp_path / folders[-1]
+    folders = sorted(only_state(tmp_path).iterdir())
+    assert [path.name for path in folders] == ["step-00000003", "step-00000004"]  # the last two are kept
+    newest = folders[-1]
     path = newest / ("state.json" if damage == "truncated state" else "state.safetensors")
     content = path.read_bytes()
     if damage == "no tensors":
@@ -145,13 +151,28 @@ def test_a_run_killed_while_writing_leaves_the_checkpoint_before(tiny_model, tmp
     model = tiny_model()
     examples = make_examples(model, 4)
     run(model, examples, tmp_path, stop_at=5)
-    partial = tmp_path / ".tmp-0123abcd-step-00000005"
-    shutil.copytree(tmp_path / "step-00000004", partial)
+    partial = only_state(tmp_path) / ".tmp-0123abcd-step-00000005"
+    shutil.copytree(only_state(tmp_path) / "step-00000004", partial)
     (partial / "state.json").unlink()
     _, log, seen = run(model, examples, tmp_path)
     assert len(seen) == 22
     assert log[-1][0] == 15
     assert not partial.exists()
+
+
+def test_where_all_are_damaged_a_training_starts_anew_and_can_be_killed_again(tiny_model, tmp_path):
+    """What is damaged is of later steps, and must not count as the newest."""
+    model = tiny_model()
+    examples = make_examples(model, 4)
+    weights, log, _ = run(model, examples)
+    run(model, examples, tmp_path, stop_at=12)
+    for path in only_state(tmp_path).iterdir():
+        (path / "state.safetensors").unlink()
+    assert len(run(model, examples, tmp_path, stop_at=5)[2]) == 10
+    resumed, again, seen = run(model, examples, tmp_path)
+    assert len(seen) == 22
+    assert again == log
+    assert all(torch.equal(resumed[name], value) for name, value in weights.items())
 
 
 @pytest.mark.parametrize(
@@ -163,15 +184,28 @@ def test_a_run_killed_while_writing_leaves_the_checkpoint_before(tiny_model, tmp
         {"options": dataclasses.replace(OPTIONS, seed=2)},
     ],
 )
-def test_checkpoints_of_other_settings_or_inputs_are_ignored(tiny_model, tmp_path, change):
+def test_checkpoints_of_other_settings_or_inputs_are_ignored_and_kept_until_a_training_has_ended(
+    tiny_model, tmp_path, caplog, change
+):
     model = tiny_model()
     examples = make_examples(model, 4)
+    weights, log, whole = run(model, examples)
     run(model, examples, tmp_path, stop_at=3)
-    _, log, seen = run(model, examples, tmp_path, stop_at=1, **change)
+    first = only_state(tmp_path)
+    with caplog.at_level("INFO", "sdtp"):
+        _, other, seen = run(model, examples, tmp_path, stop_at=1, **change)
+    assert f"{tmp_path} has checkpoints of other settings" in caplog.text
     assert len(seen) == 2
-    assert [row[0] for row in log] == [0, 1]
-    # A stale checkpoint never comes back, not even for the settings it was made with: only the new run's start is left.
-    assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000000"]
+    assert [row[0] for row in other] == [0, 1]
+    assert sorted(path.name for path in first.iterdir()) == ["step-00000001", "step-00000002"]
+    # Changed back, it goes on where it was.
+    resumed, again, rest = run(model, examples, tmp_path)
+    assert rest == whole[4:]
+    assert again == log
+    assert all(torch.equal(resumed[name], value) for name, value in weights.items())
+    # It has ended: the other's are gone, and its own are those of the end.
+    assert only_state(tmp_path) == first
+    assert sorted(path.name for path in first.iterdir()) == ["step-00000014", "step-00000015"]
 
 
 SETTINGS = {"width": 8, "position": True, "question_rank": 8, "neighbours": 1, "recency": 0.25}
@@ -223,7 +257,7 @@ def test_checkpoints_hold_no_pickle(tiny_model, tmp_path):
     run(model, make_examples(model, 4), tmp_path, stop_at=3)
     names = {path.name for path in tmp_path.rglob("*") if path.is_file()}
     assert names == {"state.json", "state.safetensors"}
-    state = json.loads((tmp_path / "step-00000002" / "state.json").read_text())
+    state = json.loads((only_state(tmp_path) / "step-00000002" / "state.json").read_text())
     assert state["step"] == 2
     assert state["rates"]["last_epoch"] == 2
 
@@ -515,13 +549,14 @@ def test_a_run_killed_in_the_label_epochs_goes_on_with_the_next_to_the_bit(tiny_
     # Killed while an epoch was reported, before its checkpoint.
     run(model, examples, tmp_path, stop_at=stop_at, stop_in="labels", options=LABELS)
     there = [f"labels-{epoch:08d}" for epoch in (stop_at - 2, stop_at - 1) if epoch > 0]
-    assert sorted(path.name for path in tmp_path.iterdir()) == there
+    there_is = only_state(tmp_path).iterdir() if there else tmp_path.iterdir()
+    assert sorted(path.name for path in there_is) == there
     updates.clear()
     resumed, again, _ = run(model, examples, tmp_path, options=LABELS)
     assert updates == whole[3 * (stop_at - 1) :]
     assert again == log
     assert all(torch.equal(resumed[name], value) for name, value in weights.items())
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+    assert sorted(path.name for path in only_state(tmp_path).iterdir()) == ["step-00000002", "step-00000003"]
 
 
 def test_a_run_killed_after_the_last_label_epoch_computes_no_state_again(tiny_model, tmp_path, updates, monkeypatch):
@@ -529,7 +564,7 @@ def test_a_run_killed_after_the_last_label_epoch_computes_no_state_again(tiny_mo
     examples = make_examples(model, 4)
     weights, log, _ = run(model, examples, options=LABELS)
     run(model, examples, tmp_path, stop_at=0, stop_in="heldout", options=LABELS)
-    state = json.loads((tmp_path / "labels-00000005" / "state.json").read_text())
+    state = json.loads((only_state(tmp_path) / "labels-00000005" / "state.json").read_text())
     assert (state["part"], state["step"], len(state["history"])) == ("labels", 5, 5)
     updates.clear()
     monkeypatch.setattr(trainer, "stored_states", None)  # is not called
@@ -544,7 +579,7 @@ def test_a_damaged_checkpoint_of_the_label_epochs_gives_way_to_the_one_before(ti
     examples = make_examples(model, 4)
     weights, log, _ = run(model, examples, options=LABELS)
     run(model, examples, tmp_path, stop_at=4, stop_in="labels", options=LABELS, tracking_run="first")
-    (tmp_path / "labels-00000003" / "state.json").write_text("{")
+    (only_state(tmp_path) / "labels-00000003" / "state.json").write_text("{")
     updates.clear()
     with caplog.at_level("INFO", "sdtp"):
         resumed, again, _ = run(model, examples, tmp_path, options=LABELS)
@@ -647,11 +682,12 @@ def test_a_run_says_whose_work_it_goes_on_with(tiny_model, tmp_path, caplog):
     model = tiny_model()
     examples = make_examples(model, 4)
     run(model, examples, tmp_path, stop_at=4, tracking_run="first")
-    assert json.loads((tmp_path / "step-00000003" / "state.json").read_text())["tracking_run"] == "first"
+    state = only_state(tmp_path)
+    assert json.loads((state / "step-00000003" / "state.json").read_text())["tracking_run"] == "first"
     with caplog.at_level("INFO", "sdtp"):
         run(model, examples, tmp_path, tracking_run="second")
     assert "going on from step 3, reached by tracking run first" in caplog.text
-    assert json.loads((tmp_path / "step-00000015" / "state.json").read_text())["tracking_run"] == "second"
+    assert json.loads((state / "step-00000015" / "state.json").read_text())["tracking_run"] == "second"
 
 
 def test_no_state_of_a_random_generator_is_of_any_account(tiny_model, tmp_path):
@@ -675,7 +711,7 @@ def test_the_pruner_of_a_checkpoint_is_the_one_its_callback_sees(tiny_model, tmp
     options = dataclasses.replace(OPTIONS, steps=5, checkpoint_every=2, label_epochs=2)  # not of these
     fit(model, scorer, SCHEDULE, make_examples(model, 4), [], options, Recorder(), tmp_path, on_checkpoint=keep)
     assert sorted(seen) == [0, 2, 4, 5]
-    stored = load_file(tmp_path / "step-00000004" / "state.safetensors")
+    stored = load_file(only_state(tmp_path) / "step-00000004" / "state.safetensors")
     assert all(torch.equal(stored[f"module/{name}"], value) for name, value in seen[4].items())
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from sdtp.disk import other_states, state_folder
 from sdtp.errors import UserError
 from sdtp.pipeline.shards import map_labels, write_labels
 
@@ -36,10 +37,12 @@ def chunked(batches: Sequence[Sequence[int]], examples: int = CHUNK_EXAMPLES) ->
 class Chunks:
     """A folder of label files `chunk-<number>.safetensors`, outside the step's outputs, which a rerun starts without.
 
+    Those of other fingerprints have folders of their own beside it: a setting changed and changed back costs nothing.
+
     Args:
         folder: of one shard; made where missing.
-        fingerprint: hash of all that decides the labels and how they are cut into chunks; files with another one are
-            removed.
+        fingerprint: hash of all that decides the labels and how they are cut into chunks, in hexadecimal; files with
+            another one are never taken.
         shapes: per chunk the labels' shape, [stages, prompt_tokens], by example id.
 
     Attributes:
@@ -47,20 +50,27 @@ class Chunks:
     """
 
     def __init__(self, folder: Path, fingerprint: str, shapes: Sequence[Mapping[str, tuple[int, int]]]) -> None:
-        self._folder = folder
+        self._shard = folder
+        self._folder = state_folder(folder, fingerprint)
         self._fingerprint = fingerprint
         self._shapes = shapes
         self.whole: set[int] = set()
         numbers = {self._path(number): number for number in range(len(shapes))}
-        others = 0
-        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        removed = 0
+        for path in sorted(self._folder.iterdir()) if self._folder.is_dir() else ():
             if path in numbers and self._is_whole(path, shapes[numbers[path]]):
                 self.whole.add(numbers[path])
             else:
                 path.unlink()
-                others += 1
-        if others:
-            logger.info("%s: removed %d files, half-written or of other settings, inputs or code", folder, others)
+                removed += 1
+        if removed:
+            logger.info("%s: removed %d files, half-written or damaged", self._folder, removed)
+        if other_states(self._folder):
+            logger.info(
+                "%s has chunks of other settings, inputs, code or library versions: they are not taken, and stay until "
+                "the shard is whole",
+                folder,
+            )
 
     def add(self, number: int, labels: Mapping[str, torch.Tensor]) -> None:
         """Write a chunk; a crash leaves all of it or nothing."""
@@ -80,8 +90,8 @@ class Chunks:
         }
 
     def clear(self) -> None:
-        """Remove the folder."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        """Remove the shard's folder, those of other fingerprints included."""
+        shutil.rmtree(self._shard, ignore_errors=True)
 
     def _path(self, number: int) -> Path:
         return self._folder / f"chunk-{number:06d}.safetensors"

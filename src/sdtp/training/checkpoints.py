@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from sdtp.disk import naming, remove_temporaries, sync, temporary_sibling
+from sdtp.disk import naming, other_states, remove_temporaries, state_folder, sync, temporary_sibling
 
 logger = logging.getLogger(__name__)
 
@@ -27,15 +27,19 @@ _KEPT = 2
 class Checkpoints:
     """A folder of checkpoints, each tensors (safetensors) and a JSON state; nothing is pickled.
 
-    `labels-<number>` is one of the label epochs, `step-<number>` one of the optimizer steps that follow them.
+    `labels-<number>` is one of the label epochs, `step-<number>` one of the optimizer steps that follow them. Trainings
+    with other fingerprints have folders of their own beside it: a setting changed and changed back costs nothing.
 
     Args:
-        folder: made where missing.
-        fingerprint: hash of the settings and inputs; a checkpoint with another one is never loaded.
+        folder: of all trainings that write the same pruner; made where missing.
+        fingerprint: hash of the settings and inputs, in hexadecimal; a checkpoint with another one is never loaded.
+
+    Attributes:
+        folder: of this fingerprint's checkpoints.
     """
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
-        self.folder = folder
+        self.folder = state_folder(folder, fingerprint)
         self.fingerprint = fingerprint
 
     def save(self, part: str, step: int, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> Path:
@@ -67,7 +71,7 @@ class Checkpoints:
         (temporary / _STATE).write_text(text + "\n", encoding="utf-8")
         for name in (_TENSORS, _STATE):
             sync(temporary / name)
-        shutil.rmtree(final, ignore_errors=True)  # damaged or of other settings, else it would have been resumed
+        shutil.rmtree(final, ignore_errors=True)  # damaged, else it would have been resumed
         os.rename(temporary, final)
         sync(self.folder)
 
@@ -92,8 +96,17 @@ class Checkpoints:
         return None
 
     def clear(self) -> None:
-        """Remove every checkpoint, whatever its fingerprint: what follows starts anew."""
+        """Remove every checkpoint of this fingerprint: what follows starts anew."""
         for path in self._newest_first():
+            shutil.rmtree(path)
+
+    def others(self) -> list[Path]:
+        """The folders of trainings with other fingerprints."""
+        return other_states(self.folder)
+
+    def clear_others(self) -> None:
+        """Remove those folders."""
+        for path in self.others():
             shutil.rmtree(path)
 
     def _newest_first(self) -> list[Path]:

@@ -80,7 +80,8 @@ def fit(
             resumed run did before it was interrupted is logged again, so that the curve is whole.
         checkpoints: folder of the resume state, which all processes see; None keeps none.
         inputs: identifies the model, the examples with their labels, and the code; a checkpoint made with other inputs,
-            options, schedule, settings of the scorer or library versions is ignored.
+            options, schedule, settings of the scorer or library versions is ignored, and stays until a training with
+            the same `checkpoints` has ended.
         on_checkpoint: called with the step of every checkpoint once it is whole, while `scorer` is as it was saved; not
             of those between label epochs.
         tracking_run: id of the run that `log` reports to; checkpoints hold it, and a run that goes on from one says
@@ -185,6 +186,10 @@ class _Training:
                     self._evaluate()
                 if self.step % options.checkpoint_every == 0 or self.step == options.steps or self._out_of_patience():
                     save(STEPS, self.step, self.optimizer, self.rates)
+        if store is not None:
+            with self.processes.together():
+                if self.processes.main:
+                    store.clear_others()  # its own stays: a rerun makes the same again, without computing
         evaluations = {step: metrics for metrics, step, split in self.history if split == "heldout"}
         kept, _ = best_evaluation(self.history)
         if kept is None:
@@ -196,7 +201,7 @@ class _Training:
         return evaluations[kept]
 
     def _found(self, store: Checkpoints | None) -> Found | None:
-        """The newest checkpoint, whose history is reported again; if there is none, it makes sure that none is left."""
+        """The newest checkpoint, whose history is reported again; where none can be used, those there are removed."""
         if store is None:
             return None
         with self.processes.together():
@@ -205,7 +210,13 @@ class _Training:
         if found is None:
             with self.processes.together():
                 if self.processes.main:
-                    store.clear()
+                    store.clear()  # damaged ones would count as the newest
+                    if store.others():
+                        logger.info(
+                            "%s has checkpoints of other settings, inputs, code or library versions: they are not "
+                            "used, and stay until a training has ended here",
+                            store.folder.parent,
+                        )
             return None
         state = found[1]
         for metrics, step, split in state["history"]:
