@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -38,3 +42,26 @@ def test_alone_nothing_is_sent_and_errors_are_what_they_were():
     assert one.largest(2.5) == 2.5
     with pytest.raises(UserError, match="mine"), one.together():
         raise UserError("mine")
+
+
+def test_one_of_several_waits_for_hours():
+    """In a process of its own, where none of a group has begun: it ends where it would meet the others."""
+    script = """
+from torch import distributed
+from sdtp.training.processes import Processes
+
+def begin(backend, timeout, **others):
+    print(backend, timeout.total_seconds() / 3600, others)
+    raise SystemExit
+
+distributed.init_process_group = begin
+Processes(cpu=True)
+"""
+    several = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, env={**os.environ, **several}
+    )
+    assert done.returncode == 0, done.stderr
+    backend, hours = done.stdout.split()[:2]
+    assert backend == "gloo"
+    assert float(hours) >= 1

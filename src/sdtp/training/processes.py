@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -12,6 +13,11 @@ from accelerate import PartialState
 from torch import distributed
 
 from sdtp.errors import UserError
+
+# How long a process waits for the others before it gives up. By default it is 10 minutes on GPUs, and the main one may
+# need more alone: a resumed run tells the tracker a long learning curve again, and every checkpoint uploads a pruner, to
+# a server that may be slow. A process that died is no matter of this: what launched them ends the others.
+_PATIENCE = timedelta(hours=6)
 
 
 class FailedElsewhereError(Exception):
@@ -36,7 +42,7 @@ class Processes:
     """
 
     def __init__(self, cpu: bool) -> None:
-        state = PartialState(cpu=cpu)
+        state = PartialState(cpu=cpu, timeout=_PATIENCE)
         self.rank: int = state.process_index
         self.count: int = state.num_processes
         self.main = self.rank == 0
