@@ -208,6 +208,19 @@ def test_checkpoints_of_other_settings_or_inputs_are_ignored_and_kept_until_a_tr
     assert sorted(path.name for path in first.iterdir()) == ["step-00000014", "step-00000015"]
 
 
+@pytest.mark.parametrize("recomputing", [False, True])
+def test_a_training_goes_on_recomputing_or_not_to_the_same_pruner(tiny_model, tmp_path, recomputing):
+    model = tiny_model()
+    examples = make_examples(model, 10)
+    weights, log, seen = run(model, examples)
+    options = [dataclasses.replace(OPTIONS, gradient_checkpointing=value) for value in (not recomputing, recomputing)]
+    run(model, examples, tmp_path, stop_at=8, options=options[0])
+    resumed, again, rest = run(model, examples, tmp_path, options=options[1])
+    assert rest == seen[14:]
+    assert again == log
+    assert all(torch.equal(resumed[name], value) for name, value in weights.items())
+
+
 SETTINGS = {"width": 8, "position": True, "question_rank": 8, "neighbours": 1, "recency": 0.25}
 
 

@@ -283,9 +283,11 @@ class _Training:
 
 def _fingerprint(options: Options, schedule: PruningSchedule, scorer: Learned, inputs: str) -> str:
     # How often to evaluate and checkpoint changes the history's rows, hence counts as well. How many processes take
-    # part does not: they share the work, and a resumed run may have others.
+    # part and what is recomputed does not: who runs out of memory goes on with more processes, or recomputing.
+    decides = dataclasses.asdict(options)
+    del decides["gradient_checkpointing"]
     described = {
-        "options": dataclasses.asdict(options),
+        "options": decides,
         "schedule": schedule.to_dict(),
         "scorer": learned_settings(scorer),
         "inputs": inputs,
