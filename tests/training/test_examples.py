@@ -18,8 +18,9 @@ def labels(stage, value):
     return saliency
 
 
-def test_good_examples_pass():
-    assert check_examples([GOOD, GOOD], LAYERS, vocabulary=20) is None
+def test_good_examples_pass_and_their_tokens_are_counted():
+    other = dataclasses.replace(GOOD, response_ids=torch.tensor([5, 6, 7]))
+    assert check_examples([GOOD, other], LAYERS, vocabulary=20) == [(20, 1), (20, 3)]
 
 
 @pytest.mark.parametrize(

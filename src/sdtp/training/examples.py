@@ -28,7 +28,9 @@ class Example:
     saliency: torch.Tensor
 
 
-def check_examples(examples: Iterable[Example], layers: Sequence[int], vocabulary: int, progress: bool = True) -> None:
+def check_examples(
+    examples: Iterable[Example], layers: Sequence[int], vocabulary: int, progress: bool = True
+) -> list[tuple[int, int]]:
     """Refuse what would train on something else than meant, or fail far from its cause.
 
     Args:
@@ -37,10 +39,14 @@ def check_examples(examples: Iterable[Example], layers: Sequence[int], vocabular
         vocabulary: number of token ids the model knows.
         progress: whether to show it.
 
+    Returns:
+        Of each example, the tokens of its prompt and of its response.
+
     Raises:
         UserError: naming the example: no token or one unknown to the model, saliency of other stages or another number
             of tokens, or saliency that is not finite.
     """
+    lengths = []
     for example in tqdm(examples, desc="checking", unit="example", leave=False, disable=not progress):
         name = f"example {example.id!r}"
         for field, ids in (("prompt_ids", example.prompt_ids), ("response_ids", example.response_ids)):
@@ -55,3 +61,5 @@ def check_examples(examples: Iterable[Example], layers: Sequence[int], vocabular
         for stage, labels in enumerate(example.saliency):
             if not labels.isfinite().all():
                 raise UserError(f"{name}: saliency of stage {stage} (layer {layers[stage]}) is not finite")
+        lengths.append((len(example.prompt_ids), len(example.response_ids)))
+    return lengths

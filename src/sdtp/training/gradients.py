@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -16,12 +17,17 @@ from sdtp.training.policy import MaskingPolicy
 from sdtp.training.processes import Processes
 from sdtp.training.seeding import keyed_generator
 
+# Batches whose examples are sorted by length among them: with more, those of a batch are more alike; with fewer, chance
+# has more to say about what comes together.
+_WINDOW = 16
+
 
 def batch_gradient(
     gradients: torch.Tensor,
     model: PreTrainedModel,
     policy: MaskingPolicy,
     examples: Sequence[Example],
+    lengths: tuple[int, ...],
     weights: Weights,
     *,
     step: int,
@@ -39,6 +45,7 @@ def batch_gradient(
         model: frozen causal LM.
         policy: masks by the scorer.
         examples: all there are.
+        lengths: tokens of each, prompt and response.
         weights: of the losses.
         step: optimizer steps done before this batch.
         batch_size: samples of the batch, on all processes together.
@@ -59,7 +66,7 @@ def batch_gradient(
     with processes.together(lockstep):
         for place, counts in processes.share(batch_size, lockstep):
             epoch, index = divmod(step * batch_size + place, len(examples))
-            example = examples[epoch_order(seed, epoch, len(examples))[index]]
+            example = examples[epoch_order(seed, epoch, lengths, batch_size)[index]]
             losses = example_losses(model, policy, example, weights, (seed, epoch))
             (losses["loss"] / batch_size if counts else 0 * losses["loss"]).backward()
             # After each example: those before it in the share were found finite, so the fault is this one's.
@@ -76,6 +83,30 @@ def batch_gradient(
     return dict(zip(names, table.mean(0).tolist(), strict=True))
 
 
-def epoch_order(seed: int, epoch: int, examples: int) -> list[int]:
-    """The order of the examples in one epoch: a permutation that depends on (seed, epoch) alone."""
-    return torch.randperm(examples, generator=keyed_generator(seed, epoch)).tolist()
+@functools.lru_cache(maxsize=2)  # a batch may end one epoch and begin the next
+def epoch_order(seed: int, epoch: int, lengths: tuple[int, ...], batch_size: int) -> tuple[int, ...]:
+    """The order of the examples in one epoch, a function of the arguments alone: each comes once.
+
+    A step is over when the process with the longest example is, so those of a batch should be of like length. A random
+    permutation is cut into windows of some batches, the examples of a window are sorted by length and cut into its
+    batches, and these are shuffled. Examples at both ends of an epoch that share a batch with another epoch's stay as
+    they were drawn.
+
+    Args:
+        seed, epoch: key of all that is random; an epoch begins with sample `epoch * len(lengths)`.
+        lengths: tokens of each example.
+        batch_size: samples of a batch.
+
+    Returns:
+        Places in `lengths`.
+    """
+    generator = keyed_generator(seed, epoch)
+    drawn = torch.randperm(len(lengths), generator=generator).tolist()
+    first = min(-epoch * len(drawn) % batch_size, len(drawn))  # those before it end a batch that is begun
+    last = first + (len(drawn) - first) // batch_size * batch_size  # those from it on begin one
+    order = drawn[:first]
+    for start in range(first, last, _WINDOW * batch_size):
+        window = sorted(drawn[start : min(start + _WINDOW * batch_size, last)], key=lengths.__getitem__)
+        for batch in torch.randperm(len(window) // batch_size, generator=generator).tolist():
+            order += window[batch * batch_size : (batch + 1) * batch_size]
+    return (*order, *drawn[last:])

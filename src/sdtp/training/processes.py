@@ -15,8 +15,8 @@ from torch import distributed
 from sdtp.errors import UserError
 
 # How long a process waits for the others before it gives up. By default it is 10 minutes on GPUs, and the main one may
-# need more alone: a resumed run tells the tracker a long learning curve again, and every checkpoint uploads a pruner, to
-# a server that may be slow. A process that died is no matter of this: what launched them ends the others.
+# need more alone: a resumed run tells the tracker a long learning curve again, and every checkpoint uploads a pruner,
+# to a server that may be slow. A process that died is no matter of this: what launched them ends the others.
 _PATIENCE = timedelta(hours=6)
 
 

@@ -64,7 +64,8 @@ def fit(
 ) -> dict[str, float]:
     """Train the scorer in place; the model stays as it is.
 
-    Every sample comes once an epoch, in an order that depends on (seed, epoch) alone. A run that was interrupted goes
+    Every sample comes once an epoch, in an order that depends on the seed, the epoch and the examples' lengths alone
+    (see `gradients.epoch_order`). A run that was interrupted goes
     on from its newest checkpoint and, on the CPU, ends with the same bits as one that was not.
 
     Called by each of several processes with the same arguments, each takes its share of every batch, and all end with
@@ -107,11 +108,13 @@ def fit(
     processes = Processes(cpu=model.device.type == "cpu")
     with processes.together():
         vocabulary = model.config.get_text_config().vocab_size
-        for examples in (train, heldout):
+        lengths, _ = (
             check_examples(examples, schedule.layers, vocabulary, progress=processes.main)
+            for examples in (train, heldout)
+        )
     store = None if checkpoints is None else Checkpoints(checkpoints, _fingerprint(options, schedule, scorer, inputs))
     with running(model, schedule.layers[0], autocast=options.autocast, recompute=options.gradient_checkpointing):
-        training = _Training(model, scorer, schedule, train, heldout, options, log, processes)
+        training = _Training(model, scorer, schedule, train, lengths, heldout, options, log, processes)
         return training.run(store, on_checkpoint, tracking_run)
 
 
@@ -124,12 +127,14 @@ class _Training:
         scorer: Learned,
         schedule: PruningSchedule,
         train: Sequence[Example],
+        lengths: Sequence[tuple[int, int]],
         heldout: Sequence[Example],
         options: Options,
         log: Log,
         processes: Processes,
     ) -> None:
         self.model, self.scorer, self.train, self.options = model, scorer, train, options
+        self.tokens = tuple(map(sum, lengths))
         self.processes, self.lockstep = processes, is_sharded(model)
         # The states a scorer reads and its loss stay in float32 whatever the model's dtype, so weights do too.
         self.optimizer, self.rates = adamw(scorer, options.learning_rate, options.steps)
@@ -171,7 +176,7 @@ class _Training:
         ) as progress:
             while self.step < options.steps and not self._out_of_patience():
                 losses = batch_gradient(
-                    gradients, self.model, self.policy, self.train, options.weights,
+                    gradients, self.model, self.policy, self.train, self.tokens, options.weights,
                     step=self.step, batch_size=options.batch_size, seed=options.seed, processes=self.processes,
                 )  # fmt: skip
                 norm = torch.nn.utils.clip_grad_norm_(self.scorer.parameters(), GRADIENT_CLIP)
