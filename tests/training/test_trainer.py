@@ -620,6 +620,45 @@ def test_checkpoints_of_the_label_epochs_take_a_small_share_of_their_time(tiny_m
     assert all(torch.equal(found[name], value) for name, value in weights.items())
 
 
+def test_what_needs_most_memory_is_tried_first_on_a_gpu_and_changes_nothing(tiny_model, tmp_path, monkeypatch):
+    """Every time training starts, before the states for the label epochs; on the CPU it is not."""
+    model = tiny_model()
+    examples = make_examples(model, 4)
+    examples[1] = dataclasses.replace(examples[1], response_ids=torch.arange(3, 8))
+    examples[0] = dataclasses.replace(examples[0], response_ids=torch.arange(3, 8))  # as long, its prompt is shorter
+    examples.insert(2, make_examples(model, 9)[8])
+    options = dataclasses.replace(LABELS, steps=8)
+    weights, log, plain = run(model, examples, options=options)
+    tried = ["example-8", "example-1"]  # the longest, and the longest prompt of those with the longest response
+    assert plain[:3] == ["example-0", "example-1", "example-8"]  # of the label epochs
+    monkeypatch.setattr(trainer, "_memory_is_fixed", lambda device: True)
+    _, _, first = run(model, examples, tmp_path, stop_at=5, options=options)
+    assert first == [*tried, *plain[: 3 + 5 * 2]]
+    resumed, again, rest = run(model, examples, tmp_path, options=options)
+    assert rest == [*tried, *plain[3 + 4 * 2 :]]
+    assert again == log
+    assert all(torch.equal(resumed[name], value) for name, value in weights.items())
+    assert run(model, examples, tmp_path, options=options)[2] == []  # has ended
+
+
+@pytest.mark.parametrize("tried", [False, True])
+def test_an_example_that_needs_more_memory_than_there_is_is_named(tiny_model, monkeypatch, tried):
+    model = tiny_model()
+    examples = make_examples(model, 4)
+
+    def limit(module, args, output):
+        if output[0].shape[-2] > 24:  # the last response token is not run
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    model.model.layers[3].register_forward_hook(limit)
+    monkeypatch.setattr(trainer, "_memory_is_fixed", lambda device: tried)
+    scorer, log = make_scorer(), Recorder()
+    expected = "example 'example-3', of 23 prompt and 3 response tokens: training.gradient_checkpointing: true takes"
+    with pytest.raises(UserError, match=expected):
+        fit(model, scorer, SCHEDULE, examples, [], LABELS, log)
+    assert bool(log) != tried  # nothing has been trained by then, or the label epochs and maybe a step
+
+
 def test_states_that_would_not_fit_end_a_training_before_its_first_forward(tiny_model, monkeypatch):
     model = tiny_model()
     examples = make_examples(model, 4)

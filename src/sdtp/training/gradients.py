@@ -56,7 +56,8 @@ def batch_gradient(
         The losses of non-zero weight by name, and `loss`, their weighted sum; each the mean over the batch.
 
     Raises:
-        UserError: a loss that is not finite, naming the example and the stage; or a gradient, naming example and step.
+        UserError: a loss that is not finite, naming the example and the stage; or a gradient, naming example and step;
+            or no memory left on the device, naming the example, its tokens and what needs less.
     """
     names = [*(name for name, weight in dataclasses.asdict(weights).items() if weight), "loss"]
     # A row a sample, filled in by the process that has it: a sum with zeros is exact, whatever the shares.
@@ -67,8 +68,7 @@ def batch_gradient(
         for place, counts in processes.share(batch_size, lockstep):
             epoch, index = divmod(step * batch_size + place, len(examples))
             example = examples[epoch_order(seed, epoch, lengths, batch_size)[index]]
-            losses = example_losses(model, policy, example, weights, (seed, epoch))
-            (losses["loss"] / batch_size if counts else 0 * losses["loss"]).backward()
+            losses = _losses(model, policy, example, weights, (seed, epoch), batch_size if counts else None)
             # After each example: those before it in the share were found finite, so the fault is this one's.
             norm = gradients.norm()
             if not norm.isfinite():
@@ -81,6 +81,59 @@ def batch_gradient(
     table = table.to(processes.device)
     processes.add_up(table)
     return dict(zip(names, table.mean(0).tolist(), strict=True))
+
+
+def try_longest(
+    model: PreTrainedModel,
+    policy: MaskingPolicy,
+    examples: Sequence[Example],
+    lengths: Sequence[tuple[int, int]],
+    weights: Weights,
+    *,
+    seed: int,
+    processes: Processes,
+) -> None:
+    """Compute the gradients that need the most memory once, on every process, and drop them.
+
+    The order of the samples is random: what does not fit would else be met after hours, and again after each resume.
+    Nothing that follows is changed, for all noise is keyed.
+
+    Args:
+        model, policy, examples, weights, seed, processes: see `batch_gradient`.
+        lengths: of each example the tokens of prompt and response; the longest example is tried, and that with the
+            longest response, whose logits take memory beside the states.
+
+    Raises:
+        UserError: see `batch_gradient`.
+    """
+    longest = max(range(len(lengths)), key=lambda index: sum(lengths[index]))
+    answering = max(range(len(lengths)), key=lambda index: (lengths[index][1], lengths[index][0]))
+    with processes.together(is_sharded(model)):
+        for index in dict.fromkeys((longest, answering)):
+            _losses(model, policy, examples[index], weights, (seed, 0), 1)
+    policy.scorer.zero_grad()
+
+
+def _losses(
+    model: PreTrainedModel,
+    policy: MaskingPolicy,
+    example: Example,
+    weights: Weights,
+    noise_key: tuple[int, int],
+    share: int | None,
+) -> dict[str, torch.Tensor]:
+    """The losses of an example, whose gradient is added to the scorer's: of one in `share`, or zeros for None."""
+    try:
+        losses = example_losses(model, policy, example, weights, noise_key)
+        (losses["loss"] / share if share else 0 * losses["loss"]).backward()
+    except torch.OutOfMemoryError as error:
+        tokens = f"{len(example.prompt_ids)} prompt and {len(example.response_ids)} response tokens"
+        raise UserError(
+            f"no memory was left on {model.device} for the forward and backward pass of example {example.id!r}, of "
+            f"{tokens}: training.gradient_checkpointing: true takes a fraction of it; where that is set, "
+            "training.shard_model: true takes less, or a smaller data.max_tokens"
+        ) from error
+    return losses
 
 
 @functools.lru_cache(maxsize=2)  # a batch may end one epoch and begin the next

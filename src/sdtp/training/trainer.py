@@ -24,7 +24,7 @@ from sdtp.pruning.store import learned_settings
 from sdtp.training.backbone import is_sharded, running
 from sdtp.training.checkpoints import LABELS, STEPS, Checkpoints, restore, snapshot
 from sdtp.training.examples import Example, check_examples
-from sdtp.training.gradients import batch_gradient
+from sdtp.training.gradients import batch_gradient, try_longest
 from sdtp.training.heldout import HeldOut, best_evaluation
 from sdtp.training.label_fit import fit_labels, stored_states
 from sdtp.training.optimizer import GRADIENT_CLIP, adamw, flat_gradients
@@ -93,9 +93,10 @@ def fit(
 
     Raises:
         UserError: nothing to train on, or no held-out examples to be patient with; an example that `check_examples`
-            refuses; more states for the label epochs than fit into memory (see `check_states_fit`); a loss that is not
-            finite, naming the example and the stage; a gradient that is not finite, naming the example and the step; or
-            what `HeldOut.evaluate` raises.
+            refuses; more states for the label epochs than fit into memory (see `check_states_fit`); an example whose
+            step does not fit into the device's (see `gradients.try_longest`); a loss that is not finite, naming the
+            example and the stage; a gradient that is not finite, naming the example and the step; or what
+            `HeldOut.evaluate` raises.
         FailedElsewhereError: one of several processes failed, and this is not the main one, which raises the failure.
     """
     if not train:
@@ -134,7 +135,7 @@ class _Training:
         processes: Processes,
     ) -> None:
         self.model, self.scorer, self.train, self.options = model, scorer, train, options
-        self.tokens = tuple(map(sum, lengths))
+        self.lengths, self.tokens = lengths, tuple(map(sum, lengths))
         self.processes, self.lockstep = processes, is_sharded(model)
         # The states a scorer reads and its loss stay in float32 whatever the model's dtype, so weights do too.
         self.optimizer, self.rates = adamw(scorer, options.learning_rate, options.steps)
@@ -163,10 +164,16 @@ class _Training:
                         on_checkpoint(step)
 
         found = self._found(store)
-        if found is not None and found[1]["part"] == STEPS:
-            self.best = restore(self.scorer, self.optimizer, self.rates, *found)
-            self.step = found[1]["step"]
-        else:
+        stepping = found if found is not None and found[1]["part"] == STEPS else None
+        if stepping is not None:
+            self.best = restore(self.scorer, self.optimizer, self.rates, *stepping)
+            self.step = stepping[1]["step"]
+        if self.step < options.steps and _memory_is_fixed(self.model.device):
+            try_longest(
+                self.model, self.policy, self.train, self.lengths, options.weights,
+                seed=options.seed, processes=self.processes,
+            )  # fmt: skip
+        if stepping is None:
             self._fit_labels(found, save)
             self._evaluate()
             save(STEPS, self.step, self.optimizer, self.rates)
@@ -284,6 +291,11 @@ class _Training:
             log=ended,
             processes=self.processes,
         )
+
+
+def _memory_is_fixed(device: torch.device) -> bool:
+    # The CPU's is paged and shared: a pass that fits now may not later, and costs more of the time.
+    return device.type != "cpu"
 
 
 def _fingerprint(options: Options, schedule: PruningSchedule, scorer: Learned, inputs: str) -> str:
