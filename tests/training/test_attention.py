@@ -1,9 +1,13 @@
 """Attention under a key mask: values of removal, gradients of its formula, and slopes of bringing hidden keys back."""
 
+import contextlib
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from sdtp.training.attention import masked_key_attention, masked_softmax
+from sdtp.training.attention import AdditiveMasks, masked_key_attention, masked_softmax
 
 
 def seen_by(mask, window):
@@ -153,3 +157,64 @@ def test_a_hidden_key_that_attention_wants_has_a_bounded_gradient(dtype, wanted)
     assert value.grad[0, 0, :, 0].tolist() == pytest.approx([0.0, 0.0, 1.0], abs=1e-6)
     for tensor in (query, key):
         assert torch.equal(tensor.grad, torch.zeros_like(tensor))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.02), (torch.float16, 0.0025)])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_gradients_in_half_precision_are_those_of_the_scores_that_the_forward_pass_takes(dtype, tolerance, autocast):
+    """Keys and queries with biases, so that scores are 30 to 60; rounded, they would be off by three times as much."""
+    tokens, width, scaling = 96, 64, 0.125
+    torch.manual_seed(0)
+    bias = torch.randn(4, 1, width)
+    bias = 60 * bias / bias.norm(dim=-1, keepdim=True)
+    query = (0.5 * torch.randn(1, 4, tokens, width) + 0.1 * bias).to(dtype)
+    key, value = (torch.randn(1, 4, tokens, width) + bias).to(dtype), (torch.randn(1, 4, tokens, width) + 3).to(dtype)
+    mask = (torch.rand(1, 1, 1, tokens) > 0.5).float()
+    upstream = torch.randn(1, 4, tokens, width).to(dtype)
+    scores = (query.double() @ key.double().mT * scaling).tril()
+    assert 30 < scores[scores != 0].quantile(0.05) < scores[scores != 0].quantile(0.95) < 60
+
+    def gradients(dtype):
+        inputs = [tensor.to(dtype).requires_grad_(True) for tensor in (query, key, value)]
+        inputs.append(mask.to(torch.promote_types(dtype, torch.float32)).requires_grad_(True))
+        with torch.autocast("cpu", dtype) if autocast and dtype != torch.float64 else contextlib.nullcontext():
+            return torch.autograd.grad(masked_key_attention(*inputs, scaling), inputs, upstream.to(dtype))
+
+    for found, exact in zip(gradients(dtype), gradients(torch.float64), strict=True):
+        assert ((found.double() - exact).norm() / exact.norm()).item() < tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("block", [3, 256])
+def test_an_additive_mask_says_what_each_query_sees_in_rows_that_kernels_take_as_they_are(
+    monkeypatch, dtype, window, block
+):
+    monkeypatch.setattr("sdtp.training.attention._BLOCK", block)
+    *_, mask = random_inputs()
+    added = AdditiveMasks().of(mask, window, dtype)
+    assert torch.equal(added, seen_by(mask.detach(), window).log().to(dtype))
+    assert all(stride % 8 == 0 for stride in added.stride()[:-1])
+
+
+def test_calls_with_one_key_mask_make_one_matrix_together():
+    query, key, value = torch.randn(3, 1, 2, 300, 4).unbind(0)
+    mask = (torch.rand(1, 1, 1, 300) > 0.5).float().requires_grad_(True)
+    made = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            before = {tensor.data_ptr() for tensor in tree_leaves(args) if isinstance(tensor, torch.Tensor)}
+            out = func(*args, **(kwargs or {}))
+            for tensor in tree_leaves(out):
+                if isinstance(tensor, torch.Tensor) and tensor.numel() >= 300**2 and tensor.data_ptr() not in before:
+                    made.append(tensor)
+            return out
+
+    masks = AdditiveMasks()
+    with Watch():
+        for _ in range(3):
+            masked_key_attention(query, key, value, mask, 0.5, None, masks)
+    assert [one.dtype for one in made] == [torch.float32]
+    other = masks.of(mask.detach().clone(), None, torch.float32)
+    assert other.data_ptr() != made[0].data_ptr()

@@ -1,6 +1,7 @@
 """Key masks in models of every kind: by transformers' attention interface, and in attention that has none."""
 
 import logging
+import weakref
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from sdtp.errors import UserError
 from sdtp.pruning.adapter import architecture, attention_of
 from sdtp.pruning.schedule import PruningSchedule
 from sdtp.pruning.scorers import Learned
+from sdtp.training import attention
 from sdtp.training.backbone import running
 from sdtp.training.masked_model import masked_attention
 from sdtp.training.policy import MaskingPolicy
@@ -217,6 +219,57 @@ def test_layers_computed_again_in_the_backward_pass_are_masked_again(tiny_model,
     for plain, again in zip(*gradients, strict=True):
         torch.testing.assert_close(again, plain, rtol=1e-9, atol=1e-12)
         assert plain.any()
+
+
+@pytest.mark.parametrize("family", ["llama", "falcon-sdpa-one", "gemma3", "mistral_window"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_matrix_of_all_tokens_is_made_once_a_stage_and_gone_after_it(tiny_model, monkeypatch, family, recompute):
+    """Once for each window in it; of another stage none is left when it is made. Layers computed again make theirs."""
+    model = any_model(tiny_model, family)
+    made, left = [], []
+    additive = attention._additive
+
+    def watched(*args):
+        left.append({id(one[0]) for one in made if one[1]() is not None} - {id(args[0])})
+        result = additive(*args)
+        made.append((args[0], weakref.ref(result), args[1]))
+        return result
+
+    monkeypatch.setattr(attention, "_additive", watched)
+    windows = architecture(model).windows
+    first, second = SCHEDULE.layers
+    with running(model, first, autocast=False, recompute=recompute):
+        with make_policy(model)(model, N, lambda stage, n: noise(stage, n).float()) as trace:
+            loss = model(ids(), use_cache=False).logits[0, N - 1 :].square().mean()
+        assert len(made) == len(set(windows[first:second])) + len(set(windows[second:]))
+        assert len({id(mask) for mask, *_ in made}) == 2
+        assert [window for _, _, window in made[:1]] == [windows[first]]
+        assert all(kept() is None for _, kept, _ in made)
+        made.clear()
+        torch.autograd.grad(loss, trace.scores)
+    assert [window for _, _, window in made] == (list(windows[first:])[::-1] if recompute else [])
+    assert all(kept() is None for _, kept, _ in made)
+    assert not any(left)
+
+
+@pytest.mark.parametrize(("family", "matrices"), [("bloom", 2), ("gpt_oss", 2), ("gemma2", 3), ("llama", 0)])
+def test_attention_that_sdpa_cannot_serve_keeps_so_many_matrices_a_layer(tiny_model, family, matrices):
+    """[heads, tokens, tokens] in the model's dtype, as docs/training.md counts them."""
+    model = any_model(tiny_model, family).bfloat16()
+    kept = {}
+
+    def keep(tensor):
+        if tensor.shape[-2:] == (N + R, N + R):
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), make_policy(model)(model, N):
+        model(ids(), use_cache=False)
+    layers = model.config.num_hidden_layers - SCHEDULE.layers[0]
+    size = 2 * model.config.num_attention_heads * (N + R) ** 2
+    # In the first of these layers nothing but the mask is on the graph: it keeps its scores.
+    expected = matrices * (layers - 1) + (matrices > 0)
+    assert [tensor.untyped_storage().nbytes() for tensor in kept.values()] == [size] * expected
 
 
 @pytest.mark.parametrize("softmaxes", [0, 2])

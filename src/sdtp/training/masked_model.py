@@ -18,12 +18,15 @@ from transformers.masking_utils import sdpa_mask
 
 from sdtp.errors import UserError
 from sdtp.pruning.adapter import architecture, attention_of
-from sdtp.training.attention import masked_key_attention, masked_softmax
+from sdtp.training.attention import AdditiveMasks, masked_key_attention, masked_softmax
 
 NAME = "sdtp_masked_keys"
 
 # The window of each attention module that was masked: not every family tells the attention function.
 _WINDOWS: WeakKeyDictionary[nn.Module, int | None] = WeakKeyDictionary()
+
+# What the layers that run now share of their key mask.
+_MASKS = AdditiveMasks()
 
 
 @contextlib.contextmanager
@@ -31,7 +34,8 @@ def masked_attention(model: PreTrainedModel) -> Iterator[None]:
     """Inside, a decoder layer that is handed a key mask for its attention mask attends through it; others as before.
 
     Key masks are [1, 1, 1, tokens], see `masked_key_attention`; the layer's causal mask and window apply as well.
-    Blocks may be nested. Backward passes that recompute layers have to run inside.
+    Blocks may be nested. Backward passes that recompute layers have to run inside. What layers with the same key mask
+    share, [1, 1, tokens, tokens], is made for the first of them and gone when one has another, and after the block.
 
     Models whose attention transformers can replace get one of its interface's attention functions. In others (BLOOM,
     Falcon) the one call of softmax or scaled_dot_product_attention is replaced while a layer's attention runs.
@@ -42,6 +46,7 @@ def masked_attention(model: PreTrainedModel) -> Iterator[None]:
     parts = architecture(model)
     attentions: list[Any] = [attention_of(layer) for layer in parts.layers]
     with contextlib.ExitStack() as undo:
+        undo.callback(_MASKS.clear)
         # Asked first: setting it where it cannot be set warns, each time.
         if model._can_set_attn_implementation():
             _WINDOWS.update(zip(attentions, parts.windows, strict=True))
@@ -86,7 +91,7 @@ def _attention_forward(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     mask = attention_mask if is_key_mask(attention_mask) else query.new_ones(1, 1, 1, key.shape[2])
     if plain:
-        result = masked_key_attention(query, key, value, mask, scaling, window)
+        result = masked_key_attention(query, key, value, mask, scaling, window, _MASKS)
     else:
         scores = query @ key.mT * scaling
         if softcap is not None:
@@ -155,10 +160,13 @@ class _MaskedKernels(TorchFunctionMode):
 
     def _softmax(self, scores: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         dtype = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.dtype)), scores.dtype)
-        return masked_softmax(scores.to(dtype), self.mask)
+        if torch.promote_types(scores.dtype, dtype) != dtype:
+            scores = scores.to(dtype)
+        return masked_softmax(scores, self.mask, dtype=dtype)
 
     def _attention(self, *args: Any, scale: float | None = None, **kwargs: Any) -> torch.Tensor:
         query, key, value = args[:3]
         groups = query.shape[1] // key.shape[1]
         scaling = query.shape[-1] ** -0.5 if scale is None else scale
-        return masked_key_attention(query, repeat_kv(key, groups), repeat_kv(value, groups), self.mask, scaling)
+        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+        return masked_key_attention(query, key, value, self.mask, scaling, masks=_MASKS)
