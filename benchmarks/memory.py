@@ -3,9 +3,10 @@
     OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=65536 python benchmarks/memory.py
 
 (The second setting has the C library hand freed tensors back at once, as a GPU's allocator can; else holes count.)
-Prints two Markdown tables, of what was measured and of what the formula gives for Qwen2-7B on each of 8 GPUs.
+Prints Markdown tables, of what was measured and of what the formula gives for Qwen2-7B and BLOOM-7B on each of 8 GPUs.
 
-Models are Llamas with random weights, four query heads to a key head, MLPs four times as wide as the hidden states.
+Models are Llamas with random weights, four query heads to a key head, and BLOOMs, which keep attention matrices; MLPs
+are four times as wide as the hidden states.
 `saved` is what the forward pass keeps for the backward pass, each storage counted once and weights left out; `peak` is
 how far the resident memory of the process grows in one step of one example, forward and backward, beyond what it held
 before: model, scorer, gradients and optimizer state.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import os
 import platform
 import sys
@@ -24,7 +26,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from sdtp.evaluation.memory import PROCESS, peak_memory
 from sdtp.pruning.schedule import PruningSchedule
@@ -39,7 +41,10 @@ RESPONSE = 64
 VOCABULARY = 8192
 WIDTH = 128
 BLOCK = 256  # query rows whose attention matrix the backward pass holds at once
-COLUMNS = ("layers", "hidden", "tokens", "recomputing", "saved, MB", "formula", "ratio", "peak, MB", "formula", "ratio")
+COLUMNS = (
+    "family", "layers", "hidden", "tokens", "recomputing",
+    "saved, MB", "formula", "ratio", "peak, MB", "formula", "ratio",
+)  # fmt: skip
 
 ESTIMATED = ("prompt tokens", "recomputing", "saved", "passing", "scorer", "in all, whole model", "in all, sharded")
 
@@ -61,6 +66,8 @@ class Costs:
     R: int  # response tokens
     b: int  # bytes of a number of the model
     recompute: bool
+    matrices: int = 0  # attention matrices that a layer keeps: none where scaled_dot_product_attention serves it
+    wide: int = 3  # tensors as wide as the MLP that it keeps
 
     @property
     def T(self) -> int:  # noqa: N802
@@ -69,7 +76,8 @@ class Costs:
 
     def layer(self) -> int:
         """Bytes that one layer keeps for the backward pass."""
-        return self.T * (8 * self.h + 3 * self.b * (self.q + self.f))
+        narrow = self.T * (8 * self.h + self.b * (3 * self.q + self.wide * self.f))
+        return narrow + self.matrices * self.b * self.heads * self.T**2
 
     def head(self) -> int:
         """Bytes that the final norm and the loss keep."""
@@ -83,24 +91,26 @@ class Costs:
     def passing(self) -> int:
         """Bytes that the worst moment holds besides."""
         mlp = 3 * self.b * self.T * self.f  # its gradients, and, before it ran or after it is done, what it keeps
-        attention = 6 * 4 * BLOCK * self.heads * self.T  # the backward pass
-        mask = (4 + self.b) * self.T**2  # the forward pass
+        attention = 6 * 4 * (self.T if self.matrices else BLOCK) * self.heads * self.T  # the backward pass
+        # While the layers of a stage run: the most beside it is the input of an MLP's last map, which nobody keeps.
+        mask = 0 if self.matrices else self.b * self.T * (self.T + self.f)
         logits = 8 * self.R * self.V
         if self.recompute:
-            return self.layer() + max(mlp, attention - mlp, mask - mlp)
-        return max(mlp, attention - mlp, mask - mlp - self.head(), logits)
+            return self.layer() + max(mlp, attention - mlp, mask)
+        return max(mlp, attention - mlp, mask, logits)
 
     def peak(self) -> int:
         """Bytes at the peak of a step, beyond weights, gradients and optimizer."""
         return self.saved() + self.passing()
 
 
-def costs(layers: int, hidden: int, tokens: int, recompute: bool) -> Costs:
+def costs(family: str, layers: int, hidden: int, tokens: int, recompute: bool) -> Costs:
     """Of a model that is measured."""
     schedule = make_schedule(layers)
+    kept = {"llama": {}, "bloom": {"matrices": 2, "wide": 1}}[family]
     return Costs(
         L=layers, first=schedule.layers[0], h=hidden, q=hidden, heads=hidden // 64, f=4 * hidden, V=VOCABULARY,
-        S=schedule.stages, w=WIDTH, N=tokens, R=RESPONSE, b=4, recompute=recompute,
+        S=schedule.stages, w=WIDTH, N=tokens, R=RESPONSE, b=4, recompute=recompute, **kept,
     )  # fmt: skip
 
 
@@ -109,25 +119,48 @@ def make_schedule(layers: int) -> PruningSchedule:
     return PruningSchedule.geometric(layers, start=1, step=3, ratio=0.8, sinks=4, local=0.1, min_local=16)
 
 
-def estimates(gpus: int) -> list[str]:
-    """What a step of Qwen2-7B takes on each of several GPUs, in GB, as rows of a table."""
-    whole, embeddings = 2 * 7.616e9, 2 * 2 * 152064 * 3584
-    scorer = 16 * sum(weight.numel() for weight in Learned(3584, 8, 512).parameters())
-    lines = []
-    for tokens in (1024, 4096, 16384, 32256):
-        for recompute in (False, True):
-            one = Costs(
-                L=28, first=4, h=3584, q=3584, heads=28, f=18944, V=152064, S=8, w=512, N=tokens, R=512, b=2,
-                recompute=recompute,
-            )  # fmt: skip
-            rest = one.peak() + scorer
-            sharded = embeddings + (whole - embeddings) / gpus + 2 * (whole - embeddings) / one.L
-            cells = [f"{tokens}", "yes" if recompute else "no"]
-            cells += [
-                f"{value / 1e9:.1f}" for value in (one.saved(), one.passing(), scorer, whole + rest, sharded + rest)
-            ]
-            lines.append("| " + " | ".join(cells) + " |")
-    return lines
+@dataclasses.dataclass(frozen=True)
+class Estimated:
+    """A model whose costs are computed and not measured."""
+
+    name: str
+    weights: float
+    embeddings: float  # of the weights, with the head's
+    costs: Costs
+    prompts: tuple[int, ...]  # tokens
+
+    def rows(self, gpus: int) -> list[str]:
+        """What a step takes on each of several GPUs, in GB, as rows of a table."""
+        shape = self.costs
+        scorer = 16 * sum(weight.numel() for weight in Learned(shape.h, shape.S, shape.w).parameters())
+        whole, embeddings = shape.b * self.weights, shape.b * self.embeddings
+        sharded = embeddings + (whole - embeddings) / gpus + 2 * (whole - embeddings) / shape.L
+        lines = []
+        for tokens in self.prompts:
+            for recompute in (False, True):
+                one = dataclasses.replace(shape, N=tokens, recompute=recompute)
+                rest = one.peak() + scorer
+                cells = [f"{tokens}", "yes" if recompute else "no"]
+                cells += [
+                    f"{value / 1e9:.1f}" for value in (one.saved(), one.passing(), scorer, whole + rest, sharded + rest)
+                ]
+                lines.append("| " + " | ".join(cells) + " |")
+        return lines
+
+
+QWEN2 = Estimated(
+    "Qwen2-7B", 7.616e9, 2 * 152064 * 3584,
+    Costs(L=28, first=4, h=3584, q=3584, heads=28, f=18944, V=152064, S=8, w=512, N=0, R=512, b=2, recompute=False),
+    (1024, 4096, 16384, 32256),
+)  # fmt: skip
+BLOOM = Estimated(
+    "BLOOM-7B", 7.069e9, 250880 * 4096,
+    Costs(
+        L=30, first=4, h=4096, q=4096, heads=32, f=16384, V=250880, S=9, w=512, N=0, R=256, b=2, recompute=False,
+        matrices=2, wide=1,
+    ),
+    (512, 1792, 32512),
+)  # fmt: skip
 
 
 def resident() -> int:
@@ -156,16 +189,21 @@ def measure(shape: Costs) -> tuple[int, int]:
     """Bytes saved by a forward pass, and the growth of the resident memory in a step."""
     torch.manual_seed(0)
     schedule = make_schedule(shape.L)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=shape.h,
-        intermediate_size=shape.f,
-        num_hidden_layers=shape.L,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=max(1, shape.heads // 4),
-        attn_implementation="sdpa",
-    )
-    model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    if shape.matrices:
+        config = BloomConfig(vocab_size=VOCABULARY, hidden_size=shape.h, n_layer=shape.L, n_head=shape.heads)
+        model = BloomForCausalLM(config)
+    else:
+        config = LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=shape.h,
+            intermediate_size=shape.f,
+            num_hidden_layers=shape.L,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=max(1, shape.heads // 4),
+            attn_implementation="sdpa",
+        )
+        model = LlamaForCausalLM(config)
+    model = model.eval().requires_grad_(False)
     scorer = Learned(shape.h, shape.S, shape.w)
     optimizer, _ = adamw(scorer, 1e-3, 10)
     flat_gradients(scorer)
@@ -196,26 +234,28 @@ def measure(shape: Costs) -> tuple[int, int]:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    families = ["llama", "bloom"]
+    parser.add_argument("--family", nargs="+", choices=families, default=families, help="(default: both)")
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 8], help="decoder layers (default: 4 8)")
     parser.add_argument("--hidden", type=int, nargs="+", default=[256, 512], help="hidden sizes (default: 256 512)")
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048], help="prompt tokens (default: 512 2048)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the table there")
     args = parser.parse_args()
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    for layers in args.layers:
-        for hidden in args.hidden:
-            for tokens in args.tokens:
-                for recompute in (False, True):
-                    shape = costs(layers, hidden, tokens, recompute)
-                    saved, peak = measure(shape)
-                    cells = [f"{layers}", f"{hidden}", f"{tokens}", "yes" if recompute else "no"]
-                    for found, expected in ((saved, shape.saved()), (peak, shape.peak())):
-                        cells += [f"{found / 1e6:.0f}", f"{expected / 1e6:.0f}", f"{found / expected:.2f}"]
-                    lines.append("| " + " | ".join(cells) + " |")
-                    print(lines[-1], file=sys.stderr)
+    shapes = itertools.product(args.family, args.layers, args.hidden, args.tokens, (False, True))
+    for family, layers, hidden, tokens, recompute in shapes:
+        shape = costs(family, layers, hidden, tokens, recompute)
+        saved, peak = measure(shape)
+        cells = [family, f"{layers}", f"{hidden}", f"{tokens}", "yes" if recompute else "no"]
+        for found, expected in ((saved, shape.saved()), (peak, shape.peak())):
+            cells += [f"{found / 1e6:.0f}", f"{expected / 1e6:.0f}", f"{found / expected:.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+        print(lines[-1], file=sys.stderr)
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
     lines += ["", f"{versions}, {torch.get_num_threads()} threads", ""]
-    lines += ["| " + " | ".join(ESTIMATED) + " |", "|" + "---|" * len(ESTIMATED), *estimates(8)]
+    for model in (QWEN2, BLOOM):
+        header = ["| " + " | ".join(ESTIMATED) + " |", "|" + "---|" * len(ESTIMATED)]
+        lines += [model.name, "", *header, *model.rows(gpus=8), ""]
     print("\n".join(lines))
     if args.out is not None:
         args.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
