@@ -54,40 +54,80 @@ def arguments(inputs: Path, run: Path, settings: dict = TWO) -> list[str]:
     return [str(part) for part in [*options, *read, *write]]
 
 
-def start(
-    inputs: Path, run: Path, processes: int = 2, settings: dict = TWO, path: str = ""
+def run_train(
+    starter: list[str], inputs: Path, run: Path, settings: dict, threads: int, path: str = ""
 ) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW", "SDTP"))}
-    environment |= {"OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": "", "HF_HOME": str(run)}
     environment["PYTHONPATH"] = os.pathsep.join([path, os.environ.get("PYTHONPATH", "")])
-    command = ["--log", str(run / "train.log"), "train", "--processes", str(processes)]
+    command = ["--log", str(run / "train.log"), "train", "--processes", "2", *arguments(inputs, run, settings)]
     return subprocess.run(
-        [sys.executable, "-c", LAUNCHER, *command, *arguments(inputs, run, settings)],
-        env=environment, capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
+        [sys.executable, *starter, *command], env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
 
 
-@pytest.mark.slow
-def test_two_processes_write_one_pruner_that_is_one_processs(inputs: Path, tmp_path: Path) -> None:
-    alone, both = tmp_path / "alone", tmp_path / "both"
-    for folder in (alone, both):
-        folder.mkdir()
-    train.main(arguments(inputs, alone))
-    done = start(inputs, both)
+def start(inputs: Path, run: Path, settings: dict = TWO, path: str = "") -> subprocess.CompletedProcess[str]:
+    """Through the launcher of the rule, which shares the threads out."""
+    return run_train(["-c", LAUNCHER], inputs, run, settings, threads=2, path=path)
+
+
+@pytest.fixture(scope="module")
+def alone(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process writes."""
+    run = tmp_path_factory.mktemp("alone")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("MLFLOW_TRACKING_URI", "SDTP_TRACKING_URI", "SDTP_PARENT_RUN_FILE"):
+            patch.delenv(name, raising=False)
+        train.main(arguments(inputs, run))
+    return run
+
+
+@pytest.fixture(scope="module")
+def both(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes write that the rule's launcher started."""
+    run = tmp_path_factory.mktemp("both")
+    done = start(inputs, run)
     assert done.returncode == 0, done.stderr[-3000:]
-    expected, found = (load_file(folder / "pruner" / "pruner.safetensors") for folder in (alone, both))
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+    return run
+
+
+def assert_same(found: Path, expected: Path) -> None:
+    """The same pruner and curves, but for the order of sums."""
+    mine, theirs = (load_file(run / "pruner" / "pruner.safetensors") for run in (found, expected))
+    for name, value in theirs.items():
+        torch.testing.assert_close(mine[name], value, rtol=1e-4, atol=1e-5)
     rows = [
-        [line.split(",") for line in (folder / "history.csv").read_text().splitlines()[1:]] for folder in (alone, both)
+        [line.split(",") for line in (run / "history.csv").read_text().splitlines()[1:]] for run in (expected, found)
     ]
     assert [row[:3] for row in rows[0]] == [row[:3] for row in rows[1]]
     for (*_, name, value), (*_, other) in zip(*rows, strict=True):
         assert float(other) == pytest.approx(float(value), rel=1e-4 if name == "gradient_norm" else 1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_write_one_pruner_that_is_one_processs(alone: Path, both: Path) -> None:
+    assert_same(both, alone)
     log = (both / "train.log").read_text().splitlines()
     assert sum(line.startswith("sdtp ") for line in log) == 1  # the main process's; the others say nothing
     assert sum("train: done in" in line for line in log) == 2  # the main process, and what launched it
     assert json.loads((both / "metrics.json").read_text())["heldout_kl"] > 0
+
+
+@pytest.mark.slow
+def test_a_sharded_model_gives_the_same_pruner_for_the_same_model(inputs: Path, alone: Path, tmp_path: Path) -> None:
+    settings = {**TWO, "training": {**TWO["training"], "shard_model": True}}
+    done = start(inputs, tmp_path, settings)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same(tmp_path, alone)
+    # It has the fingerprint of the model that it was trained for.
+    assert (tmp_path / "pruner" / "pruner.json").read_bytes() == (alone / "pruner" / "pruner.json").read_bytes()
+
+
+@pytest.mark.usefixtures("no_tracking")
+def test_one_process_has_nothing_to_shard(inputs: Path, alone: Path, tmp_path: Path) -> None:
+    settings = {**TWO, "training": {**TWO["training"], "shard_model": True}}
+    train.main(arguments(inputs, tmp_path, settings))
+    assert (tmp_path / "history.csv").read_bytes() == (alone / "history.csv").read_bytes()
 
 
 @pytest.mark.slow

@@ -117,9 +117,11 @@ def train(
     if short:
         examples = [cut(examples[0]), *examples[1:4]]
     before = digest(model)
-    several = PartialState(cpu=True).num_processes > 1
-    if sharded and several:
-        shard(model, Processes(cpu=True))
+    processes = Processes(cpu=True)
+    if sharded and processes.count > 1:
+        if not processes.main:
+            model.to("meta")  # as the train step loads it, where it has only the layers' shapes
+        shard(model, processes)
     if change is not None:
         change(model, examples)
     torch.manual_seed(3)

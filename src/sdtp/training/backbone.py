@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -21,14 +23,15 @@ from sdtp.training.processes import Processes
 def shard(model: PreTrainedModel, processes: Processes) -> None:
     """Spread the decoder layers' weights over the processes, in place; a layer is gathered while it computes (FSDP2).
 
-    Embeddings, final norm and head stay whole in every process: at the end of a forward, where memory peaks, they are
-    needed whole anyway, and they are often one tensor. Every process must run as many forwards and backwards as the
-    others.
+    The main process has the weights, and sends them to the others a layer at a time: each keeps its share before the
+    next layer comes, so none but the main one ever holds a whole model. Embeddings, final norm and head stay whole in
+    every process: at the end of a forward, where memory peaks, they are needed whole anyway, and they are often one
+    tensor. Every process must run as many forwards and backwards as the others.
 
     Args:
-        model: frozen causal LM, alike on every process, on the CPU or the processes' device; its layers' weights move
-            to that device one layer at a time.
-        processes: that share it.
+        model: frozen causal LM; with its weights on the main process, on the CPU or the processes' device, and on the
+            others of the same architecture and number format, best on the meta device, for what it holds is dropped.
+        processes: that share it, at least two.
     """
     with masked_attention(model):
         # transformers reads in a class's source whether its attention can be changed, and remembers; sharding gives the
@@ -36,13 +39,37 @@ def shard(model: PreTrainedModel, processes: Processes) -> None:
         pass
     mesh = init_device_mesh(processes.device.type, (processes.count,))
     stack, layers = decoder(model), decoder_layers(model)
-    sharded = {parameter for layer in layers for parameter in layer.parameters()}
-    whole = {parameter for parameter in stack.parameters() if parameter not in sharded}
+    inside = {module for layer in layers for module in layer.modules()}
+    _take_from_main([module for module in model.modules() if module not in inside], processes)
     for layer in layers:
+        _take_from_main(layer.modules(), processes)
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+    whole = {parameter for parameter in stack.parameters() if not isinstance(parameter, DTensor)}
     # What runs before the layers, in every forward, has them gathered ahead; no weights of its own.
     fully_shard(stack, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
-    model.to(processes.device)  # type: ignore[arg-type]  # transformers declares a method of its own here
+
+
+def _take_from_main(modules: Iterable[nn.Module], processes: Processes) -> None:
+    """Give these modules' own weights and buffers the main process's values, on each process's device.
+
+    Buffers that no file holds, such as rotary frequencies, come with the rest. What is one tensor in several places, as
+    tied embeddings are, stays one.
+    """
+    taken: dict[torch.Tensor, torch.Tensor] = {}
+    for module in modules:
+        own = [
+            *module.named_parameters(recurse=False, remove_duplicate=False),
+            *module.named_buffers(recurse=False, remove_duplicate=False),
+        ]
+        for name, tensor in own:
+            if tensor not in taken:
+                if processes.main:
+                    value = tensor.detach().to(processes.device).contiguous()
+                else:
+                    value = torch.empty(tensor.shape, dtype=tensor.dtype, device=processes.device)
+                processes.spread(value, 0)
+                taken[tensor] = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+            setattr(module, name, taken[tensor])
 
 
 def is_sharded(model: PreTrainedModel) -> bool:

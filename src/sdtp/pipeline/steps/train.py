@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from datasets import Dataset
+from transformers import PreTrainedModel
 
 from sdtp.errors import UserError
 from sdtp.pipeline.config import Settings
@@ -97,9 +98,8 @@ def _train(args: argparse.Namespace, group: Processes, log: StepLog) -> None:
             ce=training.weights.ce, mse=training.weights.mse, rank=training.weights.rank, kl=training.weights.kl
         )
         dtype = str(choose_dtype(settings.model.dtype, group.device)).removeprefix("torch.")
-        # A model to be sharded goes to the GPU layer by layer, since there it need not fit.
-        device = torch.device("cpu") if training.shard_model else group.device
-        model = load_model(args.model, dtype, settings.model.attention, device)
+        sharded = training.shard_model and group.count > 1
+        model = load_for(group, args.model, dtype, settings.model.attention, sharded)
         schedule = build_schedule(settings.pruning, model.config.num_hidden_layers, training.keep_ratio)
         labels = Labels(args.saliency)
         made_of = labels.description
@@ -110,8 +110,8 @@ def _train(args: argparse.Namespace, group: Processes, log: StepLog) -> None:
         for split in SPLITS:
             log.dataset(split, args.data / split, split_hash(args.data, split))
         examples = {split: Examples(load_split(args.data, split), labels) for split in SPLITS}
-        trained_for = fingerprint(model)
-    if training.shard_model:
+        trained_for = fingerprint(model)  # the main process's is the one that is written: it has seen the weights
+    if sharded:
         shard(model, group)
     scorer = build_scorer(training, model, schedule, settings.seed).to(group.device)
     reported: list[tuple[dict[str, float], int, str]] = []
@@ -173,6 +173,21 @@ def _train(args: argparse.Namespace, group: Processes, log: StepLog) -> None:
     log.metrics(updates(reported, min(len(examples["train"]), training.label_examples), training.patience))
     log.artifact(args.output)
     log.artifact(args.history)
+
+
+def load_for(group: Processes, folder: Path, dtype: str, attention: str, sharded: bool) -> PreTrainedModel:
+    """The frozen model as this process needs it.
+
+    Args:
+        group: the processes that train.
+        folder, dtype, attention: see `load_model`.
+        sharded: whether `shard` gets the model, which spreads it from the main process. Then that one alone reads it,
+            since the host need not hold it more than once, and to the CPU, since it need not fit on a GPU; on the
+            others it is on the meta device. Otherwise each process reads a copy to its own device.
+    """
+    if not sharded:
+        return load_model(folder, dtype, attention, group.device)
+    return load_model(folder, dtype, attention, torch.device("cpu"), None if group.main else {"device_map": "meta"})
 
 
 def updates(
