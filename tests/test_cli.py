@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import subprocess
@@ -191,6 +192,25 @@ def test_defect_is_raised_and_logged_with_its_traceback(step: list[list[str]], t
     text = log.read_text(encoding="utf-8")
     assert "Traceback" in text
     assert "RuntimeError: a defect" in text
+
+
+def test_failures_of_all_that_were_launched_together_are_in_one_log(
+    step: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = tmp_path / "model.log"
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank, option in enumerate(["--talk", "--fault", "--crash"]):
+        monkeypatch.setenv("RANK", str(rank))
+        with contextlib.suppress(RuntimeError):
+            cli.main(["--log", str(log), "model", option])
+    lines = log.read_text(encoding="utf-8").splitlines()
+    assert lines[0].endswith(": model --talk")
+    assert lines[1] == "own warning"
+    assert "done in" in lines[2]
+    fault = "process 1 of 3: error: model.source.ref = 'x': no such folder"
+    assert lines[3:6] == [fault, "process 2 of 3 failed:", "Traceback (most recent call last):"]
+    assert lines[-1] == "RuntimeError: a defect"
+    assert capsys.readouterr().err.splitlines() == lines[:4]  # the traceback is Python's own to show
 
 
 def test_finished_step_says_so_in_its_log(step: list[list[str]], tmp_path: Path) -> None:

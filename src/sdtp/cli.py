@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from sdtp.errors import UserError
-from sdtp.pipeline.launch import speaks
+from sdtp.pipeline.launch import process_name, speaks
 from sdtp.pipeline.reading import out_of_memory
 
 LEASE = "lease"
@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
             return 1
         # Python prints the traceback to stderr on its own; this puts it into the log file as well.
         if args.log is not None and args.log.exists():
-            _log_file_only(args.log)
+            _log_file_only(args.log, error)
         raise
     LOGGER.log(told, "%s: done in %.1f s", args.step, time.monotonic() - started)
     return 0
@@ -150,11 +150,13 @@ def _configure_logging(args: argparse.Namespace) -> None:
     handlers: list[logging.Handler] = [logging.StreamHandler()]
     # Of processes that were launched together the first one speaks, and the others of their own failures only.
     first = speaks(os.environ)
-    if args.log is not None and first:
+    name = "" if first else process_name(os.environ)
+    if args.log is not None:
         args.log.parent.mkdir(parents=True, exist_ok=True)
-        args.log.write_text("", encoding="utf-8")
-        # Appended to: what launched the processes has it open as well.
-        handlers.append(logging.FileHandler(args.log, mode="a", encoding="utf-8"))
+        if first:
+            args.log.write_text("", encoding="utf-8")
+        # Appended to: what launched the processes has it open as well, and one that fails writes to it.
+        handlers.append(logging.FileHandler(args.log, mode="a", encoding="utf-8", delay=not first))
     libraries, own = logging.WARNING, logging.INFO
     # What tqdm reads when a step imports it.
     if args.quiet:
@@ -168,17 +170,22 @@ def _configure_logging(args: argparse.Namespace) -> None:
         libraries = own = logging.ERROR
     if args.debug:
         own = logging.DEBUG
-    logging.basicConfig(level=libraries, format="%(message)s", handlers=handlers, force=True)
+    line = f"{name}: %(message)s" if name else "%(message)s"
+    logging.basicConfig(level=libraries, format=line, handlers=handlers, force=True)
     logging.getLogger("sdtp").setLevel(own)
     logging.captureWarnings(True)
     logging.raiseExceptions = args.debug  # a full disk under the log is no fault of the step's
 
 
-def _log_file_only(log: Path) -> None:
+def _log_file_only(log: Path, error: Exception) -> None:
     import traceback
 
-    with log.open("a", encoding="utf-8") as file:
-        traceback.print_exc(file=file)
+    name = process_name(os.environ)
+    lines = [f"{name} failed:\n"] if name else []
+    text = "".join([*lines, *traceback.format_exception(error)])
+    # In one piece: where one process fails, others that waited for it fail at the same time.
+    with log.open("ab", buffering=0) as file:
+        file.write(text.encode("utf-8", "backslashreplace"))
 
 
 if __name__ == "__main__":

@@ -131,6 +131,26 @@ def test_one_process_has_nothing_to_shard(inputs: Path, alone: Path, tmp_path: P
 
 
 @pytest.mark.slow
+def test_a_failure_of_another_process_is_in_the_log_with_its_rank(inputs: Path, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    from sdtp.errors import UserError\n"
+        "    from sdtp.pipeline import devices\n"
+        "    def fail():\n"
+        "        raise UserError('its GPU is gone')\n"
+        "    devices.choose_device = fail\n"
+    )  # fmt: skip
+    done = start(inputs, tmp_path, path=str(tmp_path))
+    assert done.returncode == 1
+    told = "process 1 of 2: error: its GPU is gone"
+    assert done.stderr.splitlines().count(told) == 1
+    log = (tmp_path / "train.log").read_text().splitlines()
+    assert log[0].startswith("sdtp ")
+    assert log[1:] == [told]
+
+
+@pytest.mark.slow
 def test_a_failure_is_told_once(inputs: Path, tmp_path: Path) -> None:
     settings = {**TWO, "pruning": {**TWO["pruning"], "start": 2}}
     done = start(inputs, tmp_path, settings=settings)

@@ -71,6 +71,12 @@ def speaks(environment: Mapping[str, str]) -> bool:
     return slurm_tasks(environment) < 2 or environment["SLURM_PROCID"] == "0"
 
 
+def process_name(environment: Mapping[str, str]) -> str:
+    """What a process is called among several that were launched together: "process 1 of 2"; empty for any other."""
+    rank, count = environment.get("RANK"), environment.get("WORLD_SIZE", "1")
+    return "" if rank is None or count == "1" else f"process {rank} of {count}"
+
+
 def launched() -> bool:
     """Whether this process is one of several that `launch`, `accelerate launch` or `torchrun` started."""
     return "LOCAL_RANK" in os.environ
