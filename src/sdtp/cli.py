@@ -24,7 +24,7 @@ from sdtp.pipeline.reading import out_of_memory
 LEASE = "lease"
 # What a person calls; Snakemake calls the other steps.
 TOOLS = ("doctor", "show", "compare", "verify", "recommend", "tune-schedule", "track", LEASE)
-LOGGER = logging.getLogger(__name__)
+LOGGER = logging.getLogger("sdtp.cli")  # also where this file is run as `python -m sdtp.cli`
 _STEPS = Path(__file__).parent / "pipeline" / "steps"
 
 

@@ -71,6 +71,12 @@ def start(inputs: Path, run: Path, settings: dict = TWO, path: str = "") -> subp
     return run_train(["-c", LAUNCHER], inputs, run, settings, threads=2, path=path)
 
 
+def accelerate_launch(option: str, inputs: Path, run: Path) -> subprocess.CompletedProcess[str]:
+    """As docs/training.md says; each process has all the threads."""
+    starter = ["-m", "accelerate.commands.accelerate_cli", "launch", option, "--num_processes", "2"]
+    return run_train([*starter, "--main_process_port", "0", "-m", "sdtp.cli"], inputs, run, TWO, threads=1)
+
+
 @pytest.fixture(scope="module")
 def alone(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one process writes."""
@@ -128,6 +134,31 @@ def test_one_process_has_nothing_to_shard(inputs: Path, alone: Path, tmp_path: P
     settings = {**TWO, "training": {**TWO["training"], "shard_model": True}}
     train.main(arguments(inputs, tmp_path, settings))
     assert (tmp_path / "history.csv").read_bytes() == (alone / "history.csv").read_bytes()
+
+
+@pytest.mark.slow
+def test_accelerate_launch_gives_what_the_rules_launcher_gives(inputs: Path, both: Path, tmp_path: Path) -> None:
+    done = accelerate_launch("--multi_gpu", inputs, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("pruner/pruner.safetensors", "pruner/pruner.json", "history.csv"):
+        assert (tmp_path / name).read_bytes() == (both / name).read_bytes(), name
+    log = (tmp_path / "train.log").read_text().splitlines()
+    assert sum(line.startswith("sdtp ") for line in log) == 1
+    assert sum("train: done in" in line for line in log) == 1
+
+
+@pytest.mark.slow
+def test_sharding_that_accelerate_is_told_of_is_refused_with_the_key_that_asks_for_it(
+    inputs: Path, tmp_path: Path
+) -> None:
+    done = accelerate_launch("--use_fsdp", inputs, tmp_path)
+    assert done.returncode == 1
+    told = [line for line in (tmp_path / "train.log").read_text().splitlines() if line.startswith("error: ")]
+    assert len(told) == 1
+    assert "--use_fsdp" in told[0]
+    assert told[0].endswith("and set training.shard_model to true")
+    assert done.stderr.count(told[0]) == 1
+    assert not (tmp_path / "pruner").exists()
 
 
 @pytest.mark.slow

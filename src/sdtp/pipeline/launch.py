@@ -77,6 +77,15 @@ def process_name(environment: Mapping[str, str]) -> str:
     return "" if rank is None or count == "1" else f"process {rank} of {count}"
 
 
+def check_launcher(environment: Mapping[str, str]) -> None:
+    """Raise UserError where `accelerate launch` was told to shard the model, which only the settings can ask for."""
+    if environment.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise UserError(
+            "accelerate launch has FSDP on (--use_fsdp, or its configuration file), which is not how a model is "
+            "sharded here: launch with --multi_gpu instead, and set training.shard_model to true"
+        )
+
+
 def launched() -> bool:
     """Whether this process is one of several that `launch`, `accelerate launch` or `torchrun` started."""
     return "LOCAL_RANK" in os.environ

@@ -18,7 +18,7 @@ from sdtp.pipeline.config import Settings
 from sdtp.pipeline.data import load_split, split_hash
 from sdtp.pipeline.devices import choose_device
 from sdtp.pipeline.files import atomic_folder, canonical_json, sha256_file, write_atomically
-from sdtp.pipeline.launch import end_with_launcher, launch, launched, slurm_tasks
+from sdtp.pipeline.launch import check_launcher, end_with_launcher, launch, launched, slurm_tasks
 from sdtp.pipeline.learned import build_scorer
 from sdtp.pipeline.models import choose_dtype, load_model
 from sdtp.pipeline.schedules import build_schedule
@@ -94,6 +94,7 @@ def _train(args: argparse.Namespace, group: Processes, log: StepLog) -> None:
     settings = Settings.from_json(args.settings)
     training = settings.training
     with group.together():
+        check_launcher(os.environ)
         weights = Weights(
             ce=training.weights.ce, mse=training.weights.mse, rank=training.weights.rank, kl=training.weights.kl
         )
