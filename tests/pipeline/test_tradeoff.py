@@ -123,6 +123,22 @@ def test_compression_is_no_faster_and_says_what_came_before_it(table: pd.DataFra
     assert row["from_prefill"] == pytest.approx(1 / 20)
 
 
+def test_responses_that_are_the_prefills_alone_count_as_their_share_of_the_examples() -> None:
+    # Of 1, 20 and 20 tokens: few tokens are a response's first, and a third of the responses are no more than that.
+    long = [
+        *quality("unpruned", 1.0, [3.0, 2.0, 2.5], [True, True, False], 20),
+        *quality("snapkv", 0.8, [3.1, 2.0, 2.5], [True, False, False], 20),
+    ]
+    made = tradeoff_table(long, TIMINGS[1:2])
+    row = only(made, method="snapkv", task="retrieval", metric="accuracy", timed_tokens=100)
+    assert row["from_prefill"] == pytest.approx(1 / 3)
+    assert marks(tradeoff_plot.tradeoff(made), 1, "snapkv").get_markerfacecolor() == "white"
+    quarter = tradeoff_plot.tradeoff(made.assign(from_prefill=0.25))
+    assert marks(quarter, 1, "snapkv").get_markerfacecolor() == "white"
+    fewer = tradeoff_plot.tradeoff(made.assign(from_prefill=0.24))
+    assert marks(fewer, 1, "snapkv").get_markerfacecolor() != "white"
+
+
 def test_unpruned_is_the_reference_and_the_oracle_has_no_time(table: pd.DataFrame) -> None:
     row = only(table, method="unpruned", task="continuation", metric="loss", timed_tokens=100)
     ones = ("prefill_speedup", "speedup_q25", "speedup_q75", "decode_speedup", "end_to_end_speedup", "flop_bound")
@@ -231,8 +247,8 @@ def test_marks_are_hollow_where_the_prefill_gave_the_answer(drawn: Figure) -> No
     hollow = {key for key, face in faces.items() if face == "white"}
     assert hollow == {("snapkv", 1), ("sdtp+h2o", 1)}
     assert drawn.get_supxlabel() == (
-        "a point a keep ratio: 0.8; hollow: most of the response was predicted by the prefill, before the cache was "
-        "compressed"
+        "a point a keep ratio: 0.8; hollow: a quarter or more of the responses, or of their tokens, was predicted by "
+        "the prefill, before the cache was compressed"
     )
 
 
@@ -301,6 +317,14 @@ def test_whole_scores_of_suites_stand_beside_the_same_speeds(with_suites: pd.Dat
     assert row["low"] < 65.0 < row["high"]
     assert (row["stages"], row["kv_cache_bytes"]) == ("4 7", 40)
     assert math.isnan(row["from_prefill"])
+
+
+def test_scores_of_what_was_not_timed_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    suites = [suite("longbench", "code completion", ("lcc",), 1000), suite("ruler", "retrieval", ("single", "qa"), 200)]
+    tradeoff_table(ROWS, TIMINGS, suites)
+    assert [record.getMessage() for record in caplog.records] == [
+        "suites: sdtp at keep ratio 0.7, gemfilter at keep ratio 0.8: not timed, and so left out"
+    ]
 
 
 def test_chinese_tasks_are_a_panel_of_their_own() -> None:

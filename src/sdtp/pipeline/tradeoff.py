@@ -86,7 +86,8 @@ def tradeoff_table(
     Args:
         rows: evaluation rows of the unpruned model and of the methods.
         timings: of each of these methods at each of its keep ratios.
-        suites: tables of suites, whose whole scores come last, those of methods and keep ratios that were timed.
+        suites: tables of suites, whose whole scores come last, those of methods and keep ratios that were timed; a
+            warning names the others.
 
     Raises:
         UserError: a method was evaluated and not timed, or jobs timed other lengths.
@@ -98,8 +99,8 @@ def tradeoff_table(
     untimed = [arm for arm in _arms(cells) if arm not in timed and arm[0] not in ("unpruned", "oracle")]
     if untimed:
         raise UserError(
-            f"timings: {', '.join(f'{method} at keep ratio {ratio}' for method, ratio in untimed)} was evaluated and "
-            "not timed; one timing of each is needed"
+            f"timings: {', '.join(_named(*arm) for arm in untimed)} was evaluated and not timed; one timing of each "
+            "is needed"
         )
     about = _about_quality(rows)
     own = [one for one in timings if not one.method.startswith("kvpress-")] or list(timings)
@@ -119,8 +120,14 @@ def tradeoff_table(
         arm = cell["method"], cell["keep_ratio"]
         for speed in speeds.get(arm, [{}]):  # nothing but quality is the oracle's
             joined.append({**cell, **about[cell["task"], *arm], **speed})
+    left = []
     for cell in (cell for suite in suites for cell in _whole_scores(suite)):
-        joined += [{**cell, **speed} for speed in speeds.get((cell["method"], cell["keep_ratio"]), [])]
+        arm = cell["method"], cell["keep_ratio"]
+        if arm not in speeds:
+            left.append(_named(*arm))
+        joined += [{**cell, **speed} for speed in speeds.get(arm, [])]
+    if left:
+        logger.warning("suites: %s: not timed, and so left out", ", ".join(dict.fromkeys(left)))
     return pd.DataFrame(joined, columns=TRADEOFF_COLUMNS)
 
 
@@ -224,6 +231,10 @@ def _arms(cells: Cells) -> list[Arm]:
     return list(dict.fromkeys((method, ratio) for _, _, method, ratio in cells))
 
 
+def _named(method: str, ratio: float) -> str:
+    return f"{method} at keep ratio {ratio}"
+
+
 def _common_lengths(timings: Sequence[Timed]) -> list[int]:
     if not timings:
         raise UserError("timings: none; one of each method is needed")
@@ -242,17 +253,23 @@ def _typical_tokens(rows: Iterable[Mapping[str, Any]]) -> float:
 
 
 def _about_quality(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str, float], dict[str, float]]:
-    """Of each task and arm the median prompt, and the share of response tokens that the uncompressed prefill gave."""
+    """Of each task and arm the median prompt, and how much of the responses the uncompressed prefill gave."""
     found: dict[tuple[str, str, float], list[Mapping[str, Any]]] = {}
     for row in rows:
         found.setdefault((row["task"], row["method"], row["keep_ratio"]), []).append(row)
     return {
         key: {
             "quality_tokens": _typical_tokens(own),
-            "from_prefill": len(own) / sum(row["response_tokens"] for row in own) if names.compresses(key[1]) else 0.0,
+            "from_prefill": _from_prefill(own) if names.compresses(key[1]) else 0.0,
         }
         for key, own in found.items()
     }
+
+
+def _from_prefill(rows: Sequence[Mapping[str, Any]]) -> float:
+    """The larger of two shares: of tokens that are a response's first, and of responses that are this one alone."""
+    tokens = [row["response_tokens"] for row in rows]
+    return max(len(tokens) / sum(tokens), tokens.count(1) / len(tokens))
 
 
 def _speed(unpruned: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:

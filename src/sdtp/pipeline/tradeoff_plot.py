@@ -15,8 +15,8 @@ from sdtp.pipeline.results import LOWER_IS_BETTER, smoke
 from sdtp.pipeline.suite_tables import NAMES
 from sdtp.pipeline.tables import TASK_METRICS
 
-# The share of a response's tokens above which a quality says little of a compression: they came before it.
-MOSTLY_PREFILL = 0.5
+# How much of the responses may come before a compression for a quality to be marked as saying little of it.
+MARKED = 0.25
 
 
 @mpl.rc_context(STYLE)
@@ -66,8 +66,11 @@ def _figure(table: pd.DataFrame, what: str, reference: float) -> Figure:
             axes.set(xlabel=f"{what} at {length:,.0f} tokens", ylabel=f"{metric} at {tokens} ({better} is better)")
             axes.set_title(f"{_called(task)}, {smoke(int(rows['n'].min()))}")
             drawn.append((axes, rows.dropna(subset="x")))
-    if any((rows["from_prefill"] > MOSTLY_PREFILL).any() for _, rows in drawn):
-        notes.append("hollow: most of the response was predicted by the prefill, before the cache was compressed")
+    if any((rows["from_prefill"] >= MARKED).any() for _, rows in drawn):
+        notes.append(
+            "hollow: a quarter or more of the responses, or of their tokens, was predicted by the prefill, before the "
+            "cache was compressed"
+        )
     figure.supxlabel("; ".join(notes), x=0.01, ha="left", fontsize=9, color="#444444")
     ends = [_panel(axes, rows, reference) for axes, rows in drawn]
     for (axes, _), points in zip(drawn, ends, strict=True):  # last: they stand where the layout leaves them
@@ -105,7 +108,7 @@ def _panel(axes: Axes, rows: pd.DataFrame, reference: float) -> list[tuple[float
             **bars,
             color=colour,
             marker=marker,
-            markerfacecolor="white" if (line["from_prefill"] > MOSTLY_PREFILL).any() else colour,
+            markerfacecolor="white" if (line["from_prefill"] >= MARKED).any() else colour,
             linestyle=_line_style(method),
             linewidth=1.4,
             elinewidth=0.7,
