@@ -24,6 +24,7 @@ from sdtp.evaluation import harness_scores
 from sdtp.evaluation.harness import PrunedLM
 from sdtp.evaluation.harness_scores import evaluate
 from sdtp.evaluation.stats import paired_difference, wilson_interval
+from sdtp.pipeline import suite_plot
 from sdtp.pipeline.files import read_jsonl
 from sdtp.pipeline.multiple_choice import SHOTS
 from sdtp.pipeline.predictions import Predictions
@@ -266,6 +267,8 @@ def test_table_is_the_rows_means_with_differences_on_the_same_examples(
     written = ["--figure", str(tmp_path / "harness.svg"), "--metrics", str(tmp_path / "metrics.json")]
     harness_table.main([*given, "--table", str(table_file), *written])
     table = pd.read_csv(table_file)
+    assert set(table["category"]) == {"local"}
+    assert "sdtp/0.5/local/accuracy" in json.loads((tmp_path / "metrics.json").read_text())
     columns = "suite category task method keep_ratio value low high n difference difference_low difference_high"
     tested = ["p_value", "p_holm", "verdict", "prompt_tokens"]
     assert list(table.columns) == [*columns.split(), *tested, "compression", "chance", "kept_share"]
@@ -299,6 +302,41 @@ def test_table_is_the_rows_means_with_differences_on_the_same_examples(
     assert whole["n"] == 6
     for kind in ("svg", "png"):
         assert (tmp_path / f"harness.{kind}").stat().st_size > 5000
+
+
+def test_tasks_of_the_paper_others_and_local_ones_have_a_mean_each() -> None:
+    asked = [
+        ("copa", "lm-eval", 2, 60.0),
+        ("cb", "lm-eval", 3, 40.0),
+        ("colours", "lm-eval", 5, 10.0),
+        ("sdtp_fact", "local", 4, 90.0),
+    ]
+    rows = [
+        {
+            "suite": "harness",
+            "category": category,
+            "task": task,
+            "id": str(number),
+            "method": method,
+            "keep_ratio": ratio,
+        }
+        | {"seed": None, "score": score, "choices": choices, "prompt_tokens": 100, "kept_tokens": 50}
+        for method, ratio in (("unpruned", 1.0), ("sdtp", 0.5))
+        for task, category, choices, score in asked
+        for number in range(2)
+    ]
+    table = harness_table.harness_table(rows, ["sdtp"], [0.5])
+    means = table[(table["task"] == "all") & (table["method"] == "sdtp")]
+    assert list(means[["category", "value", "chance"]].itertuples(index=False, name=None)) == [
+        ("paper", 50.0, pytest.approx(100 * (1 / 2 + 1 / 3) / 2)),
+        ("lm-eval", 10.0, 20.0),
+        ("local", 90.0, 25.0),
+    ]
+    assert list(table.loc[table["task"] == "cb", "chance"]) == pytest.approx(2 * [100 / 3])
+    (axes,) = suite_plot.suite(table).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "mean, paper tasks", "copa", "cb", "mean, lm-eval tasks", "colours", "mean, local tasks", "sdtp fact",
+    ]  # fmt: skip
 
 
 def test_table_refuses_jobs_that_were_not_due(jobs: dict[str, Path]) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
+from typing import Any
+
 import matplotlib as mpl
 import pandas as pd
 from matplotlib.axes import Axes
@@ -19,17 +22,17 @@ _MARK, _FREE = 0.12, 0.16
 def suite(table: pd.DataFrame) -> Figure:
     """Mean scores with 95% intervals, a panel a keep ratio, a band a task, all lengths together.
 
-    The whole suite is the band at the top; of LongBench in two languages, the whole of each above its tasks.
+    The whole suite is the band at the top; of LongBench in two languages, the whole of each above its tasks; of the
+    harness, which has no whole, each category's mean above its tasks.
     Differences from the unpruned model are in the table, paired.
 
     Args:
-        table: as `sdtp.pipeline.suite_tables.suite_table` gives it.
+        table: as `sdtp.pipeline.suite_tables.suite_table` gives it, or `sdtp.pipeline.steps.harness_table`.
     """
-    rows = table[table["length"].isna() & ((table["task"] != ALL) | (table["category"] == ALL))]
+    whole = table["category"] == ALL
+    rows = table[table["length"].isna() & ((table["task"] != ALL) | whole | (not whole.any()))]
     several = rows.loc[rows["task"] == ALL, "language"].nunique() > 1
-    rows = rows.assign(
-        band=[_label(row["task"], row["language"] if several else "") for row in rows.to_dict("records")]
-    )
+    rows = rows.assign(band=[_label(row, several) for row in rows.to_dict("records")])
     bands = list(dict.fromkeys(rows["band"]))
     pruned = rows[rows["method"] != "unpruned"]
     ratios = sorted(pruned["keep_ratio"].unique(), reverse=True) or [1.0]
@@ -63,6 +66,10 @@ def _panel(axes: Axes, rows: pd.DataFrame, bands: list[str], methods: list[str])
     axes.grid(axis="x", color="#EEEEEE")
 
 
-def _label(task: str, language: str) -> str:
-    words = {"en": "all English tasks", "zh": "all Chinese tasks"}
-    return words.get(language, "all tasks") if task == ALL else task.replace("_", " ")
+def _label(row: Mapping[Hashable, Any], several: bool) -> str:
+    """What a band is called; `several`: whether there are languages to tell apart."""
+    if row["task"] != ALL:
+        return str(row["task"]).replace("_", " ")
+    if row["category"] != ALL:
+        return f"mean, {row['category']} tasks"
+    return {"en": "all English tasks", "zh": "all Chinese tasks"}[row["language"]] if several else "all tasks"

@@ -26,6 +26,8 @@ SUITE_COLUMNS = [
 NAMES = {"ruler": "RULER-style tasks", "longbench": "LongBench", "harness": "lm-evaluation-harness"}
 # Stands for a category or task in a row that is over all of them.
 ALL = "all"
+# Category, in the table of the harness, of the tasks that the paper has.
+PAPER = "paper"
 UNPRUNED = ("unpruned", 1.0)
 # Columns that tell apart the groups of examples that rows are about.
 GROUP = ["suite", "language", "category", "task", "length"]

@@ -7,13 +7,14 @@ from typing import Any
 
 import pandas as pd
 
+from sdtp.evaluation.names import PAPER_TASKS
 from sdtp.pipeline import suite_plot
 from sdtp.pipeline.config import Settings
 from sdtp.pipeline.files import read_jsonl
 from sdtp.pipeline.plotstyle import save
 from sdtp.pipeline.step import step
 from sdtp.pipeline.steps.tables import write_csv
-from sdtp.pipeline.suite_tables import ALL, check_complete, suite_cells, suite_table
+from sdtp.pipeline.suite_tables import ALL, PAPER, check_complete, suite_cells, suite_table
 
 
 def main(argv: list[str]) -> None:
@@ -34,14 +35,17 @@ def main(argv: list[str]) -> None:
         write_csv(table.drop(columns=["language", "length"]), args.table)
         save(suite_plot.suite(table), args.figure)
         for row in table[table["task"] == ALL].to_dict("records"):
-            name = f"{row['method']}/{row['keep_ratio']}"
+            name = f"{row['method']}/{row['keep_ratio']}/{row['category']}"
             log.metrics({f"{name}/accuracy": row["value"], f"{name}/kept_share": row["kept_share"]})
         for path in (args.table, args.figure.with_suffix(".png")):
             log.artifact(path)
 
 
 def harness_table(rows: Sequence[Mapping[str, Any]], methods: Sequence[str], ratios: Sequence[float]) -> pd.DataFrame:
-    """`suite_table` of the tasks and of their mean, with what guessing would score and the share of the context kept.
+    """`suite_table` of the tasks and of each category's mean, with what guessing would score and the share kept.
+
+    Categories are `paper`, the paper's tasks, `local`, the project's own, and `lm-eval`, all others. A mean over
+    them all would be of no benchmark, and there is none.
 
     Args:
         rows: of `sdtp harness`, all jobs.
@@ -50,11 +54,18 @@ def harness_table(rows: Sequence[Mapping[str, Any]], methods: Sequence[str], rat
     Raises:
         UserError: other rows than were due.
     """
+    rows = [{**row, "category": PAPER if row["task"] in PAPER_TASKS else row["category"]} for row in rows]
     cells = suite_cells(rows)
     check_complete(cells, methods, ratios)
     table = suite_table(cells)
-    table = table[(table["task"] != ALL) | (table["category"] == ALL)]
-    of_tasks = pd.DataFrame([{"task": row["task"], "chance": 100 / row["choices"]} for row in rows])
-    chances = of_tasks.groupby("task")["chance"].mean()
-    chances[ALL] = chances.mean()
-    return table.assign(chance=table["task"].map(chances), kept_share=1 / table["compression"])
+    table = table[table["category"] != ALL]
+    asked = pd.DataFrame(
+        [{name: row[name] for name in ("category", "task")} | {"chance": 100 / row["choices"]} for row in rows]
+    )
+    chances = asked.groupby(["category", "task"])["chance"].mean()
+    means = chances.groupby("category").mean()
+    own = [
+        means[row["category"]] if row["task"] == ALL else chances[row["category"], row["task"]]
+        for row in table.to_dict("records")
+    ]
+    return table.assign(chance=own, kept_share=1 / table["compression"])
