@@ -111,8 +111,8 @@ def test_differences_are_to_the_first_variant_and_to_the_best_baseline_of_the_ra
     row = only(table, task="retrieval", metric="loss", variant="recent", keep_ratio=0.8)
     assert row["baseline"] == "recent"
     to_first = paired_difference([1.4, 2.5, 3.4, 4.9], [1.1, 2.1, 3.2, 4.1])
-    assert (row["minus_first"], row["first_low"], row["first_high"]) == pytest.approx(
-        (0.425, to_first.low, to_first.high)
+    assert (row["minus_first"], row["first_low"], row["first_high"], row["first_p_value"]) == pytest.approx(
+        (0.425, to_first.low, to_first.high, to_first.p_value)
     )
     to_baseline = paired_difference([1.4, 2.5, 3.4, 4.9], [1.2, 2.2, 3.2, 4.4])
     assert (row["minus_baseline"], row["baseline_low"], row["baseline_high"]) == pytest.approx(

@@ -102,6 +102,29 @@ def test_examples_of_two_tasks_with_one_id_have_budgets_of_their_own(
     assert [row["task"] for row in made] == ["qasper", "lcc"]
 
 
+def test_prompts_without_any_context_left_are_counted(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "budgets.jsonl"
+    monkeypatch.setattr(SCRIPT, "load", lambda weights, model: (EverySecondWord(), tokenizer))
+    options = {"weights": "a/xlm-roberta-large", "model": "m", "examples": path, "output": tmp_path / "made.jsonl"}
+    monkeypatch.setattr(
+        sys, "argv", ["script", *(str(part) for name, value in options.items() for part in (f"--{name}", value))]
+    )
+    # What is around the context is 10 tokens; the last example has no context to begin with.
+    kept = [example(entries=24), example(context=[5, 5], entries=7)]
+    for rows, words in (
+        (kept, []),
+        (
+            [example(entries=10), example(entries=7), *kept],
+            ["2 of 4 prompts have nothing left of their context: what is around it uses up the budget"],
+        ),
+    ):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        SCRIPT.main()
+        assert [record.getMessage() for record in caplog.records] == words
+
+
 def test_what_is_timed_is_the_whole_prompt_shortened(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "workflow" / "scripts"))
     timing = load_script("llmlingua_time")

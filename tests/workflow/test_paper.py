@@ -67,6 +67,20 @@ def test_papers_models_plan_longbench_the_hubs_tasks_and_llmlingua(clone: Path, 
     assert {jobs[rule] for rule in ("timed_budgets", "llmlingua_time", "time_shortened")} == {3}
 
 
+def test_page_shows_the_figures_of_each_suite_that_the_run_has(clone: Path) -> None:
+    for arguments, shown in (((), False), (("--configfile", "config/paper/mistral-7b.yaml"), True)):
+        output = snakemake(clone, "paper", "--dry-run", *arguments, HF_ENDPOINT="http://127.0.0.1:9").stdout
+        [command] = [
+            line
+            for line in output.splitlines()
+            if line.strip().startswith("sdtp --log") and "/paper.log paper " in line
+        ]
+        figures = command.partition(" --figures ")[2].partition(" --output ")[0].split()
+        assert [Path(figure).stem for figure in figures] == [
+            "tradeoff-suites", "tradeoff-suites-memory", "suite-ruler", "ruler-heatmap", *shown * ["suite-longbench"],
+        ]  # fmt: skip
+
+
 def test_ablations_have_the_runs_labels_and_a_weight_less(clone: Path) -> None:
     output = snakemake(clone, "paper", "--dry-run").stdout
     commands = [line for line in output.splitlines() if "sdtp --log logs/default/paper/variants/" in line]
@@ -139,8 +153,9 @@ def test_tables_hold_what_the_other_steps_measured(made: Path) -> None:
     assert sorted(scored["value"]) == sorted(whole["value"])
     # What needs a download says so.
     left = parts["table-1"][parts["table-1"]["why"].notna()]
-    assert list(left["suite"]) == ["longbench", "ruler"]
-    assert list(left["method"]) == ["sdtp", "llmlingua2"]
+    # Six categories and their average, of the unpruned model and two methods.
+    assert list(left["suite"]) == 21 * ["longbench"] + ["ruler"]
+    assert list(left["method"]) == 7 * ["unpruned", "sdtp", "sdtp-half"] + ["llmlingua2"]
     assert parts["table-3"]["why"].notna().sum() == 8
     assert {"unpruned", "sdtp"} == set(parts["table-3"].loc[parts["table-3"]["why"].isna(), "method"])
     for name, variant in zip(("table-4", "table-5"), ABLATIONS, strict=True):
@@ -194,8 +209,9 @@ def test_llmlingua_stands_in_the_table_with_its_compression(made: Path, tmp_path
     # The tiny model is faster than what shortens its prompts.
     assert 0 < found["prefill_speedup"] < 1
     assert found["shortening_s"] > 0
+    assert not pd.isna(found["emptied"])
     [speed] = json.loads((folder / "results" / "tiny" / "llmlingua" / "speed-0.5.json").read_text("utf-8"))["rows"][
         1::2
     ]
     assert len(speed["shortening_s"]) == len(speed["prefill_s"]) == 5
-    assert list(table.loc[table["why"].notna(), "suite"]) == ["longbench"]
+    assert list(table.loc[table["why"].notna(), "suite"]) == 21 * ["longbench"]

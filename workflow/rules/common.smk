@@ -333,13 +333,16 @@ def paper_inputs(wildcards):
     """What the page of the paper shows beside the run's own tables, as far as this configuration has it."""
     tables = [*SUITES, "harness", "stage-position", "stage-count", "tradeoff"]
     tables += ["cache-compression"] if COMPRESSING else []
-    figures = ["tradeoff-suites", "tradeoff-suites-memory", *SUITE_FIGURES["ruler"]]
+    figures = ["tradeoff-suites", "tradeoff-suites-memory", *(one for suite in SUITES for one in SUITE_FIGURES[suite])]
     found = {table.replace("-", "_"): f"<results>/tables/{table}.csv" for table in tables}
     found["suite_scores"] = [f"<results>/suites/{suite}/scores/unpruned-{UNPRUNED_RATIO}.jsonl" for suite in SUITES]
     if config["paper"]["llmlingua"]:
         ratios = config["suites"]["keep_ratios"]
         found["llmlingua"] = [
             f"<results>/llmlingua/{suite}/scores-{ratio}.jsonl" for suite in SUITES for ratio in ratios
+        ]
+        found["llmlingua_examples"] = [
+            f"<results>/llmlingua/{suite}/examples-{ratio}.jsonl" for suite in SUITES for ratio in ratios
         ]
         found["llmlingua_speeds"] = [f"<results>/llmlingua/speed-{ratio}.json" for ratio in ratios]
     return {**found, "figures": [f"<results>/figures/{figure}.svg" for figure in figures]}
@@ -348,7 +351,7 @@ def paper_inputs(wildcards):
 def paper_options(wildcards, input):
     """The command-line options for them."""
     named = ("ruler", "longbench", "harness", "stage_position", "stage_count", "cache_compression", "tradeoff")
-    several = ("suite_scores", "llmlingua", "llmlingua_speeds", "figures")
+    several = ("suite_scores", "llmlingua", "llmlingua_examples", "llmlingua_speeds", "figures")
     return " ".join(f"--{name.replace('_', '-')} {input.get(name)}" for name in (*named, *several) if input.get(name))
 
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
+
+logger = logging.getLogger(__name__)
 
 # The package tells the two kinds of its weights apart by these in their name.
 KINDS = ("xlm-roberta-large", "bert-base-multilingual-cased")
@@ -34,6 +37,12 @@ def main() -> None:
     rows = []
     for example in tqdm(examples, desc="compressing", unit="example", mininterval=10):
         rows.append(shortened(example, compressor, tokenizer))
+    if emptied := sum(map(left_empty, examples, rows)):
+        logger.warning(
+            "%d of %d prompts have nothing left of their context: what is around it uses up the budget",
+            emptied,
+            len(rows),
+        )
     write(args.output, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
 
 
@@ -131,6 +140,12 @@ def shortened(example: dict[str, Any], compressor: Compressor, tokenizer: Counti
         between = tokenizer.encode(before + result["compressed_prompt"].strip() + after)
     own = {name: value for name, value in example.items() if name != "entries"}
     return {**own, "prompt_ids": [*ids[:start], *between, *ids[end:]], "context": [start, start + len(between)]}
+
+
+def left_empty(example: dict[str, Any], made: dict[str, Any]) -> bool:
+    """Whether an example had a context and what was made of it has none."""
+    (start, end), (first, last) = example["context"], made["context"]
+    return bool(start < end and first == last)
 
 
 def write(path: Path, text: str) -> None:

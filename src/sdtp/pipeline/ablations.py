@@ -17,8 +17,8 @@ from sdtp.pipeline.tables import Cells, quality_table
 TRAINING_COLUMNS = ("label_updates", "optimizer_steps", "kept_step")
 ABLATION_COLUMNS = [
     "task", "metric", "method", "variant", "keep_ratio", "value", "ci_low", "ci_high", "n", "retained",
-    "minus_first", "first_low", "first_high", "baseline", "minus_baseline", "baseline_low", "baseline_high",
-    "kept_share", *TRAINING_COLUMNS, "same_as",
+    "minus_first", "first_low", "first_high", "first_p_value", "baseline", "minus_baseline",
+    "baseline_low", "baseline_high", "kept_share", *TRAINING_COLUMNS, "same_as",
 ]  # fmt: skip
 
 # (task, method or `arm` of a variant, keep ratio)
@@ -45,7 +45,8 @@ def ablation_table(
     A row of a variant has method `sdtp` and the variant's name; a row of another method has an empty one. `minus_first`
     is the row's mean minus that of the first variant, `minus_baseline` minus that of `baseline`: at each keep ratio the
     best of the methods that prune without a pruner of their own and without the response. Both are means of differences
-    on the same examples, with 95% intervals; a row is not compared with itself, nor the unpruned model with either.
+    on the same examples, with 95% intervals, of the first also with the p-value of the pair alone; a row is not
+    compared with itself, nor the unpruned model with either.
     `kept_share` is the mean share of the prompt's tokens that the last stage leaves, and `same_as` the first of the
     variants before it that gave every example the same value, as the same pruner does.
 
@@ -123,11 +124,11 @@ def _minus(
 ) -> dict[str, float]:
     """The columns of one paired difference; empty where there is nothing to compare."""
     if other is None or other == method:
-        return dict.fromkeys((mean, f"{bounds}_low", f"{bounds}_high"), math.nan)
+        return dict.fromkeys((mean, f"{bounds}_low", f"{bounds}_high", f"{bounds}_p_value"), math.nan)
     task, metric = panel
     mine, others = cells[task, metric, method, ratio], cells[task, metric, other, ratio]
     pair = paired_difference([mine[id_] for id_ in others], list(others.values()))
-    return {mean: pair.mean, f"{bounds}_low": pair.low, f"{bounds}_high": pair.high}
+    return {mean: pair.mean, f"{bounds}_low": pair.low, f"{bounds}_high": pair.high, f"{bounds}_p_value": pair.p_value}
 
 
 def markdown(table: pd.DataFrame, target_table: pd.DataFrame, run: str) -> str:

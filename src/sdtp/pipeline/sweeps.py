@@ -10,14 +10,14 @@ from typing import Any
 import pandas as pd
 
 from sdtp.errors import UserError
-from sdtp.evaluation.stats import holm, paired_difference
-from sdtp.pipeline.results import difference_columns
+from sdtp.evaluation.stats import paired_difference
+from sdtp.pipeline.results import difference_columns, with_verdicts
 from sdtp.pipeline.sweep_cells import SweepCell
 from sdtp.pipeline.tables import quality_cells, quality_table
 
 SWEEP_COLUMNS = [
     "task", "metric", "method", "stages", "layers", "keep_ratio", "value", "low", "high", "n", "retained",
-    "difference", "difference_low", "difference_high", "p_value", "p_holm", "compression", "flop_speedup",
+    "difference", "difference_low", "difference_high", "p_value", "p_holm", "verdict", "compression", "flop_speedup",
 ]  # fmt: skip
 
 
@@ -51,9 +51,10 @@ def sweep_table(
     """One row per task, metric and cell, after that of the unpruned model.
 
     `value` is a mean with its 95% interval; `difference` the mean of cell minus unpruned over the same examples, its
-    interval, the p-value of the pair alone, and `p_holm`, adjusted for all cells of the task and metric. `compression`
-    is prompt tokens by those that the last stage leaves, and `flop_speedup` the unpruned model's operations in prefill
-    by the pruned one's, scoring included: both are of the task's prompts, and neither is a measured time.
+    interval, the p-value of the pair alone, `p_holm`, adjusted for all cells of the task and metric, and the `verdict`
+    that the interval gives. `compression` is prompt tokens by those that the last stage leaves, and `flop_speedup` the
+    unpruned model's operations in prefill by the pruned one's, scoring included: both are of the task's prompts, and
+    neither is a measured time.
 
     Args:
         unpruned: evaluation rows of the unpruned model.
@@ -87,15 +88,7 @@ def sweep_table(
             }
             | difference_columns(pair)
         )
-    result = pd.DataFrame(table)
-    pruned = result["method"] == "sdtp"
-    result["p_holm"] = math.nan
-    result.loc[pruned, "p_holm"] = (
-        result[pruned]
-        .groupby(["task", "metric"])["p_value"]
-        .transform(lambda family: pd.Series(holm(family.tolist()), family.index))
-    )
-    return result[SWEEP_COLUMNS]
+    return with_verdicts(pd.DataFrame(table), ["task", "metric"])[SWEEP_COLUMNS]
 
 
 def _name(layers: Sequence[int]) -> str:

@@ -10,9 +10,8 @@ import pytest
 from sdtp.errors import UserError
 from sdtp.pipeline.paper import drawing, page
 from sdtp.pipeline.paper.names import PARTS
-from sdtp.pipeline.paper.part import Part, Value, not_run, part
+from sdtp.pipeline.paper.part import JUDGED, Part, Value, not_run, part
 from sdtp.pipeline.paper.published import load
-from sdtp.pipeline.paper.quality import JUDGED
 from tests.pipeline.test_report import Page, words
 
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg"/>'
@@ -56,6 +55,7 @@ def paper(known: str | None = None, **changes: Any) -> page.Paper:
         "figures": dict.fromkeys([*PARTS, "tradeoff"], SVG),
         "further": {"tradeoff": "Quality against speed"},
         "further_notes": ["A note."],
+        "further_missing": [not_run("no environment", "make it", method="A peer")],
         "published": load(),
         "settings": {"run": "tiny"},
     }
@@ -89,7 +89,13 @@ def test_model_that_the_paper_does_not_have_has_no_column_of_its_numbers() -> No
     assert "the paper's" not in text.partition("The paper's numbers, and where")[0].partition("Configuration")[0][200:]
     assert "The paper does not have this model" in text
     assert "None for this model." in text
-    assert "The paper has Mistral-7B: 17 of its numbers" in words(Page(page.render_html(paper("Mistral-7B"))).text)
+
+
+def test_page_says_which_model_the_papers_numbers_are_said_to_be_of() -> None:
+    text = words(Page(page.render_html(paper("Mistral-7B"))).text)
+    assert "The paper has Mistral-7B: 17 of its numbers could be found, and stand" in text
+    assert "names it Mistral-7B and no version, so that they may be of other weights than some/model." in text
+    assert "The paper has Qwen2-7B: 0 of its numbers could be found." in page.render_markdown(paper("Qwen2-7B"))
 
 
 def test_what_was_not_run_says_why_and_what_runs_it() -> None:
@@ -100,6 +106,18 @@ def test_what_was_not_run_says_why_and_what_runs_it() -> None:
     assert (
         "| piqa | Unpruned | 1 | – | – | – | – | not run: no data \\| here. `sdtp-lm-eval --tasks piqa` |" in markdown
     )
+
+
+def test_what_no_further_figure_has_says_why_and_what_runs_it() -> None:
+    assert "A peer, not run: no environment. make it" in words(Page(page.render_html(paper())).text)
+    assert "A peer, not run: no environment. `make it`" in page.render_markdown(paper()).splitlines()
+
+
+def test_counts_are_whole() -> None:
+    value = Value("updates", "Updates", "count", published=False)
+    rows: list[dict[str, Any]] = [{"method": "unpruned"}, {"method": "sdtp", "updates": 8}]
+    shown = part("table-4", "", {"method": "Method"}, (value,), rows, {}, lambda row: "")
+    assert [line.cells[1] for line in page.view(shown).lines] == ["–", "8"]
 
 
 def test_markdown_has_every_part_its_table_and_its_figure() -> None:

@@ -13,17 +13,20 @@ import pytest
 import yaml
 
 from sdtp.errors import UserError
+from sdtp.evaluation.longbench.tasks import Category
+from sdtp.evaluation.names import PAPER_TASKS
 from sdtp.pipeline.paper import missing
 from sdtp.pipeline.paper.ablation import ablation
 from sdtp.pipeline.paper.drawing import sparsity
 from sdtp.pipeline.paper.part import Part
 from sdtp.pipeline.paper.published import load, numbers
-from sdtp.pipeline.paper.quality import speeds_of, table_1, table_3, table_6, with_llmlingua
+from sdtp.pipeline.paper.quality import OWN_PROMPTS, speeds_of, table_1, table_3, table_6, with_llmlingua
 from sdtp.pipeline.paper.saliency import figure_1, figure_2, salient
 from sdtp.pipeline.paper.shortened import Speed
 from sdtp.pipeline.paper.speed import LENGTHS, table_2
 from sdtp.pipeline.paper.sweep import swept
 from sdtp.pipeline.suite_tables import suite_cells, suite_table
+from sdtp.pipeline.target_settings import SuitesSettings
 from tests.pipeline import synthetic_run
 from tests.workflow.project import ROOT
 
@@ -191,6 +194,24 @@ def test_ablation_is_paired_with_the_runs_own_pruner(name: str, trained: str) ->
     assert row(part, metric="loss", variant="unpruned")["value"] == 3.0
 
 
+def test_verdicts_of_an_ablation_count_its_keep_ratios() -> None:
+    counted = [{"label_updates": 0, "optimizer_steps": 4, "kept_step": 4}] * 2
+    losses = [float(number) for number in range(8)]
+    full, worse = (
+        [one for ratio in (0.9, 0.8) for one in evaluation("sdtp", ratio, [loss + more * ratio for loss in losses])]
+        for more in (1, 2)
+    )
+    part = ablation("table-4", evaluation("unpruned", 1.0, losses), full, worse, counted, {})
+    for ratio in (0.9, 0.8):
+        found = row(part, metric="loss", variant="without-rank", keep_ratio=ratio)
+        # All signs, one as far on either side; of two ratios.
+        assert (found["p_holm"], found["verdict"]) == (2 * 2 / 2**8, "worse")
+        same = row(part, metric="top1", variant="without-rank", keep_ratio=ratio)
+        assert (same["p_holm"], same["verdict"]) == (1.0, "no difference shown")
+    for variant in ("unpruned", "full"):
+        assert part.rows.loc[part.rows["variant"] == variant, ["p_holm", "verdict"]].isna().all(axis=None)
+
+
 def scores(suite: str) -> pd.DataFrame:
     """A suite of two categories: one row each of a task, a category and the whole, and one of a single length."""
     rows = []
@@ -274,17 +295,70 @@ def test_papers_average_is_that_of_the_english_tasks() -> None:
     assert np.isnan(other["value_paper"])
 
 
+@pytest.mark.parametrize(
+    ("suites", "ref", "own_prompts", "said"),
+    [
+        (("longbench", "ruler"), MISTRAL, True, True),
+        (("longbench", "ruler"), MISTRAL, False, False),
+        (("ruler",), MISTRAL, True, False),  # nothing of LongBench stands there
+        (("longbench", "ruler"), "gpt2", True, False),  # nor any number of the paper
+    ],
+)
+def test_own_wording_of_longbench_is_told_where_the_papers_numbers_stand_beside_it(
+    suites: tuple[str, ...], ref: str, own_prompts: bool, said: bool
+) -> None:
+    part = table_1(
+        {name: scores(name) for name in suites},
+        PROMPTS,
+        {},
+        lambda *_: None,
+        [],
+        numbers("table-1", ref, load()),
+        own_prompts=own_prompts,
+    )
+    assert (OWN_PROMPTS in part.about) == said
+
+
 def test_table_without_a_column_is_refused_by_name() -> None:
     with pytest.raises(UserError, match=r"ruler\.csv: no column n, difference; accepted: task"):
         table_1({"ruler": scores("ruler").drop(columns=["n", "difference"])}, PROMPTS, {}, lambda *_: None, [], {})
 
 
+def harness(*tasks: str) -> pd.DataFrame:
+    """The harness's table of tasks of the paper and of one local one, at one method and ratio."""
+    cells = [("paper", "all", 60.0), *(("paper", task, 60.0) for task in tasks)] if tasks else []
+    cells += [("local", "all", 30.0), ("local", "sdtp_fact", 30.0)]
+    common = {"method": "sdtp", "keep_ratio": 0.9, "low": 25.0, "high": 65.0, "n": 12, "chance": 25.0}
+    common |= dict.fromkeys(("difference", "difference_low", "difference_high"), -1.0)
+    common |= {"p_holm": 0.02, "verdict": "worse"}
+    return pd.DataFrame(
+        [{"category": category, "task": task, "value": value, **common} for category, task, value in cells]
+    )
+
+
+def test_papers_average_stands_beside_that_of_all_its_tasks_alone() -> None:
+    published = {("sdtp", 0.9, "average", "value"): 70.5, ("sdtp", 0.9, "copa", "value"): 81.0}
+    part = table_3(harness(*PAPER_TASKS), [], published)
+    average = row(part, task="average of the paper's tasks")
+    assert (average["value"], average["value_paper"]) == (60.0, 70.5)
+    assert row(part, task="copa")["value_paper"] == 81.0
+    local = row(part, task="average, local tasks")
+    assert local["value"] == 30.0
+    assert np.isnan(local["value_paper"])
+    part = table_3(harness(*PAPER_TASKS[:3]), [], published)
+    average = row(part, task="average of 3 of the paper's 8 tasks")
+    assert average["value"] == 60.0
+    assert np.isnan(average["value_paper"])
+    assert list(table_3(harness(), [], published).rows["task"]) == ["average, local tasks", "sdtp_fact"]
+
+
 def test_tasks_of_the_paper_that_were_not_run_follow_the_local_ones() -> None:
     left = [{"task": "copa", "method": "sdtp", "keep_ratio": 0.9, "why": "hub data", "command": "sdtp-lm-eval"}]
-    part = table_3(scores("harness").assign(chance=25.0), left, {("sdtp", 0.9, "qa-1", "value"): 51.0})
-    assert row(part, task="qa-1", method="sdtp")["value"] == 47.0
-    assert row(part, task="qa-1", method="sdtp")["value_paper"] == 51.0
+    part = table_3(harness("piqa"), left, {("sdtp", 0.9, "piqa", "value"): 51.0})
+    assert row(part, task="piqa")["value"] == 60.0
+    assert row(part, task="piqa")["value_paper"] == 51.0
     assert row(part, task="copa")["why"] == "hub data"
+    assert part.rows["task"].iloc[-1] == "copa"
     assert list(table_3(None, left, {}).rows["task"]) == ["copa"]
 
 
@@ -294,7 +368,8 @@ def sweep_rows() -> pd.DataFrame:
     pruned = {"method": "sdtp", "stages": 2, "layers": "4 7", "keep_ratio": 0.9, "value": 3.5}
     rows = [
         {**common, **own, "low": own["value"] - 0.5, "high": own["value"] + 0.25, "compression": speed,
-         "flop_speedup": speed, **dict.fromkeys(("difference", "difference_low", "difference_high"), difference)}
+         "flop_speedup": speed, "verdict": None if np.isnan(difference) else "worse",
+         **dict.fromkeys(("difference", "difference_low", "difference_high"), difference)}
         for own, difference, speed in ((unpruned, np.nan, 1.0), (pruned, 0.5, 1.25))
     ]  # fmt: skip
     return pd.DataFrame(rows)
@@ -307,6 +382,7 @@ def test_sweep_has_its_place_in_words_and_none_without_stages(name: str, by: str
     pruned = row(part, method="sdtp")
     assert (pruned["value"], pruned["value_low"], pruned["value_high"], pruned["value_paper"]) == (3.5, 3.0, 3.75, 3.25)
     assert (pruned["difference"], pruned["compression"], pruned["flop_speedup"], pruned["n"]) == (0.5, 1.25, 1.25, 6)
+    assert (pruned["p_holm"], pruned["verdict"]) == (1.0, "worse")
     with pytest.raises(UserError, match=f"{name}: no column layers, p_holm"):
         swept(name, sweep_rows().drop(columns=["layers", "p_holm"]), {})
 
@@ -360,8 +436,9 @@ def overlay_of(command: str) -> dict[str, Any]:
 
 def test_commands_state_what_is_needed_beside_what_the_run_was_given() -> None:
     again = missing.Again("tiny", ["config/tiny.yaml"], {"run": "tiny", "suites": {"keep_ratios": [0.5]}})
-    [left] = missing.longbench(again)
-    assert overlay_of(left["command"]) == {
+    left = missing.longbench(again, suites(["sdtp", "sdtp-half"], [0.5]))
+    [command] = {one["command"] for one in left}
+    assert overlay_of(command) == {
         "run": "tiny",
         "suites": {"keep_ratios": [0.5], "longbench": {"source": missing.LONGBENCH}},
     }
@@ -376,6 +453,36 @@ def test_commands_state_what_is_needed_beside_what_the_run_was_given() -> None:
     }
     longer = overlay_of(missing.length(AGAIN, [512], 131072, 131200))
     assert (longer["run"], longer["model"]["source"]["ref"]) == ("tiny-131072", "MODEL")
+
+
+def suites(methods: list[str], ratios: list[float]) -> SuitesSettings:
+    return SuitesSettings.from_mapping({"methods": methods, "keep_ratios": ratios})
+
+
+def test_longbench_is_left_out_row_by_row_of_the_papers_table() -> None:
+    left = missing.longbench(AGAIN, suites(["recent", "sdtp"], [0.9, 0.8]))
+    part = table_1({}, [], {}, lambda *_: None, left, numbers("table-1", MISTRAL, load()))
+    arms = [("unpruned", 1.0), ("sdtp", 0.9), ("sdtp", 0.8), ("sdtp-half", 0.9), ("sdtp-half", 0.8)]
+    assert list(part.rows[["category", "method", "keep_ratio"]].itertuples(index=False, name=None)) == [
+        (category, *arm) for category in ("average", *Category) for arm in arms
+    ]
+    assert part.rows["why"].str.startswith("LongBench's data are a download").all()
+    [command] = set(part.rows["command"])
+    assert overlay_of(command) == {
+        "suites": {"longbench": {"source": missing.LONGBENCH}, "methods": ["recent", "sdtp", "sdtp-half"]}
+    }
+    # The paper's own numbers stand there all the same.
+    assert part.rows["value_paper"].dropna().tolist() == [42.34, 39.82, 40.98]
+
+
+def test_kvpress_is_made_and_named_by_a_command_and_needs_a_model_it_takes() -> None:
+    [left] = missing.kvpress(AGAIN, "llama")
+    assert left["command"].startswith("make kvpress && echo ")
+    presses = {"peers": {"kvpress": ["SnapKVPress", "ExpectedAttentionPress"]}}
+    assert overlay_of(left["command"]) == presses
+    [left] = missing.kvpress(AGAIN, "bloom")
+    assert left["why"].startswith("it takes no model of type bloom; ")
+    assert overlay_of(left["command"]) == presses | {"run": "tiny-kvpress", "model": {"source": missing.MODEL}}
 
 
 def test_run_without_a_file_of_its_own_is_run_again_without_one() -> None:
@@ -416,8 +523,20 @@ def test_llmlingua_is_the_unpruned_model_on_shorter_prompts() -> None:
     own = {0.8: [score("a", 0.0, 30), score("b", 50.0, 50)]}
     both = with_llmlingua(table, unpruned, own)
     assert len(both) == len(table) + len(table) // 2
-    part = table_1({"ruler": both}, unpruned, {}, lambda method, *_: 1.5 if method == "sdtp" else None, [], {})
+    cut = {"suite": "ruler", "category": "questions", "task": "qa"}
+    emptied = [{**cut, "keep_ratio": 0.8}, {**cut, "keep_ratio": 0.9}, {**cut, "suite": "longbench", "keep_ratio": 0.8}]
+    part = table_1(
+        {"ruler": both},
+        unpruned,
+        {},
+        lambda method, *_: 1.5 if method == "sdtp" else None,
+        [],
+        {},
+        emptied=emptied,
+    )
     found = row(part, method="llmlingua2", category="average")
+    assert found["emptied"] == 1
+    assert np.isnan(row(part, method="sdtp", category="average")["emptied"])
     assert (found["keep_ratio"], found["value"], found["difference"], found["n"]) == (0.8, 25.0, -50.0, 2)
     # 200 tokens of which 80 were left, before the first layer.
     assert (found["compression"], found["last_compression"]) == (2.5, 2.5)

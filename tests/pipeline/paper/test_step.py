@@ -13,7 +13,7 @@ from transformers import BloomConfig, LlamaConfig
 from sdtp.pipeline.files import write_jsonl
 from sdtp.pipeline.paper.names import PARTS
 from sdtp.pipeline.steps import paper
-from tests.pipeline.paper.test_parts import compression, evaluation, score, scores, sweep_rows
+from tests.pipeline.paper.test_parts import compression, evaluation, harness, score, scores, sweep_rows
 from tests.pipeline.test_report_steps import folder as report_folder
 from tests.workflow.golden import resolved
 
@@ -56,7 +56,7 @@ def run(report_folder: Path) -> Path:
     tables = {
         "ruler": scores("ruler"),
         "longbench": scores("longbench"),
-        "harness": scores("harness").assign(chance=25.0),
+        "harness": harness(),
         "stage-position": sweep_rows().replace({"layers": {"4 7": "4"}}),
         "stage-count": sweep_rows(),
         "cache-compression": compression(),
@@ -65,7 +65,7 @@ def run(report_folder: Path) -> Path:
     for name, table in tables.items():
         table.to_csv(report_folder / "tables" / f"{name}.csv", index=False)
     (report_folder / "figures").mkdir()
-    for name in ("tradeoff-suites", "ruler-heatmap"):
+    for name in ("tradeoff-suites", "ruler-heatmap", "suite-longbench"):
         (report_folder / "figures" / f"{name}.svg").write_text(SVG)
     return report_folder
 
@@ -88,7 +88,7 @@ def call(folder: Path, *more: str, ref: str = "mistralai/Mistral-7B-v0.1", **cha
         "variants": ["without-rank.jsonl", "without-rank-and-mse.jsonl"],
         "training": ["full.json", "without-rank.json", "without-rank-and-mse.json"],
         "suite-scores": ["whole.jsonl"],
-        "figures": ["figures/tradeoff-suites.svg", "figures/ruler-heatmap.svg"],
+        "figures": [f"figures/{name}.svg" for name in ("tradeoff-suites", "ruler-heatmap", "suite-longbench")],
         "output": ["paper"],
         "metrics": ["metrics/paper.json"],
         **{name: [f"tables/{name}.csv"] for name in ("ruler", "harness", "stage-position", "stage-count", "tradeoff")},
@@ -111,6 +111,9 @@ def test_page_has_every_part_with_its_files(run: Path) -> None:
         assert f"## {title}" in markdown
         assert len(tables[name]) > 0
     assert "Facts found, by their depth" in html
+    assert "LongBench, task by task" in html
+    # No press of kvpress is named.
+    assert "`make kvpress && echo" in markdown
     assert (run / "paper" / "figure-4.csv").read_text().splitlines()[2].startswith("continuation,loss,sdtp,4,0.9,")
     metrics = json.loads((run / "metrics" / "paper.json").read_text())
     assert metrics["rows_not_run"] == sum(table["why"].notna().sum() for table in tables.values())
@@ -120,7 +123,8 @@ def test_page_has_every_part_with_its_files(run: Path) -> None:
 def test_what_the_configuration_lacks_is_not_run_and_the_rest_is(run: Path) -> None:
     tables = call(run)
     left = {name: list(table["why"].dropna()) for name, table in tables.items()}
-    assert [why[:24] for why in left["table-1"]] == ["LongBench's data are a d", "LLMLingua-2's weights ar"]
+    # Six categories and their average, of the unpruned model and two methods at one keep ratio.
+    assert [why[:24] for why in left["table-1"]] == 21 * ["LongBench's data are a d"] + ["LLMLingua-2's weights ar"]
     assert len(left["table-3"]) == 8
     assert len(left["table-6"]) == 1
     assert left["table-6"][0].startswith("peers.methods has no rule on top")
@@ -137,6 +141,13 @@ def test_longbench_and_llmlingua_stand_where_they_were_run(run: Path) -> None:
     write_jsonl(run / "whole.jsonl", [*rows, WHOLE[-1]])
     shortened = {"score": 25.0, "prompt_tokens": 50, "kept_tokens": 50}
     write_jsonl(run / "scores-0.9.jsonl", [{**row, **shortened} for row in rows])
+    # Of the one's context nothing is left, of the other's a token; a third had none.
+    prompts = [
+        {**row, "prompt_ids": [1] * tokens, "context": context}
+        for row, tokens, context in zip(rows, (50, 51), ([25, 25], [25, 26]), strict=True)
+    ]
+    none = {**WHOLE[-1], "prompt_ids": [1] * 7000, "context": [5, 5]}
+    write_jsonl(run / "examples-0.9.jsonl", [*prompts, none])
     times = {"prompt_tokens": 512, "prefill_s": [2.0], "end_to_end_s": [3.0]}
     own = {**times, "method": "llmlingua2", "prefill_s": [0.5], "end_to_end_s": [1.5], "shortening_s": [0.5]}
     speeds = {"keep_ratio": 0.9, "rows": [{**times, "method": "unpruned"}, own]}
@@ -145,6 +156,7 @@ def test_longbench_and_llmlingua_stand_where_they_were_run(run: Path) -> None:
         run,
         longbench=["tables/longbench.csv"],
         llmlingua=["scores-0.9.jsonl"],
+        **{"llmlingua-examples": ["examples-0.9.jsonl"]},
         **{"llmlingua-speeds": ["speed-0.9.json"]},
     )
     table = tables["table-1"]
@@ -155,11 +167,15 @@ def test_longbench_and_llmlingua_stand_where_they_were_run(run: Path) -> None:
     assert (found["suite"], found["keep_ratio"], found["value"], found["compression"]) == ("ruler", 0.9, 25.0, 2.0)
     assert (found["prefill_speedup"], found["end_to_end_speedup"], found["shortening_s"]) == (2.0, 1.5, 0.5)
     assert found["timed_tokens"] == 512
+    assert found["emptied"] == 1
+    assert "LongBench's prompts have this project's own wording here" in (run / "paper" / "paper.md").read_text()
     pruned = table[(table["method"] == "sdtp") & (table["category"] == "average")].iloc[0]
     assert pd.isna(pruned["shortening_s"])
 
 
 def test_compression_is_the_mean_of_the_layers_of_the_runs_schedule(run: Path) -> None:
+    others = [scores("ruler").query("method == 'sdtp'").assign(method=method) for method in ("recent", "gemfilter")]
+    pd.concat([scores("ruler"), *others]).to_csv(run / "tables" / "ruler.csv", index=False)
     table = call(run)["table-1"].query("category == 'average' and suite == 'ruler'").set_index("method")
     # Stages before layers 4, 6, 8, 10 of 12, each keeping 0.9 of what is left of 100 and of 1,000: 4 layers whole, 2
     # layers each after.
@@ -168,6 +184,9 @@ def test_compression_is_the_mean_of_the_layers_of_the_runs_schedule(run: Path) -
     # Every second stage: before layers 4 and 8, four layers each.
     assert table.loc["sdtp-half", "compression"] == pytest.approx(1100 * 12 / (4 * 1100 + 4 * (kept[0] + kept[1])))
     assert table.loc["unpruned", "compression"] == 1.0
+    # The same stages keep as many, whatever chooses; GemFilter has none.
+    assert table.loc["recent", "compression"] == table.loc["sdtp", "compression"]
+    assert pd.isna(table.loc["gemfilter", "compression"])
     assert table.loc["sdtp", ["prefill_speedup", "timed_tokens", "prompt_tokens"]].tolist() == [1.5, 512, 550]
 
 
@@ -198,7 +217,7 @@ def test_commands_name_the_files_that_the_run_was_given(run: Path, monkeypatch: 
     monkeypatch.setenv("SDTP_CONFIGURED", json.dumps({"files": ["config/own.yaml"], "overrides": {"seed": 7}}))
     tables = call(run)
     commands = [command for table in tables.values() for command in table["command"].dropna()]
-    assert len(commands) == 2 + 6 + 8 + 1
+    assert len(commands) == 22 + 6 + 8 + 1
     for command in commands:
         assert "{seed: 7, " in command
         assert " --configfile config/own.yaml results/" in command

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import pandas as pd
+
 from sdtp.pipeline.ablations import ablation_table, all_rows
 from sdtp.pipeline.paper.names import ABLATIONS
-from sdtp.pipeline.paper.part import Part, Value, part
+from sdtp.pipeline.paper.part import JUDGED, Part, Value, part
 from sdtp.pipeline.paper.published import Numbers
+from sdtp.pipeline.results import with_verdicts
 from sdtp.pipeline.tables import quality_cells
 
 ABOUT = {
@@ -28,8 +31,9 @@ KEYS = {"task": "Task", "metric": "Metric", "variant": "Trained", "keep_ratio": 
 VALUES = (
     Value("value", "Mean", interval=True),
     Value("difference", "Minus full, paired", "signed", interval=True, published=False),
-    Value("label_updates", "Label updates", published=False),
-    Value("optimizer_steps", "Optimizer steps", published=False),
+    *JUDGED,
+    Value("label_updates", "Label updates", "count", published=False),
+    Value("optimizer_steps", "Optimizer steps", "count", published=False),
 )
 
 UPDATES = ("label_updates", "optimizer_steps")
@@ -65,7 +69,10 @@ def ablation(
             "difference": row["minus_first"],
             "difference_low": row["first_low"],
             "difference_high": row["first_high"],
+            "p_value": row["first_p_value"],
         }
         for row in table.to_dict("records")
     ]
+    judged = with_verdicts(pd.DataFrame(rows), ["task", "metric"])
+    rows = [{str(key): value for key, value in row.items()} for row in judged.to_dict("records")]
     return part(name, ABOUT[name] + MORE, KEYS, VALUES, rows, published, lambda row: str(row["task"]))

@@ -10,8 +10,10 @@ from typing import Any, Self
 
 import yaml
 
+from sdtp.evaluation.longbench.tasks import Category
 from sdtp.evaluation.names import PAPER_TASKS
 from sdtp.pipeline.paper.part import not_run
+from sdtp.pipeline.target_settings import SuitesSettings
 
 LLMLINGUA = "microsoft/llmlingua-2-xlm-roberta-large-meetingbank"
 LONGBENCH = {
@@ -20,6 +22,11 @@ LONGBENCH = {
     "revision": "5e628be450b7e67fb7ae6e201bd6d8f7056f7672",
     "sha256": None,
 }
+# The paper's methods in Table 1, beside LLMLingua-2: the unpruned model, and these at each keep ratio.
+PRUNERS = ("sdtp", "sdtp-half")
+PRESSES = ("SnapKVPress", "ExpectedAttentionPress")
+# Types of the models that kvpress 0.5.5 takes, as their config.json has it.
+KVPRESS_MODELS = ("llama", "mistral", "phi3", "qwen2", "qwen3", "gemma3")
 # Stands for a model that whoever runs the command has to choose.
 MODEL = {"kind": "hub", "ref": "MODEL", "revision": None, "sha256": None}
 
@@ -71,14 +78,27 @@ def _laid_over(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
     return merged
 
 
-def longbench(again: Again) -> list[dict[str, Any]]:
-    """LongBench without its data."""
+def longbench(again: Again, suites: SuitesSettings) -> list[dict[str, Any]]:
+    """LongBench without its data: a row each category of the paper, and their average, and each of its methods.
+
+    Args:
+        again: how the run was configured.
+        suites: its `suites`; what they lack of the paper's methods, the command adds.
+    """
     why = (
         "LongBench's data are a download; suites.longbench.source names a folder of the official JSON lines, or its "
         "hub id, and is null here"
     )
-    command = again.command("longbench", {"suites": {"longbench": {"source": LONGBENCH}}})
-    return [not_run(why, command, suite="longbench", category="average", method="sdtp")]
+    changes: dict[str, Any] = {"longbench": {"source": LONGBENCH}}
+    if lacking := [method for method in PRUNERS if method not in suites.methods]:
+        changes["methods"] = [*suites.methods, *lacking]
+    command = again.command("longbench", {"suites": changes})
+    arms = [("unpruned", 1.0), *((method, ratio) for method in PRUNERS for ratio in suites.keep_ratios)]
+    return [
+        not_run(why, command, suite="longbench", category=category, method=method, keep_ratio=ratio)
+        for category in ("average", *(category.value for category in Category))
+        for method, ratio in arms
+    ]
 
 
 def llmlingua(again: Again) -> list[dict[str, Any]]:
@@ -88,6 +108,23 @@ def llmlingua(again: Again) -> list[dict[str, Any]]:
     )
     command = f"make llmlingua && {again.command('llmlingua', {'paper': {'llmlingua': LLMLINGUA}})}"
     return [not_run(why, command, suite="ruler", category="average", method="llmlingua2")]
+
+
+def kvpress(again: Again, model_type: str) -> list[dict[str, Any]]:
+    """NVIDIA's kvpress where no press is named.
+
+    Args:
+        again: how the run was configured.
+        model_type: that of the model's config.json.
+    """
+    why = "it has an environment of its own, and peers.kvpress names none of its presses here"
+    changes: dict[str, Any] = {"peers": {"kvpress": list(PRESSES)}}
+    if model_type not in KVPRESS_MODELS:
+        why = (
+            f"it takes no model of type {model_type}; the command is for another in place of MODEL, as a run of its own"
+        )
+        changes |= {"run": f"{again.run}-kvpress", "model": {"source": MODEL}}
+    return [not_run(why, f"make kvpress && {again.command('kvpress', changes)}", method="NVIDIA's kvpress")]
 
 
 def compression(again: Again, methods: Sequence[str], refusal: str | None) -> list[dict[str, Any]]:

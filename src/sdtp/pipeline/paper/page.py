@@ -19,7 +19,13 @@ from sdtp.pipeline.results import smoke
 
 # The saliency map has a row a token; a reader sees the most salient ones.
 MAP_ROWS = 12
-FORMATS = {"number": number, "signed": signed, "change": change, "memory": memory}
+FORMATS = {
+    "number": number,
+    "count": lambda value: number(int(value)),
+    "signed": signed,
+    "change": change,
+    "memory": memory,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +39,8 @@ class Paper:
         parts: the paper's tables and figures, in its order.
         figures: SVG bytes of each part's figure, and of the further ones, by name.
         further: figures that the paper does not have: name -> title.
-        further_notes: what is to be said of them, and of those that were not made.
+        further_notes: what is to be said of them.
+        further_missing: rows of `part.not_run`: methods that are not in them.
         published: the paper's numbers, as `published.load` gives them.
         settings: shown as they are.
     """
@@ -45,6 +52,7 @@ class Paper:
     figures: Mapping[str, bytes]
     further: Mapping[str, str]
     further_notes: Sequence[str]
+    further_missing: Sequence[Mapping[str, Any]]
     published: pd.DataFrame
     settings: Mapping[str, Any]
 
@@ -166,6 +174,7 @@ def render_markdown(paper: Paper) -> str:
         lines += _markdown_table(shown)
         lines += ["", f"![{shown.title}]({shown.part.name}.svg)"]
     lines += ["", "## Beyond the paper", "", *(f"{note}\n" for note in paper.further_notes)]
+    lines += [f"{row['method']}, not run: {row['why']}. `{row['command']}`\n" for row in paper.further_missing]
     lines += [f"![{title}](../figures/{name}.svg)\n" for name, title in paper.further.items()]
     return "\n".join(lines).rstrip("\n") + "\n"
 
@@ -175,7 +184,13 @@ def introduction(paper: Paper) -> str:
     if paper.known is None:
         return "The paper does not have this model, so that no number of its own stands beside these."
     count = int((paper.published["model"] == paper.known).sum())
-    return f"The paper has {paper.known}: {count} of its numbers could be found, and stand in a column of their own."
+    text = f"The paper has {paper.known}: {count} of its numbers could be found"
+    if not count:
+        return f"{text}."
+    return (
+        f"{text}, and stand in a column of their own. The paper names it {paper.known} and no version, so that they "
+        f"may be of other weights than {paper.model}."
+    )
 
 
 def _markdown_table(shown: View) -> list[str]:

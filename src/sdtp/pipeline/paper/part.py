@@ -22,8 +22,8 @@ class Value:
     Attributes:
         name: of the column; `{name}_low` and `{name}_high` are its 95% interval, `{name}_paper` is the paper's number.
         title: heading on the page.
-        kind: how it is written: `number`, `signed`, `change` (a relative one, as a percentage), `memory` (bytes),
-            `text`.
+        kind: how it is written: `number`, `count` (a whole one), `signed`, `change` (a relative one, as a
+            percentage), `memory` (bytes), `text`.
         interval: whether it has one.
         published: whether the paper states it, so that the paper's column stands beside it.
     """
@@ -39,6 +39,10 @@ class Value:
         """Its columns in the CSV."""
         bounds = [f"{self.name}_low", f"{self.name}_high"] if self.interval else []
         return [self.name, *bounds, *([f"{self.name}_paper"] if self.published else [])]
+
+
+# What a bare interval of a difference leaves the reader to work out.
+JUDGED = (Value("p_holm", "p, adjusted", published=False), Value("verdict", "Verdict", "text", published=False))
 
 
 @dataclasses.dataclass(frozen=True)

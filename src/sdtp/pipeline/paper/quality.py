@@ -10,11 +10,12 @@ import pandas as pd
 
 from sdtp.errors import UserError
 from sdtp.evaluation.longbench import tasks as longbench
-from sdtp.pipeline.paper.part import Part, Value, part
+from sdtp.evaluation.names import PAPER_TASKS
+from sdtp.pipeline.paper.part import JUDGED, Part, Value, part
 from sdtp.pipeline.paper.published import Numbers
 from sdtp.pipeline.paper.shortened import LLMLINGUA, Speed
 from sdtp.pipeline.results import with_verdicts
-from sdtp.pipeline.suite_tables import ALL, GROUP, suite_cells, suite_table
+from sdtp.pipeline.suite_tables import ALL, GROUP, PAPER, suite_cells, suite_table
 
 # What a table of scores has of each cell, whichever suite it is of.
 SCORED = [
@@ -33,10 +34,16 @@ SCORED = [
 ]
 SCORE = Value("value", "Score", interval=True)
 DIFFERENCE = Value("difference", "Minus unpruned, paired", "signed", interval=True, published=False)
-# What a bare interval leaves the reader to work out.
-JUDGED = (Value("p_holm", "p, adjusted", published=False), Value("verdict", "Verdict", "text", published=False))
 PREFILL, END_TO_END = Value("prefill_speedup", "Prefill speedup ×"), Value("end_to_end_speedup", "End-to-end speedup ×")
 SHORTENING = Value("shortening_s", "Of it shortening, s", published=False)
+
+# Added to the text of Table 1 where it is so.
+OWN_PROMPTS = (
+    " LongBench's prompts have this project's own wording here, since suites.longbench.templates names no folder of "
+    "the official ones: the paper's scores beside ours are of other prompts."
+)
+# The row of Table 3 that has the paper's own average beside it.
+AVERAGE = "average of the paper's tasks"
 
 # (method, keep ratio) -> what was measured.
 Speeds = Mapping[tuple[str, float], Speed]
@@ -64,6 +71,8 @@ def table_1(
     layer_mean: LayerMean,
     missing: Sequence[dict[str, Any]],
     published: Numbers,
+    own_prompts: bool = False,
+    emptied: Sequence[Mapping[str, Any]] = (),
 ) -> Part:
     """A row each category of each suite, method and keep ratio, and a suite's average, which the paper calls so.
 
@@ -74,6 +83,8 @@ def table_1(
         layer_mean: the compression as the mean over layers.
         missing: rows of `not_run`.
         published: the paper's numbers.
+        own_prompts: whether LongBench's prompts have this project's wording, and not the official one.
+        emptied: `suite`, `category`, `task` and `keep_ratio` of each prompt of whose context LLMLingua-2 left nothing.
 
     Raises:
         UserError: a table without one of the columns, or of examples that the unpruned model has no scores of.
@@ -90,6 +101,7 @@ def table_1(
         PREFILL,
         END_TO_END,
         SHORTENING,
+        Value("emptied", "Prompts without any context left", "count", published=False),
         Value("timed_tokens", "Timed at, tokens", published=False),
     )
     rows = []
@@ -110,17 +122,25 @@ def table_1(
                     "prefill_speedup": measured and measured.prefill,
                     "end_to_end_speedup": measured and measured.end_to_end,
                     "shortening_s": measured and measured.shortening_s,
+                    "emptied": len(_counted([one for one in emptied if one["keep_ratio"] == arm[1]], name, row))
+                    if arm[0] == LLMLINGUA
+                    else None,
                     "timed_tokens": measured and measured.timed_tokens,
                 }
             )
-    # The paper's numbers are LongBench's.
-    return part(
-        "table-1",
+    about = (
         "The paper scores LongBench's English tasks by category: the unpruned model, its pruner with ten stages and "
         "with five, and LLMLingua-2, which shortens the prompt's text. RULER-style tasks over local text are the "
         "analogue that needs no download; sdtp-half is the trained pruner at every second of its stages. Speedups were "
         "measured of the method and keep ratio, at the length beside them and not on the suite's prompts; those of "
-        "LLMLingua-2 count the time that it takes to shorten the prompt, which has a column of its own.",
+        "LLMLingua-2 count the time that it takes to shorten the prompt, which has a column of its own."
+    )
+    if own_prompts and "longbench" in suites and published:
+        about += OWN_PROMPTS
+    # The paper's numbers are LongBench's.
+    return part(
+        "table-1",
+        about,
         keys,
         values,
         [*rows, *missing],
@@ -146,20 +166,25 @@ def prompt_tokens(unpruned: Sequence[Mapping[str, Any]], suite: str, row: Mappin
     Raises:
         UserError: there are none.
     """
-    language = row["language"]
-    counted = None if pd.isna(language) else longbench.of_language(longbench.Language(language))
-    found = [
-        own["prompt_tokens"]
-        for own in unpruned
-        if own["suite"] == suite
-        and row["category"] in (ALL, own["category"])
-        and (counted is None or own["task"] in counted)
-    ]
+    found = [own["prompt_tokens"] for own in _counted(unpruned, suite, row)]
     if not found:
         raise UserError(
             f"--suite-scores: no score of {suite}'s category {row['category']}; the unpruned model's are needed"
         )
     return found
+
+
+def _counted(examples: Sequence[Mapping[str, Any]], suite: str, row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Of examples of all suites those that a row of a suite's table is about."""
+    language = row["language"]
+    tasks = None if pd.isna(language) else longbench.of_language(longbench.Language(language))
+    return [
+        own
+        for own in examples
+        if own["suite"] == suite
+        and row["category"] in (ALL, own["category"])
+        and (tasks is None or own["task"] in tasks)
+    ]
 
 
 def categories(table: pd.DataFrame) -> pd.DataFrame:
@@ -170,18 +195,21 @@ def categories(table: pd.DataFrame) -> pd.DataFrame:
 def table_3(harness: pd.DataFrame | None, missing: Sequence[dict[str, Any]], published: Numbers) -> Part:
     """A row each task, method and keep ratio, the paper's tasks that were not run last.
 
+    The paper's tasks have an average of their own, beside which the paper's stands where it is of all of them.
+
     Args:
         harness: a table of scores in percent; None where none was run.
         missing: rows of `not_run`.
         published: the paper's numbers.
     """
-    rows = [] if harness is None else scored(harness, "harness.csv", ("chance",))
-    rows = [{**row, "task": "average"} if row["task"] == ALL else row for row in rows]
+    rows = [] if harness is None else scored(harness, "harness.csv", ("category", "chance"))
+    asked = len({row["task"] for row in rows}.intersection(PAPER_TASKS))
+    rows = [{**row, "task": _mean_of(row["category"], asked)} if row["task"] == ALL else row for row in rows]
     return part(
         "table-3",
         "The paper scores eight multiple-choice tasks of lm-evaluation-harness, five examples before each question, "
         "unpruned and pruned. Multiple-choice questions over local text, in the same harness and with as many "
-        "examples, are the analogue that needs no download.",
+        "examples, are the analogue that needs no download; their average is apart from that of the paper's tasks.",
         {"task": "Task", "method": "Method", "keep_ratio": "Keep ratio"},
         (
             Value("value", "Accuracy, %", interval=True),
@@ -191,8 +219,15 @@ def table_3(harness: pd.DataFrame | None, missing: Sequence[dict[str, Any]], pub
         ),
         [*rows, *missing],
         published,
-        lambda row: str(row["task"]),
+        lambda row: "average" if row["task"] == AVERAGE else str(row["task"]),
     )
+
+
+def _mean_of(category: str, asked: int) -> str:
+    """What the mean over a category of the harness is called; `asked` is how many of the paper's tasks were run."""
+    if category != PAPER:
+        return f"average, {category} tasks"
+    return AVERAGE if asked == len(PAPER_TASKS) else f"average of {asked} of the paper's {len(PAPER_TASKS)} tasks"
 
 
 def with_llmlingua(

@@ -7,7 +7,7 @@ from typing import Literal
 import pandas as pd
 
 from sdtp.errors import UserError
-from sdtp.pipeline.paper.part import Part, Value, part
+from sdtp.pipeline.paper.part import JUDGED, Part, Value, part
 from sdtp.pipeline.paper.published import Numbers
 from sdtp.pipeline.sweeps import SWEEP_COLUMNS
 
@@ -26,6 +26,7 @@ HEADINGS = {"layers": "Layer", "stages": "Stages"}
 VALUES = (
     Value("value", "Mean", interval=True),
     Value("difference", "Minus unpruned, paired", "signed", interval=True, published=False),
+    *JUDGED,
     Value("compression", "Compression at the last layer ×", published=False),
     Value("flop_speedup", "Prefill FLOPs, unpruned / pruned", published=False),
 )

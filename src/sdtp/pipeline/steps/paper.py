@@ -48,6 +48,7 @@ FURTHER = {
     "tradeoff-suites-memory": "Quality against peak memory, all methods",
     "suite-ruler": "RULER-style tasks, task by task",
     "ruler-heatmap": "Facts found, by their depth and the prompt's length",
+    "suite-longbench": "LongBench, task by task",
 }
 
 
@@ -93,6 +94,14 @@ def main(argv: list[str]) -> None:
         "--llmlingua", nargs="+", default=[], type=Path, metavar="JSONL", help="scores-RATIO.jsonl on shortened prompts"
     )
     parser.add_argument(
+        "--llmlingua-examples",
+        nargs="+",
+        default=[],
+        type=Path,
+        metavar="JSONL",
+        help="examples-RATIO.jsonl: these prompts",
+    )
+    parser.add_argument(
         "--llmlingua-speeds", nargs="+", default=[], type=Path, metavar="JSON", help="timings of it, one a keep ratio"
     )
     parser.add_argument(
@@ -104,7 +113,8 @@ def main(argv: list[str]) -> None:
     with step("paper", args, outputs=[args.output / "paper.html"]) as log:
         settings = Settings.from_json(args.settings)
         known = published.load()
-        parts = read_parts(args, settings, known)
+        again = missing.Again.from_json(settings.run, os.environ.get("SDTP_CONFIGURED", ""))
+        parts = read_parts(args, settings, known, again)
         for part in tqdm(parts, desc="parts", unit="part"):
             write_csv(part.rows, args.output / f"{part.name}.csv")
             save(figure(part, args), args.output / part.name)
@@ -117,7 +127,13 @@ def main(argv: list[str]) -> None:
             parts=parts,
             figures={path.stem: path.read_bytes() for path in [*args.figures, *own_figures(args.output)]},
             further={path.stem: FURTHER[path.stem] for path in args.figures},
-            further_notes=notes(settings),
+            further_notes=[
+                "Methods that one would use instead, measured in the same run: speeds side by side in one process, "
+                "quality on the same examples."
+            ],
+            further_missing=[]
+            if settings.peers.kvpress
+            else missing.kvpress(again, read_json(args.model / "config.json")["model_type"]),
             published=known,
             settings=json.loads(args.settings),
         )
@@ -134,14 +150,13 @@ def own_figures(output: Path) -> list[Path]:
     return [output / f"{name}.svg" for name in PARTS]
 
 
-def read_parts(args: argparse.Namespace, settings: Settings, known: pd.DataFrame) -> list[Part]:
+def read_parts(args: argparse.Namespace, settings: Settings, known: pd.DataFrame, again: missing.Again) -> list[Part]:
     """The paper's tables and figures from the files of `args`, in the order of `PARTS`."""
 
     def of_paper(name: str) -> published.Numbers:
         return published.numbers(name, settings.model.source.ref, known)
 
     schedules = Schedules(settings, AutoConfig.from_pretrained(args.model))
-    again = missing.Again.from_json(settings.run, os.environ.get("SDTP_CONFIGURED", ""))
     index, labels = read_json(args.saliency), Labels(args.saliency)
     scores = {example["id"]: labels[example["id"]].numpy() for example in index["examples"]}
     shown, tokens = shown_example(args.data, args.model, list(scores))
@@ -161,10 +176,12 @@ def read_parts(args: argparse.Namespace, settings: Settings, known: pd.DataFrame
             speeds_of(pd.read_csv(args.tradeoff)) | shortened_speeds(map(read_json, args.llmlingua_speeds)),
             schedules.layer_mean,
             [
-                *([] if args.longbench else missing.longbench(again)),
+                *([] if args.longbench else missing.longbench(again, settings.suites)),
                 *([] if args.llmlingua else missing.llmlingua(again)),
             ],
             of_paper("table-1"),
+            own_prompts=settings.suites.longbench.templates is None,
+            emptied=emptied(args.llmlingua_examples, scored),
         ),
         table_2(
             read_latency(args.latency),
@@ -229,13 +246,40 @@ def read_suites(args: argparse.Namespace, unpruned: Sequence[dict[str, Any]]) ->
     own: dict[str, dict[float, list[dict[str, Any]]]] = {}
     for path in args.llmlingua:
         for row in read_jsonl(path):
-            own.setdefault(row["suite"], {}).setdefault(float(path.stem.rpartition("-")[2]), []).append(row)
+            own.setdefault(row["suite"], {}).setdefault(ratio_of(path), []).append(row)
     return {
         name: with_llmlingua(table, [row for row in unpruned if row["suite"] == name], own[name])
         if name in own
         else table
         for name, table in suites.items()
     }
+
+
+def ratio_of(path: Path) -> float:
+    """The keep ratio that a file's name ends with."""
+    return float(path.stem.rpartition("-")[2])
+
+
+def emptied(paths: Sequence[Path], unpruned: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The prompts of whose context LLMLingua-2 left nothing, since what is around it uses up the budget.
+
+    Args:
+        paths: of the shortened prompts, a file a suite and keep ratio.
+        unpruned: scores of the unpruned model, which say how long the whole prompts are.
+
+    Returns:
+        `suite`, `category`, `task` and `keep_ratio` of each.
+    """
+    whole = {(row["suite"], row["task"], row["id"]): row["prompt_tokens"] for row in unpruned}
+    found = []
+    for path in paths:
+        for row in read_jsonl(path):
+            start, end = row["context"]
+            # A prompt that is as long as it was had none.
+            if start == end and len(row["prompt_ids"]) < whole[row["suite"], row["task"], row["id"]]:
+                own = {name: row[name] for name in ("suite", "category", "task")}
+                found.append({**own, "keep_ratio": ratio_of(path)})
+    return found
 
 
 class Schedules:
@@ -258,7 +302,7 @@ class Schedules:
         if method == "unpruned":
             return 1.0
         # A tuned schedule is no arithmetic of the settings.
-        if method not in names.LEARNED or method == names.TUNED:
+        if method not in (*names.LEARNED, *names.BASELINES) or method == names.TUNED:
             return None
         schedule = self._schedule(ratio)
         if method == "sdtp-half":
@@ -297,17 +341,3 @@ DOTS: Mapping[str, tuple[Sequence[str], Sequence[str], str]] = {
     "table-5": (("task", "metric"), ("variant", "keep_ratio"), "mean"),
     "table-6": (("task", "metric"), ("method", "keep_ratio"), "mean"),
 }
-
-
-def notes(settings: Settings) -> list[str]:
-    """What is to be said of the figures that the paper does not have."""
-    found = [
-        "Methods that one would use instead, measured in the same run: speeds side by side in one process, quality on "
-        "the same examples."
-    ]
-    if not settings.peers.kvpress:
-        found.append(
-            "NVIDIA's kvpress is not in them: it has an environment of its own (make kvpress), and peers.kvpress names "
-            "none of its presses here."
-        )
-    return found
