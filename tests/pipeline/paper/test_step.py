@@ -137,17 +137,16 @@ def test_what_the_configuration_lacks_is_not_run_and_the_rest_is(run: Path) -> N
 
 
 def test_longbench_and_llmlingua_stand_where_they_were_run(run: Path) -> None:
-    rows = [score("a", 100.0, 100, category="qa"), score("b", 50.0, 100, category="qa")]
+    rows = [score(id_, 50.0, 100, category="qa") for id_ in ("a", "b", "c")]
     write_jsonl(run / "whole.jsonl", [*rows, WHOLE[-1]])
-    shortened = {"score": 25.0, "prompt_tokens": 50, "kept_tokens": 50}
-    write_jsonl(run / "scores-0.9.jsonl", [{**row, **shortened} for row in rows])
-    # Of the one's context nothing is left, of the other's a token; a third had none.
-    prompts = [
-        {**row, "prompt_ids": [1] * tokens, "context": context}
-        for row, tokens, context in zip(rows, (50, 51), ([25, 25], [25, 26]), strict=True)
+    # Of the first one's context nothing is left, of the second's ten tokens; the third had none.
+    left = [(40, [20, 20]), (60, [25, 35]), (100, [5, 5])]
+    shortened = [
+        {**row, "score": 25.0, "prompt_tokens": n, "kept_tokens": n} for row, (n, _) in zip(rows, left, strict=True)
     ]
-    none = {**WHOLE[-1], "prompt_ids": [1] * 7000, "context": [5, 5]}
-    write_jsonl(run / "examples-0.9.jsonl", [*prompts, none])
+    write_jsonl(run / "scores-0.9.jsonl", shortened)
+    prompts = [{**row, "prompt_ids": [1] * n, "context": context} for row, (n, context) in zip(rows, left, strict=True)]
+    write_jsonl(run / "examples-0.9.jsonl", prompts)
     times = {"prompt_tokens": 512, "prefill_s": [2.0], "end_to_end_s": [3.0]}
     own = {**times, "method": "llmlingua2", "prefill_s": [0.5], "end_to_end_s": [1.5], "shortening_s": [0.5]}
     speeds = {"keep_ratio": 0.9, "rows": [{**times, "method": "unpruned"}, own]}
@@ -164,7 +163,7 @@ def test_longbench_and_llmlingua_stand_where_they_were_run(run: Path) -> None:
     average = table[(table["suite"] == "longbench") & (table["category"] == "average")].set_index("method")
     assert average.loc["sdtp", ["value", "value_paper", "compression_paper"]].tolist() == [41.0, 39.82, 1.61]
     found = table[(table["method"] == "llmlingua2") & (table["category"] == "average")].iloc[0]
-    assert (found["suite"], found["keep_ratio"], found["value"], found["compression"]) == ("ruler", 0.9, 25.0, 2.0)
+    assert (found["suite"], found["keep_ratio"], found["value"], found["compression"]) == ("ruler", 0.9, 25.0, 1.5)
     assert (found["prefill_speedup"], found["end_to_end_speedup"], found["shortening_s"]) == (2.0, 1.5, 0.5)
     assert found["timed_tokens"] == 512
     assert found["emptied"] == 1
