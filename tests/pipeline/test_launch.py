@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,13 @@ def run_train(
 def start(inputs: Path, run: Path, settings: dict = TWO, path: str = "") -> subprocess.CompletedProcess[str]:
     """Through the launcher of the rule, which shares the threads out."""
     return run_train(["-c", LAUNCHER], inputs, run, settings, threads=2, path=path)
+
+
+def start_where_the_second_runs(code: str, inputs: Path, run: Path) -> subprocess.CompletedProcess[str]:
+    """`start`, and as the second process begins it runs some code, which has `os`."""
+    body = textwrap.indent(textwrap.dedent(code), "    ")
+    (run / "sitecustomize.py").write_text(f"import os\nif os.environ.get('RANK') == '1':\n{body}\n")
+    return start(inputs, run, path=str(run))
 
 
 def accelerate_launch(option: str, inputs: Path, run: Path) -> subprocess.CompletedProcess[str]:
@@ -163,16 +171,17 @@ def test_sharding_that_accelerate_is_told_of_is_refused_with_the_key_that_asks_f
 
 @pytest.mark.slow
 def test_a_failure_of_another_process_is_in_the_log_with_its_rank(inputs: Path, tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text(
-        "import os\n"
-        "if os.environ.get('RANK') == '1':\n"
-        "    from sdtp.errors import UserError\n"
-        "    from sdtp.pipeline import devices\n"
-        "    def fail():\n"
-        "        raise UserError('its GPU is gone')\n"
-        "    devices.choose_device = fail\n"
-    )  # fmt: skip
-    done = start(inputs, tmp_path, path=str(tmp_path))
+    done = start_where_the_second_runs(
+        """
+        from sdtp.errors import UserError
+        from sdtp.pipeline import devices
+        def fail():
+            raise UserError('its GPU is gone')
+        devices.choose_device = fail
+        """,
+        inputs,
+        tmp_path,
+    )
     assert done.returncode == 1
     told = "process 1 of 2: error: its GPU is gone"
     assert done.stderr.splitlines().count(told) == 1
@@ -195,12 +204,7 @@ def test_a_failure_is_told_once(inputs: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_process_that_is_killed_ends_all_with_one_message(inputs: Path, tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text(
-        "import os, signal\n"
-        "if os.environ.get('LOCAL_RANK') == '1':\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-    )  # fmt: skip
-    done = start(inputs, tmp_path, path=str(tmp_path))
+    done = start_where_the_second_runs("import signal; os.kill(os.getpid(), signal.SIGKILL)", inputs, tmp_path)
     assert done.returncode == 1
     assert done.stderr.count("error: ") == 1
     assert "error: process 1 of 2 was ended by SIGKILL, and the others with it" in done.stderr
