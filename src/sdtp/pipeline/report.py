@@ -13,7 +13,16 @@ from sdtp.pipeline import html_page
 from sdtp.pipeline.figures import FIGURES
 from sdtp.pipeline.formats import flatten
 from sdtp.pipeline.plotstyle import saliency_name
-from sdtp.pipeline.results import AGREEMENT, LOWER_IS_BETTER, Pair, nearest_length, speed_at, verdict, with_speedup
+from sdtp.pipeline.results import (
+    AGREEMENT,
+    LOWER_IS_BETTER,
+    Pair,
+    nearest_length,
+    records,
+    speed_at,
+    verdict,
+    with_speedup,
+)
 from sdtp.pipeline.targets import is_baseline
 from sdtp.pipeline.token_view import removal_stages
 
@@ -129,14 +138,14 @@ def _costs(run: Run, ratio: float) -> list[dict[str, Any]]:
     judged = _judged(run.comparisons)
     costs: list[dict[str, Any]] = []
     own = run.quality[(run.quality["method"] == "sdtp") & (run.quality["keep_ratio"] == ratio)]
-    for row in _records(own[~own["metric"].isin(AGREEMENT)]):  # from unpruned it can but fall short
+    for row in records(own[~own["metric"].isin(AGREEMENT)]):  # from unpruned it can but fall short
         task, metric = row["task"], row["metric"]
         cell = run.quality[(run.quality["task"] == task) & (run.quality["metric"] == metric)]
         rivals = cell[(cell["keep_ratio"] == ratio) & cell["method"].map(is_baseline)]
         rivals = rivals.sort_values("value", ascending=metric in LOWER_IS_BETTER, kind="stable")
         others = [
             {**other, "verdict": judged[task, metric, "sdtp", other["method"], ratio]["verdict"]}
-            for other in _records(rivals)
+            for other in records(rivals)
         ]
         costs.append(
             {
@@ -158,7 +167,7 @@ def quality_tables(quality: pd.DataFrame, comparisons: pd.DataFrame) -> list[dic
         task, metric = map(str, panel)
         rows = [
             {**row, "difference": judged.get((task, metric, row["method"], "unpruned", row["keep_ratio"]))}
-            for row in _records(cell)
+            for row in records(cell)
         ]
         better = "lower" if metric in LOWER_IS_BETTER else "higher"
         rivals = [pair for key, pair in judged.items() if key[:2] == (task, metric) and pair["other"] != "unpruned"]
@@ -170,12 +179,8 @@ def _judged(comparisons: pd.DataFrame) -> dict[Pair, dict[str, Any]]:
     """The rows of comparisons.csv by what they compare, each with its verdict."""
     return {
         (row["task"], row["metric"], row["method"], row["other"], row["keep_ratio"]): {**row, "verdict": verdict(row)}
-        for row in _records(comparisons)
+        for row in records(comparisons)
     }
-
-
-def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    return [{str(column): value for column, value in row.items()} for row in table.to_dict("records")]
 
 
 def token_views(run: Run) -> list[dict[str, Any]]:

@@ -43,6 +43,11 @@ Cell = tuple[str, str, str, float]
 Pair = tuple[str, str, str, str, float]
 
 
+def records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a table, each by the names of its columns."""
+    return [{str(column): value for column, value in row.items()} for row in table.to_dict("records")]
+
+
 def difference_columns(pair: PairedDifference | None) -> dict[str, float]:
     """A paired comparison as columns of a table, all missing where there is none, as of what is compared with."""
     if pair is None:

@@ -14,7 +14,7 @@ import pandas as pd
 from sdtp.errors import UserError
 from sdtp.evaluation import names
 from sdtp.evaluation.stats import paired_difference, paired_ratios, retained_share
-from sdtp.pipeline.results import difference_columns, with_verdicts
+from sdtp.pipeline.results import difference_columns, records, with_verdicts
 from sdtp.pipeline.suite_tables import wholes
 from sdtp.pipeline.tables import Cells, quality_cells, quality_table
 
@@ -116,7 +116,7 @@ def tradeoff_table(
         for length in lengths
     ]
     joined = []
-    for cell in _records(table):
+    for cell in records(table):
         arm = cell["method"], cell["keep_ratio"]
         for speed in speeds.get(arm, [{}]):  # nothing but quality is the oracle's
             joined.append({**cell, **about[cell["task"], *arm], **speed})
@@ -146,7 +146,7 @@ def _whole_scores(suite: pd.DataFrame) -> list[dict[str, Any]]:
             "retained": retained_share(row["value"], unpruned[row["language"]]),
             "quality_tokens": row["prompt_tokens"],
         }
-        for row in _records(whole)
+        for row in records(whole)
     ]
 
 
@@ -168,7 +168,7 @@ def compression_table(rows: Sequence[Mapping[str, Any]], timings: Sequence[Timed
     timed = {(one.method, one.keep_ratio): one for one in timings}
     length = min(_common_lengths(timings), key=lambda tokens: abs(tokens - _typical_tokens(rows)))
     quality = {
-        (row["task"], row["metric"], row["method"], row["keep_ratio"]): row for row in _records(quality_table(cells))
+        (row["task"], row["metric"], row["method"], row["keep_ratio"]): row for row in records(quality_table(cells))
     }
     found = []
     for (task, metric, method, ratio), row in quality.items():
@@ -221,10 +221,6 @@ def _of_two_tokens(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]
         else:
             kept += own
     return kept
-
-
-def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    return [{str(column): value for column, value in row.items()} for row in table.to_dict("records")]
 
 
 def _arms(cells: Cells) -> list[Arm]:

@@ -65,8 +65,8 @@ def fit(
     """Train the scorer in place; the model stays as it is.
 
     Every sample comes once an epoch, in an order that depends on the seed, the epoch and the examples' lengths alone
-    (see `gradients.epoch_order`). A run that was interrupted goes
-    on from its newest checkpoint and, on the CPU, ends with the same bits as one that was not.
+    (see `gradients.epoch_order`). A run that was interrupted goes on from its newest checkpoint and, on the CPU, ends
+    with the same bits as one that was not.
 
     Called by each of several processes with the same arguments, each takes its share of every batch, and all end with
     the same scorer; the main one alone logs and writes. See `Processes` and `backbone.shard`.

@@ -11,7 +11,7 @@ from sdtp.pipeline.ablations import ablation_table, all_rows
 from sdtp.pipeline.paper.names import ABLATIONS
 from sdtp.pipeline.paper.part import JUDGED, Part, Value, part
 from sdtp.pipeline.paper.published import Numbers
-from sdtp.pipeline.results import with_verdicts
+from sdtp.pipeline.results import records, with_verdicts
 from sdtp.pipeline.tables import quality_cells
 
 ABOUT = {
@@ -74,5 +74,4 @@ def ablation(
         for row in table.to_dict("records")
     ]
     judged = with_verdicts(pd.DataFrame(rows), ["task", "metric"])
-    rows = [{str(key): value for key, value in row.items()} for row in judged.to_dict("records")]
-    return part(name, ABOUT[name] + MORE, KEYS, VALUES, rows, published, lambda row: str(row["task"]))
+    return part(name, ABOUT[name] + MORE, KEYS, VALUES, records(judged), published, lambda row: str(row["task"]))

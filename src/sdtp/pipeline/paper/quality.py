@@ -14,7 +14,7 @@ from sdtp.evaluation.names import PAPER_TASKS
 from sdtp.pipeline.paper.part import JUDGED, Part, Value, part
 from sdtp.pipeline.paper.published import Numbers
 from sdtp.pipeline.paper.shortened import LLMLINGUA, Speed
-from sdtp.pipeline.results import with_verdicts
+from sdtp.pipeline.results import records, with_verdicts
 from sdtp.pipeline.suite_tables import ALL, GROUP, PAPER, suite_cells, suite_table
 
 # What a table of scores has of each cell, whichever suite it is of.
@@ -61,7 +61,7 @@ def scored(table: pd.DataFrame, name: str, more: Sequence[str] = ()) -> list[dic
     if missing:
         raise UserError(f"{name}: no column {', '.join(missing)}; accepted: {', '.join((*SCORED, *more))}")
     renamed = table.rename(columns={"low": "value_low", "high": "value_high"})
-    return [{str(key): value for key, value in row.items()} for row in renamed.to_dict("records")]
+    return records(renamed)
 
 
 def table_1(

@@ -9,6 +9,7 @@ import pandas as pd
 from sdtp.errors import UserError
 from sdtp.pipeline.paper.part import JUDGED, Part, Value, part
 from sdtp.pipeline.paper.published import Numbers
+from sdtp.pipeline.results import records
 from sdtp.pipeline.sweeps import SWEEP_COLUMNS
 
 ABOUT = {
@@ -49,8 +50,5 @@ def swept(name: str, table: pd.DataFrame, published: Numbers) -> Part:
     by = HORIZONTAL[name]
     keys = {"task": "Task", "metric": "Metric", "method": "Method", by: HEADINGS[by], "keep_ratio": "Keep ratio"}
     renamed = table.rename(columns={"low": "value_low", "high": "value_high"})
-    rows = [
-        {str(key): value for key, value in row.items()} | {by: "" if row["method"] == "unpruned" else str(row[by])}
-        for row in renamed.to_dict("records")
-    ]
+    rows = [row | {by: "" if row["method"] == "unpruned" else str(row[by])} for row in records(renamed)]
     return part(name, ABOUT[name], keys, VALUES, rows, published, lambda row: str(row["task"]))
