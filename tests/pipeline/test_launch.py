@@ -59,7 +59,8 @@ def run_train(
     starter: list[str], inputs: Path, run: Path, settings: dict, threads: int, path: str = ""
 ) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW", "SDTP"))}
-    environment |= {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": "", "HF_HOME": str(run)}
+    environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))  # as Snakemake gives both
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "HF_HOME": str(run)}
     environment["PYTHONPATH"] = os.pathsep.join([path, os.environ.get("PYTHONPATH", "")])
     command = ["--log", str(run / "train.log"), "train", "--processes", "2", *arguments(inputs, run, settings)]
     return subprocess.run(
@@ -98,9 +99,10 @@ def alone(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def both(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes write that the rule's launcher started."""
+    """What two processes write that the rule's launcher started; in `threads` how many the second one computed with."""
     run = tmp_path_factory.mktemp("both")
-    done = start(inputs, run)
+    told = f"open({str(run / 'threads')!r}, 'w').write(str(__import__('torch').get_num_threads()))"
+    done = start_where_the_second_runs(f"import atexit\natexit.register(lambda: {told})", inputs, run)
     assert done.returncode == 0, done.stderr[-3000:]
     return run
 
@@ -116,6 +118,11 @@ def assert_same(found: Path, expected: Path) -> None:
     assert [row[:3] for row in rows[0]] == [row[:3] for row in rows[1]]
     for (*_, name, value), (*_, other) in zip(*rows, strict=True):
         assert float(other) == pytest.approx(float(value), rel=1e-4 if name == "gradient_norm" else 1e-5)
+
+
+@pytest.mark.slow
+def test_processes_share_the_threads_of_the_job(both: Path) -> None:
+    assert (both / "threads").read_text() == "1"  # of the job's two
 
 
 @pytest.mark.slow

@@ -21,6 +21,15 @@ _PR_SET_PDEATHSIG = 1  # Linux, prctl(2)
 _PROGRAM = "import sys; from sdtp.cli import main; sys.exit(main())"
 # Where the launchers of a Slurm step meet: below the ports that systems give out (Linux: from 32768).
 _FIRST_PORT, _PORTS = 20000, 12000
+# How many threads a job may have, as Snakemake tells each library; of those torch reads the largest counts.
+_THREADS = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "GOTO_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+)
 
 
 @dataclass(frozen=True)
@@ -113,8 +122,9 @@ def launch(processes: int, command: Sequence[str]) -> None:
     # Of a failure they would print pages, tracebacks of the launcher included, below what the process itself said.
     for module in ("multiprocessing.api", "agent.server.api"):
         logging.getLogger(f"torch.distributed.elastic.{module}").setLevel(logging.CRITICAL)
-    if threads := os.environ.get("OMP_NUM_THREADS"):
-        os.environ["OMP_NUM_THREADS"] = str(max(1, int(threads) // processes))
+    for variable in _THREADS:
+        if threads := os.environ.get(variable):
+            os.environ[variable] = str(max(1, int(threads) // processes))
     config = LaunchConfig(nproc_per_node=processes, max_restarts=0, **_meeting(SlurmStep.of(os.environ)))
     in_all = config.max_nodes * processes
     try:
