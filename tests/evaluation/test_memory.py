@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,6 +31,36 @@ def test_peak_is_of_this_block_alone() -> None:
     assert small.bytes is not None
     assert large.bytes is not None
     assert 80 * MIB < large.bytes - small.bytes < 120 * MIB
+
+
+# Freeing a large block teaches glibc to keep the smaller ones on its heap; the last of them pins what lies below.
+FREEING = """
+import torch
+from sdtp.evaluation.memory import give_back_freed_memory
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+{first}
+del_me = torch.ones(30 << 20, dtype=torch.uint8)
+del del_me
+before = resident()
+blocks = [torch.ones(1 << 20, dtype=torch.uint8) for _ in range(200)]
+last = blocks[-1]
+del blocks
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_freed_memory_is_given_back_whatever_is_still_in_use() -> None:
+    def left(first: str) -> int:
+        code = FREEING.format(first=first)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    assert left("give_back_freed_memory()") < 10 << 20
+    assert left("") > 100 << 20
 
 
 def test_unsupported_system_gives_none_and_says_why(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from sdtp.errors import UserError
 from sdtp.evaluation.latency import Context, Stopwatch, timed_pass
-from sdtp.evaluation.memory import peak_memory
+from sdtp.evaluation.memory import give_back_freed_memory, peak_memory
 from sdtp.evaluation.serving import longest
 from sdtp.pipeline.config import Settings
 from sdtp.pipeline.data import BENCHMARK_FILE, request_prompts
@@ -52,6 +52,7 @@ def main(argv: list[str]) -> None:
             arms["sdtp", ratio] = functools.partial(pruner, model)
         [ids] = request_prompts(args.data, lengths[-1], 1)
         rows = []
+        give_back_freed_memory()  # or the arms' order would count
         for (method, ratio), context in tqdm(arms.items(), desc="looking for the longest prompt", unit="arm"):
             found = find(model, context, torch.tensor([ids], device=device), lengths, serving.new_tokens, limit)
             rows.append({"method": method, "keep_ratio": ratio, **found})
