@@ -57,11 +57,11 @@ def peak_memory(device: torch.device, process: Path = PROCESS) -> Iterator[Peak]
 
 
 def give_back_freed_memory() -> None:
-    """From now on a tensor of this process that is freed goes back to the system at once, instead of to a heap with holes.
+    """From now on this process gives a freed tensor back to the system at once, not to a heap with holes.
 
-    What is resident on the CPU is then what is in use, whatever ran before; `peak_memory` of a block that follows others
-    in the same process holds their holes otherwise. Allocating becomes slower: nothing is to be timed after it.
-    Nothing happens where the C library is not glibc, and nothing is needed on a GPU.
+    What is resident on the CPU is then what is in use, whatever ran before; `peak_memory` of a block that follows
+    others in the same process counts their holes otherwise. Allocating becomes slower: nothing is to be timed after
+    it. Nothing happens where the C library is not glibc, and nothing is needed on a GPU.
     """
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MAPPED)
