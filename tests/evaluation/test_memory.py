@@ -35,15 +35,17 @@ def test_peak_is_of_this_block_alone() -> None:
 
 # Freeing a large block teaches glibc to keep the smaller ones on its heap; the last of them pins what lies below.
 FREEING = """
+import resource
+
 import torch
 from sdtp.evaluation.memory import give_back_freed_memory
 
 def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * 4096
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 
 {first}
-del_me = torch.ones(30 << 20, dtype=torch.uint8)
-del del_me
+large = torch.ones(30 << 20, dtype=torch.uint8)
+del large
 before = resident()
 blocks = [torch.ones(1 << 20, dtype=torch.uint8) for _ in range(200)]
 last = blocks[-1]
@@ -52,6 +54,7 @@ print(resident() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_freed_memory_is_given_back_whatever_is_still_in_use() -> None:
     def left(first: str) -> int:
