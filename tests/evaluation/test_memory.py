@@ -62,8 +62,8 @@ def test_freed_memory_is_given_back_whatever_is_still_in_use() -> None:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         return int(done.stdout)
 
-    assert left("give_back_freed_memory()") < 10 << 20
-    assert left("") > 100 << 20
+    assert left("give_back_freed_memory()") < 10 * MIB
+    assert left("") > 100 * MIB
 
 
 def test_unsupported_system_gives_none_and_says_why(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

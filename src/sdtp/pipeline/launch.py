@@ -21,7 +21,7 @@ _PR_SET_PDEATHSIG = 1  # Linux, prctl(2)
 _PROGRAM = "import sys; from sdtp.cli import main; sys.exit(main())"
 # Where the launchers of a Slurm step meet: below the ports that systems give out (Linux: from 32768).
 _FIRST_PORT, _PORTS = 20000, 12000
-# How many threads a job may have, as Snakemake tells each library; of those torch reads the largest counts.
+# In which Snakemake tells each library how many threads a job may have. Where torch has MKL, MKL's number decides.
 _THREADS = (
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
