@@ -6,9 +6,7 @@ forks; it gets a JSON object a line, starts a child for it, waits until that end
 
 from __future__ import annotations
 
-import gc
 import json
-import logging
 import os
 import resource
 import select
@@ -17,7 +15,9 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from tests import preloaded
 
 ROOT = Path(__file__).parents[2]
 # Where, in a working folder, a test installs packages.
@@ -131,12 +131,8 @@ class Forking:
         self._process.communicate()
 
 
-def _child(request: dict[str, Any]) -> None:
-    """What a child does.
-
-    It ends with what the interpreter would do for what the user sees, and without the rest, which takes seconds here:
-    freeing all that was imported copies every page of it.
-    """
+def _child(request: dict[str, Any]) -> NoReturn:
+    """What a child does."""
     for descriptor, path in ((1, request["out"]), (2, request["err"])):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         os.dup2(file, descriptor)
@@ -157,24 +153,8 @@ def _child(request: dict[str, Any]) -> None:
         os.setgroups([])
         os.setgid(request["user"])
         os.setuid(request["user"])
-    import snakemake.cli
-
-    import sdtp.cli
-
     sys.path[:0] = request["path"]
-    sys.argv = [request["program"], *request["arguments"]]
-    main = {"sdtp": sdtp.cli.main, "snakemake": snakemake.cli.main}[request["program"]]
-    status: object = 1
-    try:
-        status = main(request["arguments"])
-    except SystemExit as ended:
-        status = ended.code
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status if isinstance(status, int) else 1)
+    preloaded.run(request["program"], request["arguments"])
 
 
 def _wait(child: int, request: dict[str, Any]) -> dict[str, Any]:
@@ -196,19 +176,7 @@ def _wait(child: int, request: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Serves requests until standard input ends."""
-    import importlib
-
-    import mlflow.tracking  # noqa: F401
-    import snakemake.cli  # noqa: F401
-
-    from sdtp import cli
-
-    for path in cli.steps().values():
-        importlib.import_module(f"sdtp.pipeline.steps.{path.stem}")
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
-
-    gc.collect()
-    gc.freeze()
+    preloaded.load()
     while line := sys.stdin.readline():
         request = json.loads(line)
         child = os.fork()

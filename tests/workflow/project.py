@@ -7,13 +7,14 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import yaml
 from snakemake.utils import update_config
+
+from tests.workflow import forked
 
 ROOT = Path(__file__).parents[2]
 PARTS = ("Snakefile", "Makefile", "README.md", "pyproject.toml", "config", "envs", "profiles", "workflow", "src")
@@ -37,7 +38,7 @@ def snakemake(
 ) -> subprocess.CompletedProcess[str]:
     """Runs Snakemake in `folder` on that folder's own code; output and errors are in `stdout`, together."""
     process = subprocess.run(
-        [sys.executable, "-m", "snakemake", "--cores", "2", *arguments],
+        [forked.python(), "-m", "snakemake", "--cores", "2", *arguments],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(folder / "src"), "OMP_NUM_THREADS": "1", "COLUMNS": "200", **environment},
         stdout=subprocess.PIPE,
