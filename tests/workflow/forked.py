@@ -14,6 +14,7 @@ import functools
 import json
 import os
 import selectors
+import shutil
 import signal
 import socket
 import stat
@@ -38,6 +39,7 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "TQDM
 def python() -> str:
     """The interpreter of that environment, which lives until this process ends."""
     folder = Path(tempfile.mkdtemp(prefix="sdtp-"))
+    atexit.register(shutil.rmtree, folder)
     own = Path(sys.executable).parent
     programs = folder / "bin"
     programs.mkdir()
@@ -67,7 +69,7 @@ def python() -> str:
         env=os.environ | ENVIRONMENT | {"PYTHONPATH": path},
         cwd=folder,
     )
-    atexit.register(process.communicate)
+    atexit.register(process.communicate)  # before the folder is removed
     assert process.stdout is not None
     assert process.stdout.readline() == b"ready\n"
     return str(programs / "python3")
