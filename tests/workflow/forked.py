@@ -25,6 +25,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+
 from tests import preloaded
 
 ROOT = Path(__file__).parents[2]
@@ -54,8 +56,12 @@ def python() -> str:
         "program": str(own / "sdtp"),
         "source": str(ROOT / "src" / "sdtp"),
         "prefixes": READ_ON_IMPORT,
-        "environment": {name: value for name, value in os.environ.items() if name.startswith(READ_ON_IMPORT)},
         "set": list(ENVIRONMENT),
+        "environment": {
+            name: value
+            for name, value in os.environ.items()
+            if name.startswith(READ_ON_IMPORT) and name not in ENVIRONMENT
+        },
     }
     (folder / "forked.json").write_text(json.dumps(settings), encoding="utf-8")
     client = programs / "sdtp"
@@ -83,9 +89,7 @@ def _child(request: dict[str, Any], descriptors: list[int]) -> NoReturn:
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
-    import torch
-
-    if threads := request["environment"].get("OMP_NUM_THREADS"):
+    if threads := os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(int(threads))
     preloaded.run("sdtp", request["arguments"])
 
@@ -104,16 +108,13 @@ class _Server:
     def serve(self) -> None:
         """Until standard input ends."""
         self._selector.register(sys.stdin, selectors.EVENT_READ, None)
-        while True:
-            for key, _ in self._selector.select():
-                answer: Callable[[], None] | None = key.data
-                if answer is None:
-                    return
-                answer()
+        # One event at a time: an answer may end what another of them is about.
+        answer: Callable[[], None] | None
+        while (answer := self._selector.select()[0][0].data) is not None:
+            answer()
 
     def _accept(self) -> None:
         client, _ = self._listener.accept()
-        client.setblocking(True)
         message, descriptors, _, _ = socket.recv_fds(client, 1 << 20, 3)
         while not message.endswith(b"\n"):
             message += client.recv(1 << 20)

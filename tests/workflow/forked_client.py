@@ -39,8 +39,7 @@ def same_settings():
         for name, value in os.environ.items()
         if name.startswith(tuple(SETTINGS["prefixes"])) and name not in SETTINGS["set"]
     }
-    there = {name: value for name, value in SETTINGS["environment"].items() if name not in SETTINGS["set"]}
-    return here == there
+    return here == SETTINGS["environment"]
 
 
 def ask():

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.processes import Started
 from tests.workflow import forked
 from tests.workflow.project import ROOT
 
@@ -66,27 +67,24 @@ def test_what_is_read_on_import_is_not_forked(environment: Path) -> None:
     assert call(asked, "--quiet", "show").stdout == f"{OWN} --quiet show\n"
 
 
-def opened_once_it_is_read(fifo: Path, process: subprocess.Popen[bytes]) -> int:
-    while process.poll() is None:
-        with contextlib.suppress(OSError):  # nobody reads yet
-            return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
-        select.select([], [], [], 0.01)
-    raise AssertionError(process.returncode)
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_ends_the_forked_process_too(environment: Path, tmp_path: Path, number: signal.Signals) -> None:
-    # It reads what nobody writes, and holds the end of a pipe meanwhile.
     prompt = tmp_path / "prompt.txt"
     os.mkfifo(prompt)
-    alive, held = os.pipe()
-    arguments = ["show", prompt, "--model", tmp_path, "--pruner", tmp_path]
-    process = subprocess.Popen([environment / "bin" / "sdtp", *arguments], stdout=held)
-    os.close(held)
-    writer = opened_once_it_is_read(prompt, process)
-    assert not select.select([alive], [], [], 0)[0]
-    process.send_signal(number)
-    assert process.wait(30) == -number
-    assert select.select([alive], [], [], 30)[0]  # closed: nobody holds it
-    os.close(writer)
-    os.close(alive)
+    program, folder = str(environment / "bin" / "sdtp"), str(tmp_path)
+    client = Started(tmp_path, program, "show", str(prompt), "--model", folder, "--pruner", folder)
+    ends: list[int] = []
+
+    def reads() -> bool:
+        with contextlib.suppress(OSError):  # nobody reads yet
+            ends.append(os.open(prompt, os.O_WRONLY | os.O_NONBLOCK))
+        return bool(ends)
+
+    client.until(reads)
+    unread = select.poll()
+    unread.register(ends[0], 0)  # no event but that nobody reads any more
+    assert not unread.poll(0)
+    client.process.send_signal(number)
+    assert client.wait() == -number
+    assert unread.poll(30_000)
+    os.close(ends[0])
