@@ -194,7 +194,12 @@ def test_scorer_ablation_goes_from_the_papers_scorer_to_the_default() -> None:
 def test_ablation_has_the_studys_training_and_enough_examples(name: str) -> None:
     config, study = resolved(name), resolved("study.yaml")
     assert config["data"]["test"]["examples"] >= 400
-    if name != "ablations/training.yaml":  # whose point is more of it
+    if name in ("ablations/losses.yaml", "ablations/saliency.yaml"):  # as many updates, of fewer examples
+        fewer = {"label_examples": 96, "label_epochs": 20}
+        assert 96 * 20 == study["training"]["label_examples"] * study["training"]["label_epochs"]
+        assert config["data"]["train"] == study["data"]["train"] | {"examples": 96}
+        assert config["training"] == study["training"] | fewer
+    elif name != "ablations/training.yaml":  # whose point is more of it
         assert config["data"]["train"] == study["data"]["train"]
         assert config["training"] == study["training"]
     assert "recent" in config["evaluation"]["methods"]  # a comparison needs a baseline
@@ -232,7 +237,7 @@ def test_schema_accepts_as_many_distractors_as_there_are_values() -> None:
 def test_offline_paper_is_the_default_model_with_enough_examples_and_every_method_of_the_paper() -> None:
     config, default = resolved(OFFLINE_PAPER), resolved("config.yaml")
     assert config["model"] == default["model"] | {"dtype": "float32"}
-    assert config["data"]["test"]["examples"] >= 200
+    assert config["data"]["test"]["examples"] >= 120
     assert 0.9 in config["pruning"]["keep_ratios"]  # the paper's
     assert config["benchmark"]["new_tokens"] == 128
     assert {"sdtp", "sdtp-half"} <= set(config["suites"]["methods"])
