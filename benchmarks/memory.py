@@ -178,8 +178,8 @@ def saved_bytes(weights: set[int]) -> Iterator[dict[int, int]]:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             found[storage.data_ptr()] = storage.nbytes()
-            kept.append(tensor)
-        return tensor
+            kept.append(tensor.detach())
+        return tensor.detach()  # a result that its own node kept would never go
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         yield found

@@ -3,10 +3,10 @@
     python benchmarks/training_step.py --config qwen2-7b --tokens 1024 4096 16384
 
 A model of a named shape with random weights, stages before every third layer from layer 4 on, scorers of width 512, a
-response of 512 tokens, cross-entropy alone; one example a step. Prints a Markdown table. `kept` is what the forward pass
-keeps for the backward pass, each storage counted once; `in all` the most that was allocated, weights included; seconds
-and FLOPs are those of a forward and backward pass, FLOPs by torch's own counter. Without CUDA only `kept` and the FLOPs
-are measured (benchmarks/memory.py does the rest there).
+response of 512 tokens, cross-entropy alone; one example a step. Prints a Markdown table. `kept` is what the forward
+pass keeps for the backward pass, each storage counted once; `in all` the most that was allocated, weights included;
+seconds are those of a forward and backward pass. Without CUDA only `kept` is measured, and benchmarks/memory.py does
+the rest.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import torch
 import transformers
 from gpu import CONFIGS, build_model
 from memory import Costs, saved_bytes
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from sdtp.evaluation.memory import peak_memory
@@ -38,8 +37,7 @@ from sdtp.training.policy import MaskingPolicy
 
 START, STEP, KEEP_RATIO = 4, 3, 0.8
 COLUMNS = (
-    "prompt tokens", "recomputing", "kept, GB", "formula", "ratio", "in all, GB", "formula", "ratio",
-    "seconds", "TFLOP", "TFLOP/s",
+    "prompt tokens", "recomputing", "kept, GB", "formula", "ratio", "in all, GB", "formula", "ratio", "seconds",
 )  # fmt: skip
 
 
@@ -50,7 +48,6 @@ class Step:
     kept: int  # bytes
     peak: int | None  # bytes
     seconds: tuple[float, ...]
-    flops: int
 
 
 def costs(model: PreTrainedModel, schedule: PruningSchedule, width: int, prompt: int, response: int) -> Costs:
@@ -79,7 +76,7 @@ def measure(
         return example_losses(model, policy, example, Weights(ce=1.0, mse=0.0, rank=0.0), (0, 0))["loss"]
 
     with running(model, shape.first, autocast=False, recompute=shape.recompute):
-        loss().backward()
+        loss().backward()  # loads kernels, and makes the optimizer's state
         optimizer.step()
         weights = {weight.untyped_storage().data_ptr() for weight in [*model.parameters(), *scorer.parameters()]}
         with saved_bytes(weights) as found:
@@ -97,7 +94,7 @@ def measure(
                 loss().backward()
                 torch.cuda.synchronize()
                 seconds.append(time.perf_counter() - start)
-    return Step(kept, peak, tuple(seconds), 0)
+    return Step(kept, peak, tuple(seconds))
 
 
 def row(shape: Costs, step: Step, resident: int) -> str:
@@ -108,10 +105,9 @@ def row(shape: Costs, step: Step, resident: int) -> str:
         cells += [measured[0], f"{expected / 1e9:.2f}", measured[1]]
     if step.seconds:
         middle = statistics.median(step.seconds)
-        cells += [f"{middle:.3f} ({min(step.seconds):.3f} to {max(step.seconds):.3f})"]
-        cells += [f"{step.flops / 1e12:.3g}", f"{step.flops / middle / 1e12:.0f}"]
+        cells.append(f"{middle:.3f} ({min(step.seconds):.3f} to {max(step.seconds):.3f})")
     else:
-        cells += ["", f"{step.flops / 1e12:.3g}", ""]
+        cells.append("")
     return "| " + " | ".join(cells) + " |"
 
 
@@ -142,7 +138,7 @@ def main() -> None:
             try:
                 lines.append(row(shape, measure(model, policy, scorer, shape, args.repeats, 1e-3), resident))
             except torch.OutOfMemoryError:
-                lines.append(f"| {tokens} | {'yes' if recompute else 'no'} | out of memory |" + " |" * 8)
+                lines.append(f"| {tokens} | {'yes' if recompute else 'no'} | out of memory |" + " |" * 6)
             print(lines[-1], file=sys.stderr)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"

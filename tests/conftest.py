@@ -100,6 +100,21 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 MOST_SKIPPED = 56
 
 
+# Of the files of one group no two are tested at the same time: there is one Slurm cluster on a machine.
+GROUPS = ("tests/cluster",)
+SLOW = ("tests/cluster", "tests/workflow", "tests/faults")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With several workers (`-n`), tests that share what they make are one worker's, and the slow ones come first."""
+    if not config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        return
+    for item in items:
+        file = item.nodeid.split("::")[0]
+        item.add_marker(pytest.mark.xdist_group(next((group for group in GROUPS if file.startswith(group)), file)))
+    items.sort(key=lambda item: not item.nodeid.startswith(SLOW))
+
+
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """Fail a run that skipped too much."""
     reporter: Any = session.config.pluginmanager.get_plugin("terminalreporter")

@@ -196,7 +196,7 @@ def test_ablation_has_the_studys_training_and_enough_examples(name: str) -> None
     assert config["data"]["test"]["examples"] >= 400
     if name in ("ablations/losses.yaml", "ablations/saliency.yaml"):  # as many updates, of fewer examples
         fewer = {"label_examples": 96, "label_epochs": 20}
-        assert 96 * 20 == study["training"]["label_examples"] * study["training"]["label_epochs"]
+        assert study["training"]["label_examples"] * study["training"]["label_epochs"] == 96 * 20
         assert config["data"]["train"] == study["data"]["train"] | {"examples": 96}
         assert config["training"] == study["training"] | fewer
     elif name != "ablations/training.yaml":  # whose point is more of it
