@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
         ({"generation": {"max_new_tokens": 5}}, GENERATIONS | {"figures", "report"}),
         ({"pruning": {"step": 2}}, FROM_SALIENCY | RANDOM),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, dict) else "jobs",
 )
 def test_check_comes_with_what_a_change_reruns_and_adds_nothing_else(
     finished_run: Path, tmp_path: Path, change: dict[str, Any], jobs: set[str]

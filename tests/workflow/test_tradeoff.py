@@ -107,7 +107,7 @@ WHOLE = {"time-methods/1.0"}
             {"evaluate/snapkv-0.8", "evaluate/snapkv-0.5"} | TIMINGS | GATHERED,
         ),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, dict) else "jobs",
 )
 def test_changed_setting_reruns_what_uses_it(
     compared: Path, tmp_path: Path, change: dict[str, Any], jobs: set[str]
