@@ -74,7 +74,8 @@ docs: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/zensical build --clean --strict
 
 test: lint
-	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/pytest \
+		-n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 
 # Of a lock file, what makes it, and what it is made from.
 define CHECK_LOCK

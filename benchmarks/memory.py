@@ -20,13 +20,13 @@ import itertools
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import transformers
-from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from sdtp.evaluation.memory import PROCESS, peak_memory
 from sdtp.pruning.schedule import PruningSchedule
@@ -185,6 +185,35 @@ def saved_bytes(weights: set[int]) -> Iterator[dict[int, int]]:
         yield found
 
 
+@contextmanager
+def training_step(
+    model: PreTrainedModel, scorer: Learned, schedule: PruningSchedule, shape: Costs
+) -> Iterator[Callable[[], torch.Tensor]]:
+    """The loss of one random example, after a step that loads kernels and makes the optimizer's state."""
+    policy = MaskingPolicy(schedule, scorer)
+    prompt, response = (torch.randint(shape.V, (length,)) for length in (shape.N, shape.R))
+    example = Example("one", prompt, response, torch.rand(shape.S, shape.N))
+    optimizer, _ = adamw(scorer, 1e-3, 10)
+    flat_gradients(scorer)
+
+    def loss() -> torch.Tensor:
+        return example_losses(model, policy, example, Weights(ce=1.0, mse=0.0, rank=0.0), (0, 0))["loss"]
+
+    with running(model, shape.first, autocast=False, recompute=shape.recompute):
+        loss().backward()
+        optimizer.step()
+        yield loss
+
+
+def saved_by(loss: Callable[[], torch.Tensor], model: PreTrainedModel, scorer: Learned) -> int:
+    """Bytes that the forward pass of `loss` keeps beside the weights."""
+    weights = {weight.untyped_storage().data_ptr() for weight in [*model.parameters(), *scorer.parameters()]}
+    with saved_bytes(weights) as found:
+        kept = loss()  # while it is there, so is what it keeps
+    del kept
+    return sum(found.values())
+
+
 def measure(shape: Costs) -> tuple[int, int]:
     """Bytes saved by a forward pass, and the growth of the resident memory in a step."""
     torch.manual_seed(0)
@@ -205,24 +234,8 @@ def measure(shape: Costs) -> tuple[int, int]:
         model = LlamaForCausalLM(config)
     model = model.eval().requires_grad_(False)
     scorer = Learned(shape.h, shape.S, shape.w)
-    optimizer, _ = adamw(scorer, 1e-3, 10)
-    flat_gradients(scorer)
-    policy = MaskingPolicy(schedule, scorer)
-    prompt = torch.randint(VOCABULARY, (shape.N,))
-    labels = torch.rand(shape.S, shape.N)
-    example = Example("one", prompt, torch.randint(VOCABULARY, (RESPONSE,)), labels)
-
-    def loss() -> torch.Tensor:
-        return example_losses(model, policy, example, Weights(ce=1.0, mse=0.0, rank=0.0), (0, 0))["loss"]
-
-    with running(model, shape.first, autocast=False, recompute=shape.recompute):
-        loss().backward()  # pages in weights and kernels
-        optimizer.step()
-        weights = {weight.untyped_storage().data_ptr() for weight in [*model.parameters(), *scorer.parameters()]}
-        with saved_bytes(weights) as found:
-            kept = loss()
-        saved = sum(found.values())
-        del kept, found
+    with training_step(model, scorer, schedule, shape) as loss:
+        saved = saved_by(loss, model, scorer)
         with peak_memory(torch.device("cpu")) as peak:
             before = resident()
             loss().backward()

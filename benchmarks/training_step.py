@@ -22,18 +22,13 @@ from pathlib import Path
 import torch
 import transformers
 from gpu import CONFIGS, build_model
-from memory import Costs, saved_bytes
+from memory import Costs, saved_by, training_step
 from transformers import PreTrainedModel
 
 from sdtp.evaluation.memory import peak_memory
 from sdtp.pipeline.devices import choose_device
 from sdtp.pruning.schedule import PruningSchedule
 from sdtp.pruning.scorers import Learned
-from sdtp.training.backbone import running
-from sdtp.training.examples import Example
-from sdtp.training.objective import Weights, example_losses
-from sdtp.training.optimizer import adamw, flat_gradients
-from sdtp.training.policy import MaskingPolicy
 
 START, STEP, KEEP_RATIO = 4, 3, 0.8
 COLUMNS = (
@@ -50,7 +45,9 @@ class Step:
     seconds: tuple[float, ...]
 
 
-def costs(model: PreTrainedModel, schedule: PruningSchedule, width: int, prompt: int, response: int) -> Costs:
+def costs(
+    model: PreTrainedModel, schedule: PruningSchedule, width: int, prompt: int, response: int, recompute: bool
+) -> Costs:
     """The formula for a model that `scaled_dot_product_attention` serves and whose MLPs are gated."""
     config = model.config
     heads = config.num_attention_heads
@@ -58,32 +55,14 @@ def costs(model: PreTrainedModel, schedule: PruningSchedule, width: int, prompt:
         L=config.num_hidden_layers, first=schedule.layers[0], h=config.hidden_size,
         q=heads * (getattr(config, "head_dim", None) or config.hidden_size // heads), heads=heads,
         f=config.intermediate_size, V=config.vocab_size, S=schedule.stages, w=width, N=prompt, R=response,
-        b=model.dtype.itemsize, recompute=False,
+        b=model.dtype.itemsize, recompute=recompute,
     )  # fmt: skip
 
 
-def measure(
-    model: PreTrainedModel, policy: MaskingPolicy, scorer: Learned, shape: Costs, repeats: int, rate: float
-) -> Step:
+def measure(model: PreTrainedModel, scorer: Learned, schedule: PruningSchedule, shape: Costs, repeats: int) -> Step:
     """A step of one example with random tokens and labels."""
-    generator = torch.Generator().manual_seed(0)
-    prompt, response = (torch.randint(shape.V, (length,), generator=generator) for length in (shape.N, shape.R))
-    example = Example("one", prompt, response, torch.rand(shape.S, shape.N, generator=generator))
-    optimizer, _ = adamw(scorer, rate, 10)
-    flat_gradients(scorer)
-
-    def loss() -> torch.Tensor:
-        return example_losses(model, policy, example, Weights(ce=1.0, mse=0.0, rank=0.0), (0, 0))["loss"]
-
-    with running(model, shape.first, autocast=False, recompute=shape.recompute):
-        loss().backward()  # loads kernels, and makes the optimizer's state
-        optimizer.step()
-        weights = {weight.untyped_storage().data_ptr() for weight in [*model.parameters(), *scorer.parameters()]}
-        with saved_bytes(weights) as found:
-            value = loss()
-        kept = sum(found.values())
-        del value, found
-        peak, seconds = None, []
+    with training_step(model, scorer, schedule, shape) as loss:
+        kept, peak, seconds = saved_by(loss, model, scorer), None, []
         if model.device.type == "cuda":
             with peak_memory(model.device) as most:
                 loss().backward()
@@ -101,8 +80,8 @@ def row(shape: Costs, step: Step, resident: int) -> str:
     """One line of the table; `resident` is what weights, gradients and optimizer take."""
     cells = [f"{shape.N}", "yes" if shape.recompute else "no"]
     for found, expected in ((step.kept, shape.saved()), (step.peak, resident + shape.peak())):
-        measured = ["", ""] if found is None else [f"{found / 1e9:.2f}", f"{found / expected:.2f}"]
-        cells += [measured[0], f"{expected / 1e9:.2f}", measured[1]]
+        measured = ["", ""] if found is None else [f"{found / 1e9:.4g}", f"{found / expected:.2f}"]
+        cells += [measured[0], f"{expected / 1e9:.4g}", measured[1]]
     if step.seconds:
         middle = statistics.median(step.seconds)
         cells.append(f"{middle:.3f} ({min(step.seconds):.3f} to {max(step.seconds):.3f})")
@@ -112,7 +91,7 @@ def row(shape: Costs, step: Step, resident: int) -> str:
 
 
 def main() -> None:
-    """Measure and print, the longest prompts that fit."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", choices=list(CONFIGS), default="qwen2-7b", help="(default: %(default)s)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
@@ -123,20 +102,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the table there")
     args = parser.parse_args()
     device = choose_device()
-    model = build_model(args.config, getattr(torch, args.dtype), device).eval().requires_grad_(False)
+    model = build_model(args.config, getattr(torch, args.dtype), device)
     schedule = PruningSchedule.geometric(
         model.config.num_hidden_layers, start=START, step=STEP, ratio=KEEP_RATIO, sinks=4, local=0.1, min_local=16
     )
     scorer = Learned(model.config.hidden_size, schedule.stages, args.width).to(device)
-    policy = MaskingPolicy(schedule, scorer)
     resident = sum(weight.nbytes for weight in model.parameters()) + 16 * sum(w.numel() for w in scorer.parameters())
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     for tokens in args.tokens:
         for recompute in (False, True):
-            shape = costs(model, schedule, args.width, tokens, args.response)
-            shape = dataclasses.replace(shape, recompute=recompute)
+            shape = costs(model, schedule, args.width, tokens, args.response, recompute)
             try:
-                lines.append(row(shape, measure(model, policy, scorer, shape, args.repeats, 1e-3), resident))
+                lines.append(row(shape, measure(model, scorer, schedule, shape, args.repeats), resident))
             except torch.OutOfMemoryError:
                 lines.append(f"| {tokens} | {'yes' if recompute else 'no'} | out of memory |" + " |" * 6)
             print(lines[-1], file=sys.stderr)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -100,18 +103,17 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 MOST_SKIPPED = 56
 
 
-# Of the files of one group no two are tested at the same time: there is one Slurm cluster on a machine.
-GROUPS = ("tests/cluster",)
-SLOW = ("tests/cluster", "tests/workflow", "tests/faults")
+CLUSTER = "tests/cluster"  # whose files share one Slurm cluster, of which a machine has one
+SLOW = (CLUSTER, "tests/workflow", "tests/faults")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With several workers (`-n`), tests that share what they make are one worker's, and the slow ones come first."""
-    if not config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+    """Of several workers (`-n`) each tests whole files, for what their tests share, and the slow ones come first."""
+    if not hasattr(config, "workerinput"):
         return
     for item in items:
         file = item.nodeid.split("::")[0]
-        item.add_marker(pytest.mark.xdist_group(next((group for group in GROUPS if file.startswith(group)), file)))
+        item.add_marker(pytest.mark.xdist_group(CLUSTER if file.startswith(CLUSTER) else file))
     items.sort(key=lambda item: not item.nodeid.startswith(SLOW))
 
 
@@ -122,6 +124,14 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if exitstatus == pytest.ExitCode.OK and skipped > MOST_SKIPPED:
         reporter.write_line(f"{skipped} tests were skipped: at most {MOST_SKIPPED} may be", red=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.fixture(scope="module")
+def benchmark_script() -> Iterator[Callable[[str], ModuleType]]:
+    """Imports a script of `benchmarks` as Python finds it when it runs the file: its folder first on the path."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+        yield importlib.import_module
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,11 +35,8 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUD
 
 
 @pytest.fixture(scope="module")
-def gpu() -> Iterator[ModuleType]:
-    """The script, imported as Python finds it when it runs the file: its folder first on the path."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "benchmarks"))
-        yield importlib.import_module("gpu")
+def gpu(benchmark_script: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark_script("gpu")
 
 
 @pytest.fixture(scope="module")

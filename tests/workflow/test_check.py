@@ -13,15 +13,14 @@ from tests.workflow.test_rerun import BENCHMARKS, FROM_SALIENCY, GATHERED, GENER
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize(
-    ("change", "jobs"),
-    [
-        ({"benchmark": {"prompt_tokens": [64, 96]}}, BENCHMARKS | GATHERED),
-        ({"generation": {"max_new_tokens": 5}}, GENERATIONS | {"figures", "report"}),
-        ({"pruning": {"step": 2}}, FROM_SALIENCY | RANDOM),
-    ],
-    ids=lambda value: str(value) if isinstance(value, dict) else "jobs",
-)
+CHANGES: list[tuple[dict[str, Any], set[str]]] = [
+    ({"benchmark": {"prompt_tokens": [64, 96]}}, BENCHMARKS | GATHERED),
+    ({"generation": {"max_new_tokens": 5}}, GENERATIONS | {"figures", "report"}),
+    ({"pruning": {"step": 2}}, FROM_SALIENCY | RANDOM),
+]
+
+
+@pytest.mark.parametrize(("change", "jobs"), CHANGES, ids=[str(change) for change, _ in CHANGES])
 def test_check_comes_with_what_a_change_reruns_and_adds_nothing_else(
     finished_run: Path, tmp_path: Path, change: dict[str, Any], jobs: set[str]
 ) -> None:

@@ -93,22 +93,21 @@ TIMINGS = {f"time-methods/{ratio}" for ratio in RATIOS}
 WHOLE = {"time-methods/1.0"}
 
 
-@pytest.mark.parametrize(
-    ("change", "jobs"),
-    [
-        ({}, set()),
-        ({"peers": {"cache_keep": 0.5}}, COMPRESSED | TIMINGS | WHOLE | GATHERED),
-        ({"peers": {"layer": 1}}, {"evaluate/fastkv-0.8", "evaluate/fastkv-0.5"} | TIMINGS | GATHERED),
-        ({"peers": {"prompt_tokens": [64]}}, TIMINGS | WHOLE | GATHERED),
-        ({"evaluation": {"seeds": [0]}}, {"evaluate/random-0.8", "evaluate/random-0.5"} | GATHERED),
-        ({"benchmark": {"prompt_tokens": [64]}}, {"check"}),
-        (
-            {"peers": {"methods": ["fastkv", "h2o", "sdtp+h2o", "snapkv"]}},
-            {"evaluate/snapkv-0.8", "evaluate/snapkv-0.5"} | TIMINGS | GATHERED,
-        ),
-    ],
-    ids=lambda value: str(value) if isinstance(value, dict) else "jobs",
-)
+CHANGES: list[tuple[dict[str, Any], set[str]]] = [
+    ({}, set()),
+    ({"peers": {"cache_keep": 0.5}}, COMPRESSED | TIMINGS | WHOLE | GATHERED),
+    ({"peers": {"layer": 1}}, {"evaluate/fastkv-0.8", "evaluate/fastkv-0.5"} | TIMINGS | GATHERED),
+    ({"peers": {"prompt_tokens": [64]}}, TIMINGS | WHOLE | GATHERED),
+    ({"evaluation": {"seeds": [0]}}, {"evaluate/random-0.8", "evaluate/random-0.5"} | GATHERED),
+    ({"benchmark": {"prompt_tokens": [64]}}, {"check"}),
+    (
+        {"peers": {"methods": ["fastkv", "h2o", "sdtp+h2o", "snapkv"]}},
+        {"evaluate/snapkv-0.8", "evaluate/snapkv-0.5"} | TIMINGS | GATHERED,
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "jobs"), CHANGES, ids=[str(change) for change, _ in CHANGES])
 def test_changed_setting_reruns_what_uses_it(
     compared: Path, tmp_path: Path, change: dict[str, Any], jobs: set[str]
 ) -> None:
