@@ -138,6 +138,15 @@ def test_another_python_has_the_same_hash() -> None:
     assert dump(tree) == text
 
 
+@pytest.mark.parametrize("head", ["", "class A:", "def f():", "async def f():"])
+def test_docstrings_are_no_code_and_other_strings_are(head: str) -> None:
+    def text(*lines: str) -> str:
+        return dump(ast.parse(head + "".join(f"\n{' ' * bool(head)}{line}" for line in lines)))
+
+    assert text("'one'", "x = 'two'") == text("x = 'two'")
+    assert text("x = 'two'", "'one'") != text("x = 'two'")
+
+
 @pytest.mark.parametrize(("one", "other"), [("x = None", "x = 0"), ("f()", "f(None)"), ("f([])", "f(())"), ("x", "y")])
 def test_other_code_is_other_text(one: str, other: str) -> None:
     assert dump(ast.parse(one)) != dump(ast.parse(other))

@@ -9,11 +9,13 @@ import ast
 import functools
 import hashlib
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 
 import grimp
 
 PACKAGE = "sdtp"
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 # Modules that many steps import but whose edits change no result: they pass settings and devices on, raise, or record.
 # What decides anything about a result, such as a schedule or a number format, has no place in them.
@@ -90,7 +92,7 @@ def _module_digest(module: str) -> str:
     root = Path(spec.submodule_search_locations[0])
     path = root.joinpath(*module.split(".")[1:])
     source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-    tree = _without_docstrings(ast.parse(source.read_bytes(), filename=str(source)))
+    tree = ast.parse(source.read_bytes(), filename=str(source))
     digest = hashlib.sha256(dump(tree).encode())
     for name in READS.get(module, ()):
         digest.update((root / name).read_bytes())
@@ -98,25 +100,34 @@ def _module_digest(module: str) -> str:
 
 
 def dump(node: ast.AST) -> str:
-    """A syntax tree as text: the same for the same code under every Python that runs it.
+    """A syntax tree as text, docstrings left out: the same for the same code under every Python that runs it.
 
     `ast.dump` is not, since newer versions have fields that older ones lack, and print empty ones or leave them out.
     """
-    fields = ((name, value) for name, value in ast.iter_fields(node) if value is not None and value != [])
-    return f"{type(node).__name__}({', '.join(f'{name}={_dump_value(value)}' for name, value in fields)})"
+    parts: list[str] = []
+    _write(node, parts.append)
+    return "".join(parts)
 
 
-def _dump_value(value: object) -> str:
+def _write(value: object, out: Callable[[str], None]) -> None:
+    separator = ""
     if isinstance(value, list):
-        return f"[{', '.join(map(_dump_value, value))}]"
-    return dump(value) if isinstance(value, ast.AST) else repr(value)
-
-
-def _without_docstrings(tree: ast.Module) -> ast.Module:
-    for node in ast.walk(tree):
-        if (
-            isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-            and ast.get_docstring(node, clean=False) is not None
-        ):
-            del node.body[0]
-    return tree
+        out("[")
+        for item in value:
+            out(separator)
+            _write(item, out)
+            separator = ", "
+        out("]")
+    elif isinstance(value, ast.AST):
+        out(f"{type(value).__name__}(")
+        for name in value._fields:
+            field = getattr(value, name, None)
+            if name == "body" and isinstance(value, DOCUMENTED) and ast.get_docstring(value, clean=False) is not None:
+                field = field[1:]
+            if field is not None and field != []:
+                out(f"{separator}{name}=")
+                _write(field, out)
+                separator = ", "
+        out(")")
+    else:
+        out(repr(value))

@@ -14,6 +14,8 @@ from sdtp.errors import UserError
 from sdtp.evaluation.names import LEAST_REPORTED, LEAST_TO_TUNE, TUNED
 from sdtp.pipeline.schema_words import Schema, accepted, kinds, shown
 
+# By libyaml, where PyYAML was built with it: every start of the workflow reads the schema more than once.
+FAST_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 # A variant's name is a folder's and a column's value.
 VARIANT_NAME = "[A-Za-z0-9][A-Za-z0-9._-]*"
 # What leads to a pruner, and so may differ between variants that share the run's model and data.
@@ -28,7 +30,7 @@ MOST_VALUES = 10_000
 
 def load_schema(path: str | Path) -> Schema:
     """Reads a JSON Schema written in YAML, with each `$ref` into `$defs` replaced by what it refers to."""
-    schema = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    schema = yaml.load(Path(path).read_text(encoding="utf-8"), FAST_LOADER)
     definitions = schema.pop("$defs", {})
 
     def inline(node: Any) -> Any:
