@@ -75,11 +75,15 @@ def evaluate(
     Args:
         model: eval mode, unhooked.
         examples: rows of the test split.
-        pruner_for: see `methods`; prompts of one length run together where it is the same for all.
+        pruner_for: see `methods`; prompts of one length run together where it is the same for all. Of the unpruned
+            model nothing runs but the head, on the reference.
         batch_tokens: most prompt tokens of a batch; a longer prompt runs alone.
         reference: the unpruned model's states [response, hidden] on an example, see `Reference`.
     """
     head = Head(model)
+    if pruner_for == methods.unpruned:  # what it makes of an example is the reference, and is not computed again
+        shown = tqdm(examples, desc="evaluating", unit="example")
+        return [_row(example, *_unpruned(example, head(reference(example)))) for example in shown]
     rows: dict[int, dict[str, Any]] = {}
     lengths = [len(example["prompt_ids"]) for example in examples]
     together = isinstance(pruner_for, methods.Fixed) and pruner_for.batches
@@ -93,6 +97,11 @@ def evaluate(
                 rows[index] = _row(examples[index], summary(*forced), agreed)
             progress.update(len(batch))
     return [rows[index] for index in range(len(examples))]
+
+
+def _unpruned(example: dict[str, Any], logits: torch.Tensor) -> tuple[Forced, Agreement]:
+    response = torch.tensor(example["response_ids"], device=logits.device)
+    return summary(logits, response, len(example["prompt_ids"])), agreement(logits, logits)
 
 
 def _row(example: dict[str, Any], forced: Forced, agreed: Agreement) -> dict[str, Any]:
