@@ -45,8 +45,9 @@ def _raw(bench: Bench, measured: Measured, arm: str, ratio: float | None) -> dic
 
     work = bench.work[measured.tokens, ratio]
     nothing: dict[str, int | None] = {"peak_memory_bytes": None, "kv_cache_bytes": None}
+    held = measured.held[arm] if arm in measured.samples else nothing
     row = times(arm.partition("/")[0], measured.tokens, samples(arm))
-    row |= measured.held[arm] if arm in measured.samples else nothing
+    row |= {**held, "peak_memory_bytes": [held["peak_memory_bytes"]]}
     row |= {name: getattr(work, name) for name in ("prefill_flop", "scoring_flop", "kept_tokens")}
     for name in () if ratio is None else ("ideal", "scoring"):
         row[f"{name}_s"] = [timing.prefill_s for timing in samples(f"{name}/{ratio}").warm]
@@ -71,7 +72,7 @@ def _row(bench: Bench, columns: dict[str, Any], raw: dict[str, Any], unpruned: d
         "seconds_per_output_token": step_s,
         "decode_gb_per_s": byte_per_s / 1e9,
         "copy_fraction": byte_per_s / bench.copy_byte_per_s,
-        "samples": {name: values for name, values in raw.items() if isinstance(values, list)},
+        "samples": {name: values for name, values in raw.items() if name.endswith("_s") and isinstance(values, list)},
     }
     if raw is unpruned:
         return row

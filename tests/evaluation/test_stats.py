@@ -9,6 +9,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from sdtp.evaluation.stats import (
+    difference_interval,
     holm,
     mean_interval,
     paired_difference,
@@ -86,6 +87,57 @@ def test_paired_difference_of_one_example_shows_nothing() -> None:
     assert (result.mean, result.p_value, result.n) == (1.0, 1.0, 1)
     assert math.isnan(result.low)
     assert math.isnan(result.high)
+
+
+def enumerated_rates(n: int, discordant: float) -> tuple[float, float]:
+    """How often the interval of two equal methods' answers leaves out 0: ours, and that of resampling."""
+    ours = resampled = 0.0
+    for first in range(9):
+        for second in range(9):
+            chance = scipy_stats.multinomial.pmf(
+                [first, second, n - first - second], n, [discordant / 2 / n, discordant / 2 / n, 1 - discordant / n]
+            )
+            one = [1.0] * first + [0.0] * (n - first)
+            other = [0.0] * first + [1.0] * second + [0.0] * (n - first - second)
+            ours += chance * _leaves_out_0(difference_interval(one, other))
+            resampled += chance * _leaves_out_0(mean_interval(np.subtract(one, other).tolist()))
+    return ours, resampled
+
+
+def _leaves_out_0(interval: tuple[float, float]) -> bool:
+    return interval[0] > 0 or interval[1] < 0
+
+
+def test_interval_of_right_and_wrong_is_bonetts_and_prices() -> None:
+    # 5 of 20 only the first gets right, 1 only the second: (6 - 2) / 22 and sqrt((8 / 22 - (4 / 22)²) / 22).
+    first, second = [1.0] * 5 + [0.0] + [1.0] * 14, [0.0] * 5 + [1.0] + [1.0] * 14
+    middle, half = 4 / 22, 1.959964 * math.sqrt((8 / 22 - (4 / 22) ** 2) / 22)
+    assert difference_interval(first, second) == pytest.approx((middle - half, middle + half), abs=1e-6)
+    assert difference_interval([1.0] * 3, [0.0] * 3)[1] == 1.0
+    # Equal answers are no proof that all would be.
+    low, high = difference_interval([1.0] * 50, [1.0] * 50)
+    assert low == pytest.approx(-high)
+    assert high == pytest.approx(1.959964 * math.sqrt(2 / 52 / 52), abs=1e-6)
+
+
+@pytest.mark.slow
+def test_few_answers_that_differ_seldom_leave_out_0_by_chance() -> None:
+    ours, resampled = enumerated_rates(200, 4.0)
+    assert ours < 0.05 < resampled
+
+
+def test_losses_have_the_bootstrap_interval_of_their_differences() -> None:
+    rng = np.random.default_rng(1)
+    first, second = rng.normal(3, 1, 40), rng.normal(3, 1, 40)
+    assert difference_interval(first.tolist(), second.tolist()) == mean_interval((first - second).tolist())
+
+
+def test_how_many_resamples_are_drawn_at_a_time_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(2)
+    first, second = rng.normal(3, 1, 40).tolist(), rng.normal(3.2, 1, 40).tolist()
+    whole = paired_difference(first, second)
+    monkeypatch.setattr("sdtp.evaluation.stats._DRAWN", 40 * 7)
+    assert paired_difference(first, second) == whole
 
 
 def test_paired_difference_needs_the_same_examples() -> None:

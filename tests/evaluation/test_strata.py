@@ -38,6 +38,13 @@ def test_interval_is_as_wide_as_the_spread_within_groups_says() -> None:
     assert high - low == pytest.approx(2 * half, abs=0.03)
 
 
+def test_interval_of_small_groups_has_the_spread_of_their_samples() -> None:
+    groups = [[0.0, 1.0, 5.0]] * 8
+    low, high = strata.interval(groups, [1 / 8] * 8)
+    # Var of a group's mean is 7 / 3, with 2 degrees of freedom; a plain bootstrap has two thirds of it.
+    assert high - low == pytest.approx(2 * 1.96 * math.sqrt(7 / 3 / 8), rel=0.03)
+
+
 def test_a_group_of_one_says_nothing_of_its_spread() -> None:
     assert all(map(math.isnan, strata.interval([[1.0, 2.0], [3.0]], HALVES)))
 

@@ -190,6 +190,13 @@ def test_geometric_keeps_the_most_that_is_cheap_enough() -> None:
     assert costs.ratio(SCHEDULE.with_ratio(found.keep[0] + 2e-9).surviving(TOKENS)) > 0.6
 
 
+def test_sixty_stages_are_tuned_too() -> None:
+    many = PruningSchedule.geometric(64, start=4, step=1, ratio=0.98, sinks=2, local=0.0, min_local=1)
+    costs = Costs(500, lambda stage, n: n * (n + 5), lambda n: 0.0, 1000.0)
+    ratio = costs.ratio(geometric(many, costs, 0.6).surviving(500))
+    assert 0.55 < ratio <= 0.6
+
+
 def test_blend_lies_between_and_costs_the_same() -> None:
     costs = quadratic()
     steep = schedule_of(SCHEDULE, [40, 13, 13], TOKENS)

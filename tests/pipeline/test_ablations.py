@@ -208,8 +208,12 @@ def test_page_says_what_the_differences_show(table: pd.DataFrame) -> None:
     assert full[2] == "–"
     assert full[3].startswith("−0.125 [")
     assert own[2].startswith("+0.425 [+")
-    assert own[2].endswith("] worse")
+    assert own[2].endswith("]")  # four examples show no difference, whichever way they point
     assert own[4] == "32% |"
+    more = markdown(
+        table.assign(first_p_value=0.01), target_table(quality_cells(rows), arm("full")), "mine"
+    ).splitlines()
+    assert more[start + 9].split(" | ")[2] == f"{own[2]} worse"
 
 
 def test_figure_has_a_panel_for_each_ratio_task_and_metric_with_variants_in_order(table: pd.DataFrame) -> None:

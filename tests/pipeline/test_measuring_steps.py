@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from sdtp.errors import UserError
 from sdtp.evaluation import methods
 from sdtp.evaluation.head import response_states
+from sdtp.pipeline import timings
 from sdtp.pipeline.config import BenchmarkSettings
 from sdtp.pipeline.steps import benchmark, evaluate, generate
 from sdtp.pruning import flops, scorers
@@ -58,8 +59,15 @@ def test_tokens_beyond_the_context_are_refused_before_the_model_is_loaded(
         main(["--settings", json.dumps(settings), *files, "--keep-ratio", "0.5"])
 
 
-def test_benchmark_rows(tiny_model: Callable[..., PreTrainedModel]) -> None:
+def test_benchmark_rows(tiny_model: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
+    forwards: list[int] = []  # tokens of each
+    model.register_forward_pre_hook(
+        lambda _, args, inputs: forwards.append(inputs["input_ids"].shape[1]), with_kwargs=True
+    )
+    before: list[int] = []  # prefills before each pass that memory is measured in
+    peak_memory = timings.peak_memory
+    monkeypatch.setattr(timings, "peak_memory", lambda device: before.append(forwards.count(40)) or peak_memory(device))
     pruner = TokenPruner(SCHEDULE, scorers.Learned(32, 2, width=8))
     unpruned, pruned = benchmark.measure(model, pruner, list(range(3, 43)), SETTINGS)
     assert (unpruned["method"], pruned["method"]) == ("unpruned", "sdtp")
@@ -68,6 +76,10 @@ def test_benchmark_rows(tiny_model: Callable[..., PreTrainedModel]) -> None:
         assert [len(row[name]) for name in ("prefill_s", "decode_s", "end_to_end_s")] == [4, 4, 4]
         for prefill, decode, total in zip(row["prefill_s"], row["decode_s"], row["end_to_end_s"], strict=True):
             assert prefill + decode == pytest.approx(total)
+        assert len(row["peak_memory_bytes"]) == 3
+    # Unpruned, pruned and length bound have six rounds of time; then the first two three of memory, decoding as before.
+    assert before == [3 * 6 + measured for measured in range(2 * 3)]
+    assert forwards.count(1) == 2 * (2 * 6 + 2 * 3)
     assert len(pruned["ideal_s"]) == len(pruned["scoring_s"]) == 4
     assert min(pruned["scoring_s"]) > 0
     assert (unpruned["kept_tokens"], pruned["kept_tokens"]) == (40, 10)

@@ -288,10 +288,14 @@ def test_missing_file(run: Path, name: str) -> None:
     assert fault(run) == expected
 
 
-def test_command_of_a_run_with_a_configuration_of_its_own(tmp_path: Path) -> None:
-    run = tmp_path / "study"
-    assert fault(run).endswith(
-        "`.venv/bin/snakemake results/study/tables/latency.csv --cores all --configfile config/study.yaml` makes it"
+@pytest.mark.parametrize("there", ["config/study.yaml", "config/paper/study.yaml", None])
+def test_command_of_a_run_with_a_configuration_of_its_own(tmp_path: Path, there: str | None) -> None:
+    if there is not None:
+        (tmp_path / there).parent.mkdir(parents=True)
+        (tmp_path / there).touch()
+    assert fault(tmp_path / "results" / "study").endswith(
+        "`.venv/bin/snakemake results/study/tables/latency.csv --cores all "
+        f"--configfile {there or 'YOUR.yaml'}` makes it"
     )
 
 

@@ -127,5 +127,8 @@ def test_nearest_length_is_a_benchmarked_one_and_the_shorter_of_two(tokens: Any,
         ("loss", float("nan"), float("nan"), "no difference shown"),
     ],
 )
-def test_verdict_is_that_of_the_paired_interval(metric: Any, low: Any, high: Any, expected: Any) -> None:
-    assert results.verdict({"metric": metric, "ci_low": low, "ci_high": high}) == expected
+def test_verdict_is_that_of_the_paired_interval_where_the_test_agrees(
+    metric: Any, low: Any, high: Any, expected: Any
+) -> None:
+    assert results.verdict(metric, low, high, 0.05) == expected
+    assert results.verdict(metric, low, high, 0.06) == "no difference shown"

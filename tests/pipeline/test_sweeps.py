@@ -139,7 +139,7 @@ def test_p_values_are_adjusted_for_all_cells_of_their_panel(positions: pd.DataFr
     assert list(panel["p_value"]) == [0.125, 0.25, 1.0, 0.125]
     # Of four, the two smallest by 4 and 3, never falling: 0.5, 0.5; then 2 times 0.25, and 1.
     assert list(panel["p_holm"]) == [0.5, 0.5, 1.0, 0.5]
-    assert list(panel["verdict"]) == ["worse", "worse", "no difference shown", "worse"]
+    assert set(panel["verdict"]) == {"no difference shown"}  # four examples, all of which point one way, have p = 0.125
     unpruned = only(positions, task="continuation", metric="loss", method="unpruned")
     assert unpruned[["difference", "p_value", "p_holm", "verdict"]].isna().all()
 

@@ -23,6 +23,10 @@ from sdtp.pipeline.tables import comparison_table, efficiency, latency_table, qu
 from tests.pipeline.rows import only
 
 
+def said(row: pd.Series) -> str:
+    return verdict(row["metric"], row["ci_low"], row["ci_high"], row["p_value"])
+
+
 def arm(method: str, prefill: list[float], flop: float, **more: Any) -> dict[str, Any]:
     return {
         "method": method,
@@ -31,7 +35,7 @@ def arm(method: str, prefill: list[float], flop: float, **more: Any) -> dict[str
         "prefill_s": prefill,
         "decode_s": [0.5] * len(prefill),
         "end_to_end_s": [seconds + 0.5 for seconds in prefill],
-        "peak_memory_bytes": 900,
+        "peak_memory_bytes": [900, 910, 890],
         "kv_cache_bytes": 100,
         "prefill_flop": flop,
         "cold_s": 99.0,
@@ -141,13 +145,13 @@ class TestLatency:
 
     def test_what_was_not_measured_stays_empty(self) -> None:
         rows = [
-            arm("unpruned", [2.0], 8e12, decode_s=[None], peak_memory_bytes=None, new_tokens=1),
+            arm("unpruned", [2.0], 8e12, decode_s=[None], peak_memory_bytes=[None] * 3, new_tokens=1),
             arm(
                 "sdtp",
                 [1.0],
                 4e12,
                 decode_s=[None],
-                peak_memory_bytes=None,
+                peak_memory_bytes=[None] * 3,
                 new_tokens=1,
                 ideal_s=[1.0],
                 scoring_flop=1e9,
@@ -159,6 +163,20 @@ class TestLatency:
         assert table["decode_speedup"].isna().all()
         assert table["end_to_end_speedup"].tolist() == pytest.approx([1.0, 2.5 / 1.5])
         assert table["peak_memory_bytes"].isna().all()
+        assert table["peak_memory_ratio"].isna().all()
+
+    def test_memory_is_compared_within_the_job_and_the_round(self) -> None:
+        # The processes differ in what they hold beside the model, by more than pruning saves.
+        small, large = ({"keep_ratio": job["keep_ratio"], "rows": [*map(dict, job["rows"])]} for job in (FAST, SLOW))
+        small["rows"][0]["peak_memory_bytes"], small["rows"][1]["peak_memory_bytes"] = [900, 1000, 800], [855, 900, 880]
+        large["rows"][0]["peak_memory_bytes"], large["rows"][1]["peak_memory_bytes"] = [2000] * 3, [1500, 1600, 1800]
+        table = latency_table([small, large])
+        unpruned = only(table, method="unpruned")
+        assert (unpruned["peak_memory_bytes"], unpruned["peak_memory_ratio"]) == (1500, 1.0)
+        assert table.loc[table["method"] == "sdtp", "peak_memory_bytes"].tolist() == [880, 1600]
+        # Paired: 0.95, 0.9, 1.1; the job's medians would give 880 / 900, and the pooled one 880 / 1500.
+        assert only(table, keep_ratio=0.9)["peak_memory_ratio"] == pytest.approx(0.95)
+        assert only(table, keep_ratio=0.8)["peak_memory_ratio"] == pytest.approx(0.8)
 
     def test_refuses_jobs_of_different_lengths(self) -> None:
         other = {"keep_ratio": 0.8, "rows": [{**row, "prompt_tokens": 1024} for row in SLOW["rows"]]}
@@ -290,13 +308,13 @@ class TestComparisons:
         table = comparison_table(cells)
         row = only(table, task="continuation", metric="loss", method="sdtp", other="unpruned")
         assert row["mean"] == pytest.approx(0.1, abs=0.01)
-        assert verdict(dict(row)) == "worse"
-        assert verdict(dict(only(table, task="continuation", metric="loss", other="recent"))) == "better"
+        assert said(row) == "worse"
+        assert said(only(table, task="continuation", metric="loss", other="recent")) == "better"
         # Further from the unpruned model, the lower divergence is the better one.
-        assert verdict(dict(only(table, task="continuation", metric="kl", other="recent"))) == "better"
+        assert said(only(table, task="continuation", metric="kl", other="recent")) == "better"
         # A constant shift has no spread at all; equal values show no difference.
-        assert verdict(dict(only(table, task="continuation", metric="loss", method="recent"))) == "worse"
-        assert verdict(dict(only(table, metric="accuracy", other="recent"))) == "no difference shown"
+        assert said(only(table, task="continuation", metric="loss", method="recent")) == "worse"
+        assert said(only(table, metric="accuracy", other="recent")) == "no difference shown"
 
     def test_differences_are_of_the_same_examples_with_seeds_averaged_first(self) -> None:
         table = comparison_table(quality_cells([*UNPRUNED, *SDTP[::-1], *RANDOM]))

@@ -7,7 +7,7 @@ import math
 import pandas as pd
 import pytest
 
-from sdtp.evaluation.stats import mean_interval
+from sdtp.evaluation.stats import difference_interval
 from sdtp.pipeline import targets
 from sdtp.pipeline.tables import Cells
 from sdtp.pipeline.targets import TARGET_COLUMNS, TARGETS, counts, is_baseline, judged, target_table, verdicts
@@ -79,9 +79,9 @@ def test_no_worse_is_judged_by_the_margin_of_the_metric(table: pd.DataFrame) -> 
     assert (close["outcome"], close["why"]) == ("met", "the interval lies on the better side of +0.0100")
     worse = of(table, "no-worse", "retrieval", "lastquery@0.9")  # a quarter of the examples worse
     assert worse["difference"] == -0.25
-    differences = [CELLS["retrieval", "accuracy", SUBJECT, 0.9][x] - one for x, one in
-                   CELLS["retrieval", "accuracy", "lastquery", 0.9].items()]  # fmt: skip
-    assert (worse["ci_low"], worse["ci_high"]) == pytest.approx(mean_interval(differences))
+    ones, others = (CELLS["retrieval", "accuracy", method, 0.9] for method in (SUBJECT, "lastquery"))
+    expected = difference_interval([ones[id_] for id_ in others], list(others.values()))
+    assert (worse["ci_low"], worse["ci_high"]) == expected
     assert (worse["outcome"], worse["why"]) == ("not met", "the interval lies on the worse side of −0.0200")
     assert of(table, "no-worse", "continuation", "lastquery@0.8")["outcome"] == "met"
 

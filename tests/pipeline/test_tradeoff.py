@@ -188,7 +188,7 @@ def test_compression_on_top_is_compared_with_its_own_base() -> None:
     assert list(family["method"]) == ["unpruned+h2o", "sdtp+h2o"]
     assert family["p_holm"].tolist() == pytest.approx(holm(family["p_value"].tolist()))
     assert family["p_holm"].tolist() != family["p_value"].tolist()
-    assert row["verdict"] == "worse"  # a higher loss
+    assert row["verdict"] == "no difference shown"  # of three examples none can be
     row = only(made, method="unpruned+h2o", task="continuation", metric="loss")
     assert row["difference"] == pytest.approx((0.1 + 0.3 + 0.1) / 3)
     assert row["prefill_speedup"] == 1.0

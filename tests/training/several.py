@@ -169,6 +169,20 @@ def resumed(folder: Path, scenario: str, checkpoint: str) -> dict[str, Any]:
     return train(scenario, folder)
 
 
+def refusal() -> str:
+    """What each process raises where no held-out prompt leaves a stage a choice; the examples are all alike on both."""
+    model = make_model()
+    heldout = [cut(example) for example in make_examples(model, 3, "held")]
+    try:
+        trainer.fit(
+            model, Learned(32, SCHEDULE.stages, width=8), SCHEDULE, make_examples(model, 2, "train"), heldout,
+            Options(**OPTIONS), lambda metrics, step, split: None,
+        )  # fmt: skip
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
 def failure(rank: int) -> str:
     """What each process raises where the model of one of them gives NaN from the third forward on."""
     forwards = []
@@ -195,6 +209,7 @@ def main(out_folder: str, *scenarios: str) -> None:
     for scenario, checkpoint in RESUMED.items():
         found[f"{scenario}, resumed"] = resumed(Path(out_folder) / checkpoint, scenario, checkpoint)
     found["failures"] = [failure(0), failure(1)]
+    found["refusal"] = refusal()
     torch.save(found, Path(out_folder) / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()
 

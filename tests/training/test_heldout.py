@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import math
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from sdtp.errors import UserError
 from sdtp.pruning.schedule import PruningSchedule
 from sdtp.pruning.scorers import Learned
 from sdtp.training import heldout
-from sdtp.training.heldout import HeldOut, best_evaluation
+from sdtp.training.agreement import stage_agreement
+from sdtp.training.examples import Example
+from sdtp.training.heldout import HeldOut, best_evaluation, check_choices
 from sdtp.training.objective import masked_logits
 from sdtp.training.policy import MaskingPolicy
 from sdtp.training.processes import Processes
@@ -61,6 +67,60 @@ def test_the_unpruned_model_runs_once_an_example_where_its_predictions_fit(monke
     policy = make_policy()
     assert held.evaluate(policy) == held.evaluate(policy)
     assert len(calls) == forwards
+
+
+def refused(schedule, *prompt_tokens):
+    try:
+        check_choices(prompt_tokens, schedule)
+    except UserError:
+        return True
+    return False
+
+
+MODEL = make_model()
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    tokens=st.integers(1, 24),
+    shape=st.one_of(
+        st.lists(st.sampled_from([1.0, 0.97, 0.9, 0.7, 0.5, 0.3, 0.1]), min_size=1, max_size=3).map(
+            lambda keep: {"keep": tuple(sorted(keep, reverse=True))}
+        ),
+        st.integers(1, 24).map(lambda budget: {"budget": budget}),
+    ),
+    sinks=st.integers(0, 6),
+    local=st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]),
+    min_local=st.integers(0, 8),
+    min_tokens=st.sampled_from([0, 0, 12]),
+)
+# All go but the protected; none goes; one of two goes; the second stage alone has a choice, with fewer protected.
+@hypothesis.example(tokens=10, shape={"keep": (0.1,)}, sinks=1, local=0.0, min_local=2, min_tokens=0)
+@hypothesis.example(tokens=10, shape={"keep": (1.0,)}, sinks=1, local=0.0, min_local=2, min_tokens=0)
+@hypothesis.example(tokens=2, shape={"keep": (0.5,)}, sinks=0, local=0.0, min_local=0, min_tokens=0)
+@hypothesis.example(tokens=9, shape={"keep": (1.0, 0.7)}, sinks=2, local=0.0, min_local=2, min_tokens=0)
+@hypothesis.example(tokens=20, shape={"keep": (0.3, 0.3)}, sinks=0, local=0.5, min_local=0, min_tokens=0)
+def test_held_out_prompts_are_refused_where_no_stage_would_count(tokens, shape, sinks, local, min_local, min_tokens):
+    """What is known from the number of tokens is what the masked model comes to."""
+    layers = (1, 2, 3)[: len(shape.get("keep", (0, 0)))]
+    schedule = PruningSchedule(layers, **shape, sinks=sinks, local=local, min_local=min_local, min_tokens=min_tokens)
+    torch.manual_seed(tokens)
+    case = Example("case", torch.randint(3, 128, (tokens,)), torch.tensor([5, 6]), torch.rand(len(layers), tokens))
+    policy = make_policy(schedule=schedule)
+    with torch.no_grad():
+        _, trace = masked_logits(MODEL, policy, case, None)
+    assert refused(schedule, tokens) == math.isnan(stage_agreement(trace, case.saliency)[0])
+
+
+def test_one_prompt_with_a_choice_is_enough_and_what_is_let_through_can_be_evaluated():
+    # Of n tokens the first and the last two are protected, and 0.7 n stay: of 4 tokens 3, of 5 tokens 4.
+    schedule = PruningSchedule((2,), (0.7,), sinks=1, local=0.0, min_local=2)
+    with pytest.raises(UserError, match="any of the 2 held-out prompts, the longest of 4 tokens: longer ones"):
+        check_choices([3, 4], schedule)
+    assert not refused(schedule, 3, 5, 4)
+    examples = [Example(str(n), torch.arange(3, 3 + n), torch.tensor([5, 6]), torch.rand(1, n)) for n in (3, 5, 4)]
+    found = HeldOut(MODEL, examples, Processes(cpu=True)).evaluate(make_policy(schedule=schedule))
+    assert all(math.isfinite(value) for value in found.values())
 
 
 def row(kl, step):

@@ -125,31 +125,25 @@ def test_every_epoch_has_each_example_once_in_an_order_of_its_own_number(data, m
     assert orders(range(4, 9)) == whole[3:]
 
 
-def test_states_that_would_not_fit_are_refused_before_any_forward_pass(tiny_model, monkeypatch):
+def test_states_take_what_is_asked_for_and_are_refused_where_that_is_not_left(tiny_model, monkeypatch):
     model = tiny_model()
-    examples = [
-        Example(f"e{index}", torch.arange(3, 3 + n), torch.tensor([5]), torch.rand(2, n))
-        for index, n in enumerate((20, 30, 40))
-    ]
-    forwards = []
-    hook = model.model.layers[0].register_forward_hook(lambda *args: forwards.append(None))
-    one = Processes(cpu=True)
+    tokens, one = [20, 30, 40], Processes(cpu=True)
+    examples = [Example(f"e{n}", torch.arange(3, 3 + n), torch.tensor([5]), torch.rand(2, n)) for n in tokens]
     # 2 stages of 32 numbers of 2 bytes: 128 bytes a token. Of 9000 bytes that are left 8100 may be used.
     monkeypatch.setattr(label_fit, "available_memory", lambda: 9000)
     words = (
         "the hidden states of 3 examples take 1.15e-05 GB .* 8.1e-06 GB of memory may be used: at most 2 is accepted"
     )
     with pytest.raises(UserError, match=rf"training\.label_examples: {words}"):
-        stored_states(model, examples, (1, 3), one, lockstep=False)
+        check_states_fit(tokens, 2, 32, one)
     monkeypatch.setattr(label_fit, "available_memory", lambda: 2800)
     with pytest.raises(UserError, match=r"may be used: training\.label_epochs of 0 is accepted"):
-        stored_states(model, examples, (1, 3), one, lockstep=False)
-    assert forwards == []
+        check_states_fit(tokens, 2, 32, one)
     for enough in (90 * 128 / 0.9 + 1, None):  # a system that does not say refuses nothing
         monkeypatch.setattr(label_fit, "available_memory", lambda enough=enough: enough)
-        states = stored_states(model, examples, (1, 3), one, lockstep=False)
-        assert [states[index].shape for index in range(3)] == [(2, 20, 32), (2, 30, 32), (2, 40, 32)]
-    hook.remove()
+        check_states_fit(tokens, 2, 32, one)
+    states = stored_states(model, examples, (1, 3), one, lockstep=False)
+    assert [states[index].shape for index in range(3)] == [(2, 20, 32), (2, 30, 32), (2, 40, 32)]
     assert sum(value.nbytes for value in states.values()) == 90 * 128
 
 

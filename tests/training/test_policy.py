@@ -289,6 +289,17 @@ def test_gumbel_softmax_goes_on_where_an_earlier_stage_kept_too_few(tiny_model):
     assert 0 < few < 12
 
 
+def test_gumbel_softmax_that_draws_nobody_leaves_the_token_it_was_nearest_to_keeping(tiny_model):
+    schedule = PruningSchedule((1, 3), (0.5, 0.25), sinks=0, local=0.0, min_local=0)
+    scorer, model = make_scorer(schedule), tiny_model()
+    against = torch.full((N,), -5.0).index_fill_(0, torch.tensor([12]), -4.0)  # as logistic noise -148 and -55
+    with MaskingPolicy(schedule, scorer, 1.0, "gumbel_softmax")(model, N, lambda stage, n: against) as trace:
+        loss = model(ids(), use_cache=False).logits[0, N:].square().mean()
+    assert [kept.tolist() for kept in trace.kept] == [[12], [12]]
+    gradients = torch.autograd.grad(loss, list(scorer.parameters()), allow_unused=True)
+    assert all(gradient is None or gradient.isfinite().all() for gradient in gradients)
+
+
 def test_an_unknown_sampler_is_refused():
     with pytest.raises(UserError, match=r"training\.sampler is 'dice': one of gumbel_topk, gumbel_softmax is accepted"):
         MaskingPolicy(SCHEDULE, make_scorer(), sampler="dice")

@@ -93,3 +93,10 @@ def test_a_failure_on_one_process_ends_all_and_is_told_once(several, failing):
     assert told.startswith("UserError: loss ce of example 'train-")
     assert told.endswith("is nan: training stopped")
     assert other == "FailedElsewhereError: "
+
+
+@pytest.mark.slow
+def test_held_out_prompts_without_a_choice_are_told_of_once(several):
+    told, other = (rank["refusal"] for rank in several)
+    assert told.startswith("UserError: no stage has a choice in any of the 3 held-out prompts, the longest of 3 tokens")
+    assert other == "FailedElsewhereError: "

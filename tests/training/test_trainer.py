@@ -123,7 +123,9 @@ def test_resumed_run_is_the_uninterrupted_one_to_the_bit(tiny_model, tmp_path):
     assert all(torch.equal(finished[name], weights[name]) for name in weights)
 
 
-@pytest.mark.parametrize("damage", ["truncated tensors", "truncated state", "no tensors", "flipped byte"])
+@pytest.mark.parametrize(
+    "damage", ["truncated tensors", "truncated state", "no tensors", "flipped byte", "edited learning rate"]
+)
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tiny_model, tmp_path, damage):
     model = tiny_model()
     examples = make_examples(model, 4)
@@ -133,12 +135,16 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tiny_model, tmp_path, 
     folders = sorted(only_state(tmp_path).iterdir())
     assert [path.name for path in folders] == ["step-00000003", "step-00000004"]  # the last two are kept
     newest = folders[-1]
-    path = newest / ("state.json" if damage == "truncated state" else "state.safetensors")
+    path = newest / ("state.json" if damage in ("truncated state", "edited learning rate") else "state.safetensors")
     content = path.read_bytes()
     if damage == "no tensors":
         path.unlink()
     elif damage == "flipped byte":
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif damage == "edited learning rate":
+        state = json.loads(content)
+        state["groups"][0]["lr"] *= 2
+        path.write_text(json.dumps(state))
     else:
         path.write_bytes(content[: len(content) // 2])
     resumed, again, second = run(model, examples, tmp_path, options=options)
@@ -472,13 +478,16 @@ def test_held_out_agreement_is_the_mean_over_prompts_with_a_choice(tiny_model):
     assert short_ce == pytest.approx(own.item(), rel=1e-4)
 
 
-def test_held_out_prompts_that_are_all_too_short_are_refused(tiny_model):
+@pytest.mark.parametrize("on_a_gpu", [False, True])
+def test_held_out_prompts_that_are_all_too_short_are_refused_before_any_forward(tiny_model, monkeypatch, on_a_gpu):
     model = tiny_model()
+    examples, heldout = make_examples(model, 3), [short_example(model), short_example(model, 2)]
+    forwards = []
+    model.model.layers[0].register_forward_hook(lambda *args: forwards.append(None))
+    monkeypatch.setattr(trainer, "_memory_is_fixed", lambda device: on_a_gpu)
     with pytest.raises(UserError, match=r"any of the 2 held-out prompts, the longest of 3 tokens"):
-        fit(
-            model, make_scorer(), SCHEDULE, make_examples(model, 2), [short_example(model), short_example(model, 2)],
-            OPTIONS, Recorder(),
-        )  # fmt: skip
+        fit(model, make_scorer(), SCHEDULE, examples, heldout, LABELS, Recorder())
+    assert forwards == []
 
 
 def test_a_non_finite_score_stops_training_and_is_named(tiny_model):
@@ -571,6 +580,7 @@ def test_a_run_killed_after_the_last_label_epoch_computes_no_state_again(tiny_mo
     assert (state["part"], state["step"], len(state["history"])) == ("labels", 5, 5)
     updates.clear()
     monkeypatch.setattr(trainer, "stored_states", None)  # is not called
+    monkeypatch.setattr(label_fit, "available_memory", lambda: 0)  # and no memory is asked for
     resumed, again, _ = run(model, examples, tmp_path, options=LABELS)
     assert updates == []
     assert again == log
@@ -659,15 +669,56 @@ def test_an_example_that_needs_more_memory_than_there_is_is_named(tiny_model, mo
     assert bool(log) != tried  # nothing has been trained by then, or the label epochs and maybe a step
 
 
-def test_states_that_would_not_fit_end_a_training_before_its_first_forward(tiny_model, monkeypatch):
+@pytest.mark.parametrize("on_a_gpu", [False, True])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_states_that_would_not_fit_end_a_training_before_its_first_forward(
+    tiny_model, tmp_path, updates, monkeypatch, on_a_gpu, resumed
+):
+    """On a GPU before what needs most memory there is tried; states are computed again by a run that goes on."""
     model = tiny_model()
     examples = make_examples(model, 4)
     forwards = []
-    model.model.layers[0].register_forward_hook(lambda *args: forwards.append(None))
-    monkeypatch.setattr(label_fit, "available_memory", lambda: 1000)
+    monkeypatch.setattr(trainer, "_memory_is_fixed", lambda device: on_a_gpu)
+
+    def train(log):
+        fit(model, make_scorer(), SCHEDULE, examples, [], LABELS, log, tmp_path)
+
+    if resumed:
+        with pytest.raises(KeyboardInterrupt):
+            train(Recorder(3, "labels"))
+    hook = model.model.layers[0].register_forward_hook(lambda *args: forwards.append(None))
+    # 2 stages of 32 numbers of 2 bytes; of the four examples the first three, of 20, 21 and 22 tokens.
+    needed = 2 * 32 * 2 * (20 + 21 + 22)
+    monkeypatch.setattr(label_fit, "available_memory", lambda: (needed - 1) / 0.9)
     with pytest.raises(UserError, match=r"training\.label_examples: the hidden states of 3 examples take"):
-        fit(model, make_scorer(), SCHEDULE, examples, [], LABELS, Recorder())
+        train(Recorder())
     assert forwards == []
+    hook.remove()
+    monkeypatch.setattr(label_fit, "available_memory", lambda: (needed + 1) / 0.9)
+    train(Recorder())
+
+
+class Second(Processes):
+    """Not the main process."""
+
+    def __init__(self, cpu):
+        super().__init__(cpu)
+        self.main = False
+
+
+@pytest.mark.parametrize(("label_examples", "main"), [(3, True), (3, False), (4, True), (9, True)])
+def test_a_training_says_once_that_labels_are_learned_from_a_part(
+    tiny_model, tmp_path, caplog, monkeypatch, label_examples, main
+):
+    model = tiny_model()
+    options = dataclasses.replace(LABELS, label_examples=label_examples, label_epochs=2)
+    if not main:
+        monkeypatch.setattr(trainer, "Processes", Second)
+    with caplog.at_level("INFO", "sdtp"):
+        run(model, make_examples(model, 4), options=options)
+    said = [record.getMessage() for record in caplog.records if "passes over labels" in record.getMessage()]
+    words = "the passes over labels learn from the first 3 of 4 training examples (training.label_examples)"
+    assert said == ([words] if label_examples == 3 and main else [])
 
 
 def test_patience_stops_and_keeps_the_best_evaluations_scorer(tiny_model, tmp_path):

@@ -160,9 +160,9 @@ def test_each_press_is_planned_by_the_name_of_its_file_and_others_are_not(tmp_pa
 def test_without_its_environment_one_line_says_what_makes_it(clone: Path) -> None:
     process = snakemake(clone, "--allowed-rules", "kvpress", "--", *results("KnormPress"), check=False)
     assert process.returncode != 0
-    line = "kvpress has an environment of its own, which is not there yet: make kvpress\n"
-    assert line in process.stdout
-    assert (clone / "logs" / "default" / "kvpress" / "KnormPress-0.8.log").read_text() == line
+    assert "kvpress has an environment of its own, which is not there yet: make kvpress\n" in process.stdout
+    # Before any job is started.
+    assert not (clone / "logs" / "default" / "kvpress").exists()
     assert not (clone / results("KnormPress")[0]).exists()
 
 

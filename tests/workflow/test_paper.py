@@ -181,6 +181,7 @@ def test_llmlingua_without_its_environment_says_what_makes_it(made: Path, tmp_pa
     process = snakemake(folder, "paper", "--configfile", "weights.yaml", check=False)
     assert process.returncode != 0
     assert "LLMLingua-2 has an environment of its own, which is not there yet: make llmlingua" in process.stdout
+    assert "steps (" not in process.stdout  # before any job is done
 
 
 @pytest.mark.skipif(not ENVIRONMENT.exists(), reason="the environment of LLMLingua-2 is not there: make llmlingua")

@@ -124,4 +124,5 @@ def test_benchmarks_measure_memory_that_holds_the_weights(results: Path, ratio: 
             weights += sum(tensors.get_tensor(name).nbytes for name in tensors.keys())  # noqa: SIM118
     assert weights > 100_000
     for row in json.loads((results / "benchmark" / f"ratio-{ratio}.json").read_text(encoding="utf-8"))["rows"]:
-        assert row["peak_memory_bytes"] > weights
+        assert len(row["peak_memory_bytes"]) == 3
+        assert min(row["peak_memory_bytes"]) > weights

@@ -2,6 +2,7 @@
 
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -135,6 +136,17 @@ def own_python_found(variable, name, peer):
     """A shell command that fails where the Python that `variable` names is not there, and says what makes it."""
     missing = f"{name} has an environment of its own, which is not there yet: make {peer}"
     return f'command -v "${variable}" > /dev/null || {{ echo "{missing}"; exit 1; }}'
+
+
+def check_own_pythons():
+    """Fails before hours of work that would end at a job whose environment of its own is not there."""
+    if workflow.non_local_exec:
+        return  # what a job finds where it runs, it says itself
+    jobs = [job for job in workflow.dag.needrun_jobs() if "found" in job.rule.params.keys()]
+    for command in sorted({job.params.found for job in jobs}):
+        done = subprocess.run(command, shell=True, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise WorkflowError(done.stdout.strip())
 
 
 def configuration(wildcards):

@@ -34,7 +34,8 @@ def mean(groups: Groups, weights: Sequence[float]) -> float:
 def interval(groups: Groups, weights: Sequence[float]) -> tuple[float, float]:
     """95% bootstrap interval of `mean`, every group resampled within itself; (nan, nan) where one has a single value.
 
-    Of one group it is `stats.mean_interval`; of several the percentile interval.
+    Of one group it is `stats.mean_interval`; of several the percentile interval. A mean of n values resampled varies by
+    (n - 1) / n of what it should, which is not little for the few examples of a group: its deviations are drawn out.
 
     Raises:
         ValueError: as `mean`.
@@ -48,7 +49,8 @@ def interval(groups: Groups, weights: Sequence[float]) -> tuple[float, float]:
     means = np.zeros(RESAMPLES)
     for weight, values in zip(weights, groups, strict=True):
         sample = np.asarray(values, dtype=np.float64)
-        means += weight * sample[rng.integers(sample.size, size=(RESAMPLES, sample.size))].mean(axis=1)
+        resampled = sample[rng.integers(sample.size, size=(RESAMPLES, sample.size))].mean(axis=1)
+        means += weight * (sample.mean() + (resampled - sample.mean()) * math.sqrt(sample.size / (sample.size - 1)))
     tail = (1 - LEVEL) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
     return float(low), float(high)

@@ -249,7 +249,8 @@ def _dearest(family: Callable[[float], PruningSchedule], costs: Costs, ratio: fl
     def cost(number: float) -> float:
         return costs.ratio(family(number).surviving(costs.prompt_tokens))
 
-    low, high = 1e-6, 1.0
+    # The last stage's share of the prompt is the product over the stages, and must stay above the smallest number.
+    low, high = max(1e-6, 1e-300 ** (1 / len(family(1.0).keep))), 1.0
     if cost(low) > ratio:
         raise UnreachableError(ratio, cost(low))
     while high - low > 1e-9:

@@ -18,7 +18,7 @@ TRAINING_COLUMNS = ("label_updates", "optimizer_steps", "kept_step")
 ABLATION_COLUMNS = [
     "task", "metric", "method", "variant", "keep_ratio", "value", "ci_low", "ci_high", "n", "retained",
     "minus_first", "first_low", "first_high", "first_p_value", "baseline", "minus_baseline",
-    "baseline_low", "baseline_high", "kept_share", *TRAINING_COLUMNS, "same_as",
+    "baseline_low", "baseline_high", "baseline_p_value", "kept_share", *TRAINING_COLUMNS, "same_as",
 ]  # fmt: skip
 
 # (task, method or `arm` of a variant, keep ratio)
@@ -144,8 +144,8 @@ def markdown(table: pd.DataFrame, target_table: pd.DataFrame, run: str) -> str:
         f"# Variants of run {run}",
         "",
         "Means over the test examples, differences on the same examples, each with a 95% interval; better or worse is",
-        "said where the interval of the difference leaves out 0. `kept` is the share of the prompt that the last stage",
-        "leaves. The best baseline of a section is the best by the means it shows.",
+        "said where the interval of the difference leaves out 0 and its p-value is at most 0.05. `kept` is the share",
+        "of the prompt that the last stage leaves. The best baseline of a section is the best by the means it shows.",
         "",
         *_training_lines(table),
     ]
@@ -197,6 +197,6 @@ def _shown(row: Mapping[str, Any], mean: str, bounds: str) -> str:
     if math.isnan(row[mean]):
         return NOTHING
     low, high = row[f"{bounds}_low"], row[f"{bounds}_high"]
-    shown = verdict({"metric": row["metric"], "ci_low": low, "ci_high": high})
+    shown = verdict(row["metric"], low, high, row[f"{bounds}_p_value"])
     text = f"{signed(row[mean])} [{signed(low)}, {signed(high)}]"
     return text if shown == "no difference shown" else f"{text} {shown}"

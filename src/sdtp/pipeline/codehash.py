@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import grimp
 
@@ -121,7 +122,7 @@ def _write(value: object, out: Callable[[str], None]) -> None:
     elif isinstance(value, ast.AST):
         out(f"{type(value).__name__}(")
         for name in value._fields:
-            field = getattr(value, name, None)
+            field: Any = getattr(value, name, None)
             if name == "body" and isinstance(value, DOCUMENTED) and ast.get_docstring(value, clean=False) is not None:
                 field = field[1:]
             if field is not None and field != []:

@@ -93,9 +93,14 @@ def _existing(run: Path, name: str) -> Path:
 
 
 def command(run: Path, name: str, *more: str) -> str:
-    """What makes a file of a run; `more` configuration files are laid over the run's own."""
-    own = run.resolve().name
-    files = [*([] if own == "default" else [f"config/{own}.yaml"]), *more]
+    """What makes a file of a run; `more` configuration files are laid over the run's own.
+
+    A run's folder does not say which file configured it: that of its name is meant where the repository has one.
+    """
+    folder = run.resolve()
+    own, repository = folder.name, folder.parent.parent
+    named = [name for name in (f"config/{own}.yaml", f"config/paper/{own}.yaml") if (repository / name).is_file()]
+    files = [*([] if own == "default" else [*named, "YOUR.yaml"][:1]), *more]
     option = f" --configfile {' '.join(files)}" if files else ""
     return f".venv/bin/snakemake results/{own}/{name} --cores all{option}"
 

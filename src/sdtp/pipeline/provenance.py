@@ -15,7 +15,7 @@ from sdtp.pipeline.files import sha256_file, sha256_files
 
 PACKAGES = ("sdtp", "torch", "transformers", "datasets", "safetensors", "numpy", "mlflow", "snakemake")
 # Arguments of steps that name what they write, or resume from, beside their declared outputs.
-WRITTEN = frozenset({"checkpoints", "metrics", "output"})
+WRITTEN = frozenset({"checkpoint", "checkpoints", "metrics", "output"})
 
 
 def origin(facts: Mapping[str, Any]) -> dict[str, str]:

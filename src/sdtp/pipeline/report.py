@@ -125,7 +125,7 @@ def _gain(latency: pd.DataFrame, ratio: float, length: int) -> dict[str, Any]:
         "efficiency": pruned["efficiency"],
         "end_to_end": pruned["end_to_end_speedup"],
         "cache_change": pruned["kv_cache_bytes"] / full["kv_cache_bytes"] - 1,
-        "memory_change": pruned["peak_memory_bytes"] / full["peak_memory_bytes"] - 1,
+        "memory_change": pruned["peak_memory_ratio"] - 1,
     }
 
 
@@ -178,7 +178,10 @@ def quality_tables(quality: pd.DataFrame, comparisons: pd.DataFrame) -> list[dic
 def _judged(comparisons: pd.DataFrame) -> dict[Pair, dict[str, Any]]:
     """The rows of comparisons.csv by what they compare, each with its verdict."""
     return {
-        (row["task"], row["metric"], row["method"], row["other"], row["keep_ratio"]): {**row, "verdict": verdict(row)}
+        (row["task"], row["metric"], row["method"], row["other"], row["keep_ratio"]): {
+            **row,
+            "verdict": verdict(row["metric"], row["ci_low"], row["ci_high"], row["p_value"]),
+        }
         for row in records(comparisons)
     }
 

@@ -6,7 +6,7 @@ same examples only: by the intervals of paired differences, never by whether two
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from sdtp.errors import UserError
-from sdtp.evaluation.stats import PairedDifference, holm
+from sdtp.evaluation.stats import LEVEL, PairedDifference, holm
 from sdtp.pipeline.reading import reading
 
 # fmt: off
@@ -22,7 +22,7 @@ LATENCY_COLUMNS = [
     "method", "keep_ratio", "prompt_tokens", "new_tokens", "prefill_s", "prefill_q25", "prefill_q75", "decode_s",
     "end_to_end_s", "repeats", "prefill_tflop", "flop_bound", "length_bound", "prefill_speedup", "speedup_q25",
     "efficiency", "flop_efficiency", "peak_memory_bytes", "kv_cache_bytes", "decode_speedup", "end_to_end_speedup",
-    "kept_tokens", "cold_prefill_s", "scoring_tflop", "overhead_s", "scoring_s",
+    "kept_tokens", "cold_prefill_s", "scoring_tflop", "overhead_s", "scoring_s", "peak_memory_ratio",
 ]
 QUALITY_COLUMNS = ["task", "metric", "method", "keep_ratio", "value", "ci_low", "ci_high", "n", "retained"]
 COMPARISON_COLUMNS = [
@@ -76,7 +76,7 @@ def with_verdicts(table: pd.DataFrame, family: list[str]) -> pd.DataFrame:
     for _, own in table[compared].groupby(family, dropna=False):
         adjusted |= zip(own.index, holm(own["p_value"].tolist()), strict=True)
     judged = [
-        verdict({"metric": row.get("metric"), "ci_low": row["difference_low"], "ci_high": row["difference_high"]})
+        verdict(row.get("metric"), row["difference_low"], row["difference_high"], row["p_value"])
         if pd.notna(row["p_value"])
         else None
         for row in table.to_dict("records")
@@ -209,12 +209,16 @@ def smoke(n: int) -> str:
     return f"smoke: n = {n}" if few(n) else f"n = {n}"
 
 
-def verdict(comparison: Mapping[str, Any]) -> str:
-    """How `method` does against `other` in a row of comparisons.csv: better, worse, or no difference shown.
+def verdict(metric: str | None, low: float, high: float, p_value: float) -> str:
+    """What a paired difference shows: better, worse, or no difference shown.
 
-    A difference is shown where its paired 95% interval leaves out 0; one without an interval (a single example) is not.
+    A difference is shown where its 95% interval leaves out 0 and the sign-flip test has it at 5%: of a handful of
+    examples that happen to agree either alone may make too much. One without an interval (a single example) is not.
+
+    Args:
+        metric: says which way is better; None for one of which more is.
+        low, high, p_value: of the difference, see `PairedDifference`.
     """
-    if comparison["ci_low"] > 0 or comparison["ci_high"] < 0:
-        lower = comparison["ci_high"] < 0
-        return "better" if lower == (comparison["metric"] in LOWER_IS_BETTER) else "worse"
+    if (low > 0 or high < 0) and p_value <= 1 - LEVEL:
+        return "better" if (high < 0) == (metric in LOWER_IS_BETTER) else "worse"
     return "no difference shown"

@@ -40,7 +40,8 @@ def latency_table(benchmarks: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """One row per arm and prompt length.
 
     Every job timed its own unpruned arm, interleaved with its pruned one: speedups are of times that ran side by side,
-    never across jobs. The unpruned row of a length pools the repeats of all jobs.
+    never across jobs, and the ratio of peak memory is of one process, since processes differ in what they hold beside
+    the model. The unpruned row of a length pools the repeats of all jobs.
 
     Args:
         benchmarks: the objects of `benchmark/ratio-*.json`, in the order of their rows in the table.
@@ -70,7 +71,8 @@ def _times(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     prefill = [seconds for row in rows for seconds in row["prefill_s"]]
     # With one new token there is no decode step: the lists hold null.
     decode = [seconds for row in rows for seconds in row["decode_s"] if seconds is not None]
-    peaks = [row["peak_memory_bytes"] for row in rows if row["peak_memory_bytes"] is not None]
+    # Where the system cannot tell, they hold null too.
+    peaks = [peak for row in rows for peak in row["peak_memory_bytes"] if peak is not None]
     low, middle, high = quartiles(prefill)
     return {
         "prompt_tokens": rows[0]["prompt_tokens"],
@@ -103,6 +105,7 @@ def _unpruned_latency(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "scoring_tflop": 0.0,
         "overhead_s": 0.0,
         "scoring_s": 0.0,
+        "peak_memory_ratio": math.nan if math.isnan(times["peak_memory_bytes"]) else 1.0,
     }
 
 
@@ -126,11 +129,18 @@ def _pruned_latency(keep_ratio: float, row: Mapping[str, Any], unpruned: Mapping
             pruned - bound for pruned, bound in zip(row["prefill_s"], row["ideal_s"], strict=True)
         ),
         "scoring_s": statistics.median(row["scoring_s"]),
+        "peak_memory_ratio": _memory_ratio(unpruned["peak_memory_bytes"], row["peak_memory_bytes"]),
     }
 
 
 def _speedup(unpruned: Mapping[str, Any], row: Mapping[str, Any], times: str) -> float:
     return paired_ratios(unpruned[times], row[times])[1]
+
+
+def _memory_ratio(unpruned: Sequence[int | None], pruned: Sequence[int | None]) -> float:
+    """Median over the rounds of one job of pruned over unpruned peak; nan where one of them is not known."""
+    ratios = [ours / theirs for ours, theirs in zip(pruned, unpruned, strict=True) if ours and theirs]
+    return statistics.median(ratios) if ratios else math.nan
 
 
 def efficiency(row: Mapping[str, Any]) -> tuple[float, float, float]:

@@ -19,7 +19,7 @@ from typing import Any
 import pandas as pd
 
 from sdtp.evaluation.names import LEARNED, parts
-from sdtp.evaluation.stats import mean_interval
+from sdtp.evaluation.stats import difference_interval
 from sdtp.pipeline.formats import NOTHING, number, signed
 from sdtp.pipeline.results import LOWER_IS_BETTER
 from sdtp.pipeline.tables import Cells
@@ -110,7 +110,7 @@ def _smallest_gap(cells: Cells, panel: tuple[str, str], ratio: float, baselines:
     task, metric = panel
     unpruned = cells[task, metric, "unpruned", 1.0]
     gaps = [
-        (-_gain(metric, _mean(_differences(cells[task, metric, method, ratio], unpruned))), method)
+        (-_gain(metric, _mean_difference(cells[task, metric, method, ratio], unpruned)), method)
         for method in baselines
         if (task, metric, method, ratio) in cells
     ]
@@ -136,11 +136,11 @@ def _compared(
     missing = [_shown_arm(*arm) for arm in (first, second) if (task, metric, *arm) not in cells]
     if missing:
         return row | {"outcome": NOT_MEASURED, "why": f"no {' and no '.join(missing)} in this configuration"}
-    differences = _differences(cells[task, metric, *first], cells[task, metric, *second])
-    low, high = mean_interval(differences)
-    outcome, why = judged(metric, low, high, margin, len(differences), strict=TARGETS[target].strict)
+    ones, others = cells[task, metric, *first], cells[task, metric, *second]
+    low, high = difference_interval([ones[id_] for id_ in others], list(others.values()))
+    outcome, why = judged(metric, low, high, margin, len(others), strict=TARGETS[target].strict)
     return row | {
-        "n": len(differences), "difference": _mean(differences), "ci_low": low, "ci_high": high,
+        "n": len(others), "difference": _mean_difference(ones, others), "ci_low": low, "ci_high": high,
         "outcome": outcome, "why": why,
     }  # fmt: skip
 
@@ -244,12 +244,8 @@ def _shown_arm(method: str, ratio: float) -> str:
     return f"{method.replace(':', '/')}@{ratio:g}"
 
 
-def _differences(first: Mapping[str, float], second: Mapping[str, float]) -> list[float]:
-    return [first[id_] - value for id_, value in second.items()]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
+def _mean_difference(first: Mapping[str, float], second: Mapping[str, float]) -> float:
+    return math.fsum(first[id_] - value for id_, value in second.items()) / len(second)
 
 
 def _gain(metric: str, difference: float) -> float:

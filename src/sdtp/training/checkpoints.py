@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 # Of a training, in the order in which they follow one another; each counts steps of its own.
 LABELS, STEPS = "labels", "step"
 _TENSORS, _STATE = "state.safetensors", "state.json"
+# Where the state has its own checksum, of all the rest of it.
+_CHECKSUM = "state_sha256"
 # The newest checkpoint, and the one before it in case the newest turns out damaged.
 _KEPT = 2
 
@@ -67,7 +69,8 @@ class Checkpoints:
         temporary = temporary_sibling(final)
         temporary.mkdir()
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary / _TENSORS)
-        text = json.dumps({"fingerprint": self.fingerprint, "tensors_sha256": _sha256(temporary / _TENSORS), **state})
+        state = {"fingerprint": self.fingerprint, "tensors_sha256": _sha256(temporary / _TENSORS), **state}
+        text = json.dumps({_CHECKSUM: _state_sha256(state), **state})
         (temporary / _STATE).write_text(text + "\n", encoding="utf-8")
         for name in (_TENSORS, _STATE):
             sync(temporary / name)
@@ -82,14 +85,11 @@ class Checkpoints:
         """
         for path in self._newest_first():
             try:
-                state: dict[str, Any] = json.loads((path / _STATE).read_text(encoding="utf-8"))
-                whole = state["tensors_sha256"] == _sha256(path / _TENSORS)
-            except (OSError, ValueError, KeyError) as error:
+                state = _whole_state(path)
+            except (OSError, ValueError) as error:
                 logger.warning("checkpoint %s is damaged and not used: %s", path, error)
                 continue
-            if not whole:
-                logger.warning("checkpoint %s is damaged and not used: %s does not match its checksum", path, _TENSORS)
-            elif state["fingerprint"] != self.fingerprint:
+            if state["fingerprint"] != self.fingerprint:
                 logger.info("checkpoint %s belongs to other settings or inputs and is not used", path)
             else:
                 return load_file(path / _TENSORS), state
@@ -156,6 +156,25 @@ def restore(
     optimizer.load_state_dict({"state": moments, "param_groups": state["groups"]})
     rates.load_state_dict(state["rates"])
     return best
+
+
+def _whole_state(folder: Path) -> dict[str, Any]:
+    """The state of a checkpoint, as it was written.
+
+    Raises:
+        OSError, ValueError: the checkpoint is damaged, its tensors or its state.
+    """
+    state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+    if not isinstance(state, dict) or state.pop(_CHECKSUM, None) != _state_sha256(state):
+        raise ValueError(f"{_STATE} does not match its checksum")
+    if state["tensors_sha256"] != _sha256(folder / _TENSORS):
+        raise ValueError(f"{_TENSORS} does not match its checksum")
+    return state
+
+
+def _state_sha256(state: dict[str, Any]) -> str:
+    # Written again, what was read from JSON is the same text: keys in their order, numbers to the last digit.
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

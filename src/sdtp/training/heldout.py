@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from sdtp.errors import UserError
+from sdtp.pruning.schedule import PruningSchedule
 from sdtp.training.agreement import stage_agreement
 from sdtp.training.examples import Example
 from sdtp.training.objective import masked_logits
@@ -24,12 +25,40 @@ _KEPT_BYTES = 2**30
 _METRICS = ("tau", "overlap", "ce", "kl")
 
 
+def check_choices(prompt_tokens: Sequence[int], schedule: PruningSchedule) -> None:
+    """Refuse held-out prompts none of which leaves a stage a choice: a scorer has nothing to agree on there.
+
+    Args:
+        prompt_tokens: of each held-out example, at least one example.
+        schedule: what the scorer is trained for.
+
+    Raises:
+        UserError: so it is.
+    """
+    if not any(_leaves_a_choice(schedule, tokens) for tokens in prompt_tokens):
+        raise UserError(
+            f"no stage has a choice in any of the {len(prompt_tokens)} held-out prompts, the longest of "
+            f"{max(prompt_tokens)} tokens: longer ones are accepted, or fewer protected tokens (pruning.sinks, "
+            "pruning.local, pruning.min_local)"
+        )
+
+
+def _leaves_a_choice(schedule: PruningSchedule, prompt_tokens: int) -> bool:
+    """Whether `stage_agreement` finds a stage to look at: one that keeps some of the tokens it may remove, not all."""
+    left = schedule.surviving(prompt_tokens)
+    # Every stage protects the sinks, so all of them enter the next.
+    return any(
+        min(present, schedule.sinks + schedule.protected_tail(present)) < kept < present
+        for present, kept in zip((prompt_tokens, *left), left, strict=False)
+    )
+
+
 class HeldOut:
     """The held-out examples, each process's share of them, and what the unpruned model predicts there.
 
     Args:
         model: frozen causal LM.
-        examples: at least one.
+        examples: at least one that leaves a stage a choice, as `check_choices` asks.
         processes: that share the examples.
         lockstep: whether all processes must run as many forwards (the model is sharded).
     """
@@ -56,9 +85,6 @@ class HeldOut:
             examples whose prompt leaves a stage a choice. `ce`: cross-entropy of the response under pruning, nats a
             token; `kl`: divergence of the pruned model's prediction of the response from the unpruned one's,
             KL(unpruned || pruned), nats a token; both the mean over all examples.
-
-        Raises:
-            UserError: no prompt leaves a stage a choice, so that there is nothing to agree on.
         """
         # A row an example, filled in by the process that has it: a sum with zeros is exact, whatever the shares.
         table = torch.zeros(len(self._examples), len(_METRICS), dtype=torch.float64)
@@ -81,13 +107,6 @@ class HeldOut:
         self._processes.add_up(table)
         tau, overlap, ce, kl = table.T.tolist()
         decided = [index for index, value in enumerate(tau) if not math.isnan(value)]
-        if not decided:
-            longest = max(len(example.prompt_ids) for example in self._examples)
-            raise UserError(
-                f"no stage has a choice in any of the {len(self._examples)} held-out prompts, the longest of {longest} "
-                "tokens: longer ones are accepted, or fewer protected tokens (pruning.sinks, pruning.local, "
-                "pruning.min_local)"
-            )
         return {
             "tau": fmean(tau[index] for index in decided),
             "overlap": fmean(overlap[index] for index in decided),

@@ -80,18 +80,15 @@ def stored_states(
 ) -> dict[int, torch.Tensor]:
     """What `fit_labels` trains on: the `stage_states` of the examples that this process holds, by their place.
 
+    Whether there is memory for them is for the caller to ask, with `check_states_fit`, before it computes anything.
+
     Args:
         model: frozen causal LM.
         examples: all of them.
         layers: the stages' decoder layers.
         processes: that share the examples.
         lockstep: whether all must run as many forwards (the model is sharded).
-
-    Raises:
-        UserError: see `check_states_fit`.
     """
-    hidden_size = model.config.get_text_config().hidden_size
-    check_states_fit([len(example.prompt_ids) for example in examples], len(layers), hidden_size, processes)
     states = {}
     with processes.together(lockstep):
         turns = processes.share(len(examples), lockstep)

@@ -174,7 +174,11 @@ class _MaskedForward:
             noise = self.noise(stage, n).to(scores)
             kept, margin = self.policy.sampler(scores, free, max(budget, 0), temperature, noise)
         stays = kept | (present & ~free)
-        trace.kept.append(positions[stays])
+        left = positions[stays]
+        if not len(left):  # a sampler may draw nobody, and pruning always leaves someone
+            left = margin.detach().masked_fill(~free, -torch.inf).argmax()[None]
+            stays = stays.index_fill(0, left, True)
+        trace.kept.append(left)
         # A token that an earlier stage dropped gets the mask it would have had here, so that the gradient of the
         # earlier mask says what keeping it would have done through all the layers where it would have stayed.
         mask = torch.where(present, stays, margin > 0).to(scores.dtype)

@@ -19,6 +19,10 @@ from sdtp.training.response import batch_logits, response_cross_entropy
 Reduction = Literal["abs", "signed", "l2"]
 Target = Literal["loss", "logit"]
 
+# What the objective is multiplied by, and the labels divided by again, in this order until nothing overflows. The mean
+# over a response leaves gradients in float16 among its least numbers, where digits are lost and nothing is said.
+_FLOAT16_SCALES = (2.0**12, 2.0**6, 1.0)
+
 
 class NotFiniteError(RuntimeError):
     """Saliency of an example is not a number everywhere.
@@ -95,9 +99,40 @@ def batch_saliency(
         RuntimeError: no gradient reached a stage.
     """
     _check(model, prompts, responses, reduction, target)
+    layer_count = len(decoder_layers(model))
+    if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= layer_count:
+        raise UserError(f"layers is {list(layers)}: ascending layers from 0 to {layer_count - 1} are accepted")
+    for scale in _FLOAT16_SCALES if model.dtype == torch.float16 else (1.0,):
+        labels = _labels(model, prompts, responses, layers, reduction, target, gradient_checkpointing, scale)
+        broken = _not_finite(labels)
+        if broken is None:
+            return labels
+    assert broken is not None
+    row, stage = broken
+    raise NotFiniteError(row, layers[stage], stage)
+
+
+def _not_finite(labels: Sequence[torch.Tensor]) -> tuple[int, int] | None:
+    """The first row and stage whose labels are not finite."""
+    for row, label in enumerate(labels):
+        finite = label.isfinite().all(dim=1).tolist()
+        if not all(finite):
+            return row, finite.index(False)
+    return None
+
+
+def _labels(
+    model: PreTrainedModel,
+    prompts: Sequence[torch.Tensor],
+    responses: Sequence[torch.Tensor],
+    layers: Sequence[int],
+    reduction: Reduction,
+    target: Target,
+    gradient_checkpointing: bool,
+    scale: float,
+) -> list[torch.Tensor]:
+    """What `batch_saliency` gives, finite or not, by the gradient of `scale` times what is differentiated."""
     modules = decoder_layers(model)
-    if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= len(modules):
-        raise UserError(f"layers is {list(layers)}: ascending layers from 0 to {len(modules) - 1} are accepted")
     found: dict[int, list[torch.Tensor]] = {}
     leaf: list[torch.Tensor] = []
 
@@ -120,7 +155,7 @@ def batch_saliency(
     def keep(layer: int, gradient: torch.Tensor, hidden: torch.Tensor) -> None:
         # Row by row: no padding is reduced, and the products of one row are in memory at a time.
         found[layer] = [
-            reduce(gradient[row, : len(prompt)], hidden[row, : len(prompt)], reduction)
+            reduce(gradient[row, : len(prompt)], hidden[row, : len(prompt)], reduction) / scale
             for row, prompt in enumerate(prompts)
         ]
 
@@ -131,7 +166,7 @@ def batch_saliency(
             if not logits[0].requires_grad:
                 raise RuntimeError("no gradient reaches the hidden states: is this called under torch.no_grad()?")
             objective = torch.stack([_objective(*pair, target) for pair in zip(logits, responses, strict=True)]).sum()
-            (gradient,) = torch.autograd.grad(objective, leaf, allow_unused=True)
+            (gradient,) = torch.autograd.grad(scale * objective, leaf, allow_unused=True)
             if gradient is not None:
                 keep(layers[0], gradient, leaf[0].detach())
     finally:
@@ -140,13 +175,7 @@ def batch_saliency(
     for stage, layer in enumerate(layers):
         if layer not in found:
             raise RuntimeError(f"no gradient reaches the states entering layer {layer} (stage {stage})")
-    labels = [torch.stack([found[layer][row] for layer in layers]) for row in range(len(prompts))]
-    for row, label in enumerate(labels):
-        finite = label.isfinite().all(dim=1).tolist()
-        if not all(finite):
-            stage = finite.index(False)
-            raise NotFiniteError(row, layers[stage], stage)
-    return labels
+    return [torch.stack([found[layer][row] for layer in layers]) for row in range(len(prompts))]
 
 
 def _objective(logits: torch.Tensor, response_ids: torch.Tensor, target: Target) -> torch.Tensor:

@@ -25,8 +25,8 @@ from sdtp.training.backbone import is_sharded, running
 from sdtp.training.checkpoints import LABELS, STEPS, Checkpoints, restore, snapshot
 from sdtp.training.examples import Example, check_examples
 from sdtp.training.gradients import batch_gradient, try_longest
-from sdtp.training.heldout import HeldOut, best_evaluation
-from sdtp.training.label_fit import fit_labels, stored_states
+from sdtp.training.heldout import HeldOut, best_evaluation, check_choices
+from sdtp.training.label_fit import check_states_fit, fit_labels, stored_states
 from sdtp.training.optimizer import GRADIENT_CLIP, adamw, flat_gradients
 from sdtp.training.options import Options
 from sdtp.training.policy import MaskingPolicy
@@ -93,10 +93,10 @@ def fit(
 
     Raises:
         UserError: nothing to train on, or no held-out examples to be patient with; an example that `check_examples`
-            refuses; more states for the label epochs than fit into memory (see `check_states_fit`); an example whose
-            step does not fit into the device's (see `gradients.try_longest`); a loss that is not finite, naming the
-            example and the stage; a gradient that is not finite, naming the example and the step; or what
-            `HeldOut.evaluate` raises.
+            refuses; held-out prompts that `check_choices` refuses; more states for the label epochs than fit into
+            memory (see `check_states_fit`); an example whose step does not fit into the device's (see
+            `gradients.try_longest`); a loss that is not finite, naming the example and the stage; or a gradient that is
+            not finite, naming the example and the step.
         FailedElsewhereError: one of several processes failed, and this is not the main one, which raises the failure.
     """
     if not train:
@@ -109,10 +109,12 @@ def fit(
     processes = Processes(cpu=model.device.type == "cpu")
     with processes.together():
         vocabulary = model.config.get_text_config().vocab_size
-        lengths, _ = (
+        lengths, heldout_lengths = (
             check_examples(examples, schedule.layers, vocabulary, progress=processes.main)
             for examples in (train, heldout)
         )
+        if heldout:
+            check_choices([prompt for prompt, _ in heldout_lengths], schedule)
     store = None if checkpoints is None else Checkpoints(checkpoints, _fingerprint(options, schedule, scorer, inputs))
     with running(model, schedule.layers[0], autocast=options.autocast, recompute=options.gradient_checkpointing):
         training = _Training(model, scorer, schedule, train, lengths, heldout, options, log, processes)
@@ -168,13 +170,18 @@ class _Training:
         if stepping is not None:
             self.best = restore(self.scorer, self.optimizer, self.rates, *stepping)
             self.step = stepping[1]["step"]
+        label_epochs = self._label_epochs(found)
+        if label_epochs:
+            prompts = [prompt for prompt, _ in self.lengths[: options.label_examples]]
+            hidden_size = self.model.config.get_text_config().hidden_size
+            check_states_fit(prompts, self.policy.schedule.stages, hidden_size, self.processes)
         if self.step < options.steps and _memory_is_fixed(self.model.device):
             try_longest(
                 self.model, self.policy, self.train, self.lengths, options.weights,
                 seed=options.seed, processes=self.processes,
             )  # fmt: skip
         if stepping is None:
-            self._fit_labels(found, save)
+            self._fit_labels(found, label_epochs, save)
             self._evaluate()
             save(STEPS, self.step, self.optimizer, self.rates)
         gradients = flat_gradients(self.scorer)
@@ -252,19 +259,34 @@ class _Training:
     def _out_of_patience(self) -> bool:
         return 0 < self.options.patience <= best_evaluation(self.history)[1]
 
-    def _fit_labels(self, found: Found | None, save: Save) -> None:
-        """The label epochs, if there are any and a loss that uses labels has a weight; from those found done on."""
-        options, weights = self.options, self.options.weights
-        if not options.label_epochs or not (weights.mse or weights.rank):
-            return
-        chosen = [self.train[index] for index in range(min(len(self.train), options.label_examples))]
-        optimizer, rates = adamw(self.scorer, options.learning_rate, options.label_epochs * len(chosen))
+    def _label_epochs(self, found: Found | None) -> range:
+        """Numbers of the label epochs left after what was found; none where no loss with a weight uses labels."""
+        options = self.options
+        if not (options.weights.mse or options.weights.rank):
+            return range(0)
         done = 0
         if found is not None:
-            restore(self.scorer, optimizer, rates, *found)
-            done = found[1]["step"]
-        if done == options.label_epochs:
+            done = found[1]["step"] if found[1]["part"] == LABELS else options.label_epochs
+        return range(done + 1, options.label_epochs + 1)
+
+    def _fit_labels(self, found: Found | None, epochs: range, save: Save) -> None:
+        """These label epochs, from what was found after the one before them."""
+        if found is None and not epochs:
             return
+        options, weights = self.options, self.options.weights
+        count = min(len(self.train), options.label_examples)
+        optimizer, rates = adamw(self.scorer, options.learning_rate, options.label_epochs * count)
+        if found is not None:
+            restore(self.scorer, optimizer, rates, *found)
+        if not epochs:  # the last was found done: the steps go on from its scorer
+            return
+        if self.processes.main and count < len(self.train):
+            logger.info(
+                "the passes over labels learn from the first %d of %d training examples (training.label_examples)",
+                count,
+                len(self.train),
+            )
+        chosen = [self.train[index] for index in range(count)]
         states = stored_states(self.model, chosen, self.policy.schedule.layers, self.processes, self.lockstep)
         saved, cost = time.monotonic(), 0.0
 
@@ -284,7 +306,7 @@ class _Training:
             rates,
             states,
             chosen,
-            epochs=range(done + 1, options.label_epochs + 1),
+            epochs=epochs,
             mse=weights.mse,
             rank=weights.rank,
             seed=options.seed,

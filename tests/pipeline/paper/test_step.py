@@ -8,8 +8,10 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from transformers import BloomConfig, LlamaConfig
+from transformers import AutoConfig, BloomConfig, GPTNeoXConfig, LlamaConfig, OPTConfig, Phi3Config, PretrainedConfig
 
+from sdtp.errors import UserError
+from sdtp.pipeline.config import Settings
 from sdtp.pipeline.files import write_jsonl
 from sdtp.pipeline.paper.names import PARTS
 from sdtp.pipeline.steps import paper
@@ -210,6 +212,44 @@ def test_model_that_no_rule_attaches_to_is_told_in_the_rules_own_words(run: Path
     BloomConfig(hidden_size=32, n_layer=LAYERS, n_head=4, vocab_size=6).save_pretrained(run / "model")
     [why] = call(run)["table-6"]["why"]
     assert why.startswith("BloomForCausalLM is not supported by peers: its positions are ALiBi biases; ")
+
+
+TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 6, "pad_token_id": 0}
+
+
+UNREADABLE = "H2O reads attention as LastQuery does. LastQuery is not supported with layer 0's "
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (Phi3Config(**TINY), f"{UNREADABLE}Phi3Attention: it has no q_proj, head_dim and scaling"),
+        (GPTNeoXConfig(**TINY), f"{UNREADABLE}GPTNeoXAttention: it has no q_proj, head_dim and scaling"),
+        (OPTConfig(**TINY, word_embed_proj_dim=32), f"{UNREADABLE}OPTAttention: its positions are not rotary"),
+        (LlamaConfig(**TINY), None),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_model_whose_attention_no_rule_can_read_is_refused_as_the_rules_refuse_it(
+    config: PretrainedConfig, reason: str | None
+) -> None:
+    settings = Settings.from_mapping({"model": {"trust_remote_code": False}, "peers": {"cache_keep": 0.4}})
+    assert paper.refusal(config, settings) == reason
+
+
+def test_models_own_code_may_run_where_it_was_fetched_with_it(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = json.loads((run / "model" / "manifest.json").read_text())
+    (run / "model" / "manifest.json").write_text(json.dumps({**manifest, "trust_remote_code": True}))
+    trusted = []
+
+    def stop(folder: str, **options: Any) -> None:
+        trusted.append(options.get("trust_remote_code"))
+        raise OSError("asked for it")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", stop)
+    with pytest.raises(UserError, match=r"config\.json: asked for it"):
+        call(run)
+    assert trusted == [True]
 
 
 def test_commands_name_the_files_that_the_run_was_given(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,7 @@
 """Times prefill and decode, unpruned against pruned at one keep ratio, and measures memory."""
 
 import argparse
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from sdtp.pipeline.limits import check_benchmark
 from sdtp.pipeline.models import load_model, read_manifest
 from sdtp.pipeline.pruners import read_pruner_at
 from sdtp.pipeline.step import step
-from sdtp.pipeline.timings import measured_on, memory, times, write_timings
+from sdtp.pipeline.timings import measured_on, peaks, times, write_timings
 from sdtp.pruning import flops
 from sdtp.pruning.pruner import TokenPruner
 
@@ -69,23 +68,20 @@ def main(argv: list[str]) -> None:
 def measure(
     model: PreTrainedModel, pruner: TokenPruner, prompt_ids: Sequence[int], settings: BenchmarkSettings
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The unpruned and the pruned row of one prompt length; lists hold one number a repeat, in the order they ran."""
+    """The unpruned and the pruned row of one prompt length; lists hold one number a round, in the order they ran.
+
+    Rounds that measure memory come after those that measure time: see `peaks`. They decode as the timed ones do, since
+    after a short prompt decoding may hold more than prefill.
+    """
     prompt = torch.tensor([list(prompt_ids)], device=model.device)
     length, schedule = len(prompt_ids), pruner.schedule
-    held: dict[str, dict[str, int | None]] = {}
-
-    @contextmanager
-    def first_pass(arm: str) -> Iterator[None]:
-        # An arm's first pass is in no timing: memory is measured there, and costs no pass of its own.
-        with memory(model) as held[arm]:
-            yield
-
     watch = latency.Stopwatch(prompt.device)
     passes = {
         **latency.arms(model, pruner, prompt, settings.new_tokens, watch),
         "scoring": latency.scoring_arm(model, pruner, length, watch),
     }
-    samples = latency.interleave(passes, settings.repeats, settings.warmup, first_pass)
+    samples = latency.interleave(passes, settings.repeats, settings.warmup)
+    held = peaks(model, {arm: passes[arm] for arm in ("unpruned", "sdtp")})
     unpruned = {
         **times("unpruned", length, samples["unpruned"]),
         **held["unpruned"],

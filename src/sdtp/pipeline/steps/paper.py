@@ -13,14 +13,17 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from sdtp.evaluation import names
-from sdtp.evaluation.peers import attaching
+from sdtp.evaluation.peers.attaching import plain
+from sdtp.evaluation.peers.budgets import fraction
+from sdtp.evaluation.peers.compression import Compression
+from sdtp.evaluation.peers.h2o import H2O
 from sdtp.pipeline import plots, sweep_plot
 from sdtp.pipeline.config import Settings
 from sdtp.pipeline.files import read_jsonl, write_atomically
-from sdtp.pipeline.models import read_manifest
+from sdtp.pipeline.models import load_config, read_manifest
 from sdtp.pipeline.paper import drawing, missing, page, published
 from sdtp.pipeline.paper.ablation import VARIANTS, ablation
 from sdtp.pipeline.paper.names import PARTS
@@ -156,7 +159,8 @@ def read_parts(args: argparse.Namespace, settings: Settings, known: pd.DataFrame
     def of_paper(name: str) -> published.Numbers:
         return published.numbers(name, settings.model.source.ref, known)
 
-    schedules = Schedules(settings, AutoConfig.from_pretrained(args.model))
+    config = load_config(args.model)
+    schedules = Schedules(settings, config)
     index, labels = read_json(args.saliency), Labels(args.saliency)
     scores = {example["id"]: labels[example["id"]].numpy() for example in index["examples"]}
     shown, tokens = shown_example(args.data, args.model, list(scores))
@@ -207,7 +211,7 @@ def read_parts(args: argparse.Namespace, settings: Settings, known: pd.DataFrame
             pd.read_csv(args.cache_compression) if args.cache_compression else None,
             []
             if args.cache_compression
-            else missing.compression(again, settings.peers.methods, refusal(args.model, settings)),
+            else missing.compression(again, settings.peers.methods, refusal(config, settings)),
             of_paper("table-6"),
         ),
         # Read as text: beside the unpruned model's empty cell a lone layer would be a fraction.
@@ -217,16 +221,16 @@ def read_parts(args: argparse.Namespace, settings: Settings, known: pd.DataFrame
     return sorted(parts, key=lambda part: list(PARTS).index(part.name))
 
 
-def refusal(model: Path, settings: Settings) -> str | None:
-    """Why no rule can compress the cache of a model folder's model, in a sentence; None where one can.
+def refusal(config: PretrainedConfig, settings: Settings) -> str | None:
+    """Why no rule can compress the cache of a model of this configuration, in a sentence; None where one can.
 
     Its layers are made without weights, as the rules' own check needs no more.
     """
-    config = AutoConfig.from_pretrained(model, trust_remote_code=settings.model.trust_remote_code)
     with torch.device("meta"):
         made = AutoModelForCausalLM.from_config(config, trust_remote_code=settings.model.trust_remote_code)
     try:
-        attaching.plain(made)
+        # All rules read the same of a model.
+        Compression(H2O(), fraction(settings.peers.cache_keep)).check(plain(made).architecture)
     except TypeError as error:
         return str(error)
     return None
