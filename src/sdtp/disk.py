@@ -8,7 +8,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,12 +25,19 @@ def temporary_sibling(path: Path) -> Path:
 
 
 def remove_temporaries(path: Path) -> None:
-    """Delete what writers of `path`, or of what is directly in the folder `path`, left when they were killed.
+    """Delete what writers of `path` left when they were killed; of what else is in its folder, nothing.
 
     For the only writer there is: another one's temporary name would go as well.
     """
-    found = [*path.parent.glob(f".tmp-????????-{glob.escape(path.name)}")]
-    found += path.glob(".tmp-????????-*") if path.is_dir() else []
+    _remove(path.parent.glob(f".tmp-????????-{glob.escape(path.name)}"))
+
+
+def remove_temporaries_in(folder: Path) -> None:
+    """Delete what writers of anything directly in `folder` left, for the only writer in it."""
+    _remove(folder.glob(".tmp-????????-*"))
+
+
+def _remove(found: Iterable[Path]) -> None:
     for temporary in found:
         if temporary.is_dir():
             shutil.rmtree(temporary)

@@ -1,15 +1,18 @@
-"""The check step refuses what the model has no room for, and says what it compared with."""
+"""The check step refuses what the model or the text has no room for, and says what it compared with."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import PreTrainedTokenizerBase
 
 from sdtp.errors import UserError
-from sdtp.pipeline.config import Settings
+from sdtp.pipeline.config import DataSettings, Settings
+from sdtp.pipeline.data import benchmark_prompt, build_dataset
 from sdtp.pipeline.steps import check
 
 pytestmark = pytest.mark.usefixtures("no_tracking")
@@ -49,14 +52,66 @@ def test_settings_beyond_the_model_are_refused(settings: Settings, message: str)
         check.check_settings(settings, 30, 1040)
 
 
-def test_step_writes_what_it_compared_with(tmp_path: Path) -> None:
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "manifest.json").write_text(json.dumps({"num_layers": 12, "context_length": 2048}))
-    arguments = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "run" / "checked.json")]
-    check.main(["--settings", json.dumps(SETTINGS), *arguments, "--metrics", str(tmp_path / "metrics.json")])
-    assert json.loads((tmp_path / "run" / "checked.json").read_text()) == {
-        "num_layers": 12,
-        "context_length": 2048,
-        "layers": [4, 7, 10],
+@pytest.fixture
+def model(tmp_path: Path, make_tokenizer: Callable[..., PreTrainedTokenizerBase]) -> Path:
+    """What the step reads of a model folder: tokenizer and manifest."""
+    folder = tmp_path / "model"
+    make_tokenizer(adds_bos=True).save_pretrained(folder)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    manifest = {"num_layers": 12, "context_length": 2048, "trust_remote_code": False}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def run_step(model: Path, *lengths: int, **data: Any) -> dict[str, Any]:
+    """What the step writes for benchmarked lengths and a text of 20 questions."""
+    rows, checked = model.parent / "rows.jsonl", model.parent / "run" / "checked.json"
+    texts = [{"prompt": f"question {number}", "response": "r"} for number in range(20)] + [
+        {"prompt": "", "response": ""}
+    ]
+    rows.write_text("".join(json.dumps(text) + "\n" for text in texts))
+    source = {"kind": "jsonl", "ref": str(rows), "revision": None, "sha256": None}
+    settings = SETTINGS | {
+        "data": {"max_tokens": 384, "malformed": "skip", "test": {"source": source}, **data},
+        "benchmark": {"prompt_tokens": lengths, "new_tokens": 16},
     }
-    assert json.loads((tmp_path / "metrics.json").read_text())["stages"] == 3
+    arguments = ["--settings", json.dumps(settings), "--model", str(model), "--output", str(checked)]
+    check.main([*arguments, "--metrics", str(model.parent / "metrics.json")])
+    found: dict[str, Any] = json.loads(checked.read_text())
+    return found
+
+
+def test_step_writes_what_it_compared_with(model: Path) -> None:
+    found = run_step(model, 32)
+    assert found.pop("benchmark_tokens") > 32
+    assert found == {"num_layers": 12, "context_length": 2048, "layers": [4, 7, 10]}
+    assert json.loads((model.parent / "metrics.json").read_text())["stages"] == 3
+
+
+def test_lengths_beyond_the_text_of_the_data_step_are_refused(
+    model: Path, make_tokenizer: Callable[..., PreTrainedTokenizerBase], caplog: pytest.LogCaptureFixture
+) -> None:
+    tokens = run_step(model, 32)["benchmark_tokens"]
+    assert "left out" not in caplog.text  # that is for the data step to say
+    rows = {"kind": "jsonl", "ref": str(model.parent / "rows.jsonl"), "revision": None, "sha256": None}
+    data = {
+        "max_tokens": 384,
+        "malformed": "skip",
+        "distractors": 2,
+        "train": {"source": rows, "examples": 6, "heldout": 2},
+        "test": {"source": rows, "examples": 4},
+    }
+    build_dataset(make_tokenizer(adds_bos=True), DataSettings.from_mapping(data), 0, model.parent / "data")
+    # All of the text is a prompt, and no more than that.
+    assert run_step(model, 32, tokens)["benchmark_tokens"] == len(benchmark_prompt(model.parent / "data", tokens))
+    (model.parent / "run" / "checked.json").unlink()
+    with pytest.raises(UserError, match=rf"^benchmark\.prompt_tokens: {tokens + 1} is not in 1\.\.{tokens}, "):
+        run_step(model, 32, tokens + 1)
+    with pytest.raises(UserError, match=rf"benchmark\.prompt_tokens: {tokens + 1} is not in 1\.\.{tokens}, the tokens"):
+        benchmark_prompt(model.parent / "data", tokens + 1)
+    assert not (model.parent / "run" / "checked.json").exists()
+
+
+def test_text_that_the_data_step_would_refuse_is_refused(model: Path) -> None:
+    with pytest.raises(UserError, match=r"rows\.jsonl, line 21: the prompt is empty; data\.malformed skip"):
+        run_step(model, 32, malformed="fail")

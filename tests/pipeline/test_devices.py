@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from sdtp.errors import UserError
+from sdtp.pipeline import devices
 from sdtp.pipeline.devices import choose_device, visible_gpus
 
 # Says which devices it has and who it is, then holds them until its standard input ends.
@@ -237,6 +238,21 @@ def test_an_nvidia_smi_without_devices_means_the_cpu(machine: Callable[[int], No
     job = lease(2)
     assert "No devices were found" in job.complaint()
     assert job.devices() == {""}
+
+
+def test_an_nvidia_smi_that_hangs_is_not_waited_for(
+    machine: Callable[[int], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(1)
+    (tmp_path / "bin" / "nvidia-smi").write_text("#!/bin/sh\nexec sleep 60\n")
+    monkeypatch.setattr(devices, "PATIENCE", 0.2)
+    with pytest.raises(
+        UserError, match=r"nvidia-smi does not answer within 0\.2 s.*CUDA_VISIBLE_DEVICES=-1 uses the CPU"
+    ):
+        visible_gpus()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    monkeypatch.setattr(devices, "PATIENCE", PATIENCE)
+    assert visible_gpus() == []  # without asking
 
 
 def test_more_than_the_machine_has_gets_all_of_it(machine: Callable[[int], None], lease: Start) -> None:

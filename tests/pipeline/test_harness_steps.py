@@ -24,8 +24,8 @@ from sdtp.evaluation import harness_scores
 from sdtp.evaluation.harness import PrunedLM
 from sdtp.evaluation.harness_scores import evaluate
 from sdtp.evaluation.stats import paired_difference, wilson_interval
-from sdtp.pipeline import suite_plot
-from sdtp.pipeline.files import read_jsonl
+from sdtp.pipeline import question_files, suite_plot
+from sdtp.pipeline.files import read_jsonl, write_jsonl
 from sdtp.pipeline.multiple_choice import SHOTS
 from sdtp.pipeline.predictions import Predictions
 from sdtp.pipeline.steps import harness, harness_table, multiple_choice_data
@@ -121,6 +121,15 @@ def test_lm_eval_finds_the_tasks_wherever_the_folder_is(folder: Path, tmp_path: 
         assert task.doc_to_text(doc) == doc["context"]
         assert task.doc_to_choice(doc) == doc["choices"]
         assert task.doc_to_target(doc) == doc["answer"]
+
+
+def test_questions_are_read_whatever_characters_are_in_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"id": "a", "context": "\u2028 \u2029 \x85 \r\n"}, {"id": "b", "context": "."}]
+    for split in question_files.SPLITS:
+        write_jsonl(tmp_path / f"task-{split}.jsonl", rows)
+    monkeypatch.setattr(question_files, "__file__", str(tmp_path / "question_files.py"))  # it reads what lies beside it
+    loaded = question_files.load(questions="task")
+    assert {split: part.to_list() for split, part in loaded.items()} == {"train": rows, "test": rows}
 
 
 def test_rows_say_what_was_answered_and_what_was_pruned(folder: Path, jobs: dict[str, Path]) -> None:

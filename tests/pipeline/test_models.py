@@ -11,11 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.hf_api import ModelInfo
 from transformers import GPT2Config, PreTrainedModel, PreTrainedTokenizerBase
 
 from sdtp.errors import UserError
+from sdtp.pipeline import model_sources
 from sdtp.pipeline.block import Source
 from sdtp.pipeline.corpus import package_files
 from sdtp.pipeline.model_sources import fetch_model
@@ -194,6 +197,42 @@ def run_model_step(endpoint: str, folder: Path, **of_source: Any) -> subprocess.
         text=True,
         timeout=240,
     )
+
+
+@pytest.mark.parametrize("trusting", [False, True])
+def test_of_a_snapshot_in_the_hubs_cache_only_a_models_own_files_are_taken(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trusting: bool
+) -> None:
+    """The cache holds whatever was ever downloaded of the revision: here all of it, as links into a folder of blobs."""
+    for name in (
+        "pytorch_model.bin",
+        "modeling_own.py",
+        "consolidated.safetensors",
+        "onnx/model.json",
+        ".gitattributes",
+    ):
+        (saved / name).parent.mkdir(exist_ok=True)
+        (saved / name).write_text("1")
+    snapshot = tmp_path / "snapshot"
+    for path in [path for path in saved.rglob("*") if path.is_file()]:
+        link = snapshot / path.relative_to(saved)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path)
+    info = ModelInfo(id="someone/tiny", sha=COMMIT, siblings=[{"rfilename": "model.safetensors"}])
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: info)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(snapshot))
+    monkeypatch.setattr(model_sources, "check_architecture", lambda *_, **__: None)  # asks the hub as well
+    fetch_model(source("hub", "someone/tiny"), tmp_path / "model", trust_remote_code=trusting)
+    fetch_model(source("local", saved), tmp_path / "from-folder", trust_remote_code=trusting)
+    taken, expected = ({path.name for path in (tmp_path / name).iterdir()} for name in ("model", "from-folder"))
+    assert taken == expected >= {"model.safetensors", "config.json", "tokenizer.json"}
+    assert not taken & {"pytorch_model.bin", "consolidated.safetensors", "onnx", ".gitattributes"}
+    assert ("modeling_own.py" in taken) == trusting
+
+
+def test_card_in_another_encoding_still_tells_its_licence(saved: Path, tmp_path: Path) -> None:
+    (saved / "README.md").write_bytes("---\nlicense: mit\n---\ncafé\n".encode("latin-1"))
+    assert fetch_model(source("local", saved), tmp_path / "model")["licence"] == "mit"
 
 
 @pytest.mark.slow

@@ -387,6 +387,21 @@ def test_tables_without_the_columns_and_broken_ones_are_refused(tmp_path: Path) 
         read(tmp_path, "local")
 
 
+def test_hidden_files_of_a_folder_are_no_part_of_it(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_bytes(line(pair("seen")) + b"\n")
+    plain = read(tmp_path, "local")
+    # What editors, macOS and the hub's client leave there.
+    for name in (".ipynb_checkpoints/train-checkpoint.jsonl", "._train.jsonl", ".cache/huggingface/x.parquet"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(line(pair("hidden")) + b"\n")
+    found = read(tmp_path, "local")
+    assert prompts(found) == ["seen"]
+    assert found.sha256 == plain.sha256
+    (tmp_path / "train.jsonl").unlink()
+    with pytest.raises(UserError, match=r"holds no state\.json"):
+        read(tmp_path, "local")
+
+
 def test_faults_of_a_folder_name_the_file_in_it(tmp_path: Path) -> None:
     for name in ("a/rows.jsonl", "b/rows.jsonl"):
         (tmp_path / name).parent.mkdir()
@@ -413,10 +428,11 @@ except UserError as error:
 """
 
 
-def read_hub(folder: Path, content: bytes, malformed: str = "skip") -> Any:
+def read_hub(folder: Path, content: bytes, malformed: str = "skip", name: str = "rows.jsonl", card: str = "") -> Any:
     """What `read_records` gives for a hub data set of one file: [prompts, total, skipped, repaired], or the error."""
     (folder / "repository").mkdir()
-    (folder / "repository" / "rows.jsonl").write_bytes(content)
+    (folder / "repository" / name).write_bytes(content)
+    (folder / "repository" / "README.md").write_text(card)
     with serve("someone/rows", folder / "repository", "datasets") as (endpoint, _):
         done = subprocess.run(
             [sys.executable, "-c", READ_HUB, malformed],
@@ -466,6 +482,28 @@ class TestHub:
         found = read_hub(tmp_path, line(pair()) + b"\n\n" + row + b"\n")
         assert isinstance(found, str)
         assert found.startswith(error)
+
+    @pytest.mark.parametrize(
+        ("name", "card", "there"),
+        [
+            ("test.jsonl", "", "['test']"),
+            (
+                "rows.jsonl",
+                "---\nconfigs:\n- {config_name: en, data_files: rows.jsonl}\n"
+                "- {config_name: de, data_files: rows.jsonl}\n---\n",
+                "['en', 'de']",
+            ),
+        ],
+    )
+    def test_other_splits_and_several_configurations_are_refused_with_what_is_there(
+        self, tmp_path: Path, name: str, card: str, there: str
+    ) -> None:
+        found = read_hub(tmp_path, line(pair()) + b"\n", name=name, card=card)
+        assert isinstance(found, str)
+        assert found.startswith(f"data.train.source.ref: someone/rows at revision {COMMIT}: ")
+        assert there in found
+        assert "needs a split 'train' and no more than one configuration" in found
+        assert "\n" not in found
 
 
 def test_missing_sources_are_refused_by_key(tmp_path: Path) -> None:

@@ -148,10 +148,11 @@ def test_a_version_is_loaded_and_prunes(
     store: Store, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By MLflow in a process that has this package from the version alone, and by `TokenPruner.from_mlflow`."""
+    place = "/o'brien/p"
     run = store.create_run(
-        {"id": "x", "label": "train", "tags": {"sdtp.id": "x", "sdtp.output": "/p"}, "started": 1}, alone=True
+        {"id": "x", "label": "train", "tags": {"sdtp.id": "x", "sdtp.output": place}, "started": 1}, alone=True
     )
-    version = register(store, NAME, trained / "packaged", "/p", evidence("a", 0.9, 2.0))
+    version = register(store, NAME, trained / "packaged", place, evidence("a", 0.9, 2.0))
     uri = f"models:/{NAME}@champion"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     loaded = TokenPruner.from_mlflow(uri)

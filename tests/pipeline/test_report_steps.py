@@ -140,6 +140,17 @@ def test_figures_then_report(folder: Path) -> None:
     assert json.loads((folder / "metrics" / "report.json").read_text())["bytes"] == len(html.encode())
 
 
+def test_temporary_files_of_other_steps_in_the_folder_stay(folder: Path) -> None:
+    (folder / "figures").mkdir()
+    another = folder / "figures" / ".tmp-0123abcd-harness.svg"
+    own = folder / "figures" / ".tmp-0123abcd-quality.png"
+    for path in (another, own):
+        path.write_text("half")
+    draw(folder)
+    assert another.read_text() == "half"
+    assert not own.exists()
+
+
 def test_heat_map_shows_the_first_retrieval_example(folder: Path) -> None:
     assert figures.shown_example(folder / "data", folder / "model", ["t-0", "t-1", "h-0"]) == (
         "t-1", [WORDS[1 + index % 5] for index in range(PROMPT)],

@@ -63,6 +63,10 @@ HUB = {"kind": "hub", "ref": "a/b", "revision": None, "sha256": None}
                 "each a number > 0 and ≤ 1"
             ],
         ),
+        (
+            {"training": {"question_rank": 5}},
+            ["training.question_rank = 5: must be a whole number ≥ 0, a multiple of 8"],
+        ),
         ({"benchmark": {"repeats": 4}}, ["benchmark.repeats = 4: must be a whole number ≥ 5"]),
         (
             {"training": {"gpus": 5}},  # beside the default batch

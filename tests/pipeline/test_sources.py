@@ -18,6 +18,7 @@ def test_a_folders_visible_files_and_a_lone_file_are_listed(tmp_path: Path) -> N
     ]
     lone = str(tmp_path / "b.json")
     assert own_files({"kind": "jsonl", "ref": lone}, "data.test.source") == [lone]
+    assert own_files({"kind": "jsonl", "ref": str(tmp_path / "a" / ".cache")}, "data.test.source")  # named by the user
     for kind in ("hub", "package"):
         assert own_files({"kind": kind, "ref": "some/name"}, "model.source") == []
 

@@ -9,15 +9,19 @@ import logging
 import os
 import sqlite3
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from sdtp.errors import UserError
 from sdtp.pipeline import operations
-from sdtp.pipeline.spool import claimed, waiting, written
+from sdtp.pipeline import spool as spool_module
+from sdtp.pipeline.mlflow_store import without_password
+from sdtp.pipeline.spool import Entry, claimed, waiting, written
 from sdtp.pipeline.step import step
 from sdtp.pipeline.steps import track
 from sdtp.pipeline.tracking import finish_pipeline, start_pipeline
@@ -220,6 +224,116 @@ def test_an_upload_that_was_cut_short_repeats_nothing(results: Path, monkeypatch
     assert rows(database, "select count(*) from metrics where key = 'loss'") == [(1200,)]
     assert rows(database, "select count(*) from metrics where key = 'wall_seconds'") == [(1,)]
     assert rows(database, "select count(*) from inputs") == [(1,)]
+
+
+def test_an_entry_that_another_process_uploads_meanwhile_is_left_out(
+    results: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Between the look at what there is and the look into it."""
+    results.mkdir()
+    (results / "mlflow.db").write_bytes(b"not a database " * 100)
+    spool = results / "mlflow-spool"
+    start_pipeline(results / "default", CONFIG, "sdtp", None)
+    for name in ("a", "b"):
+        with written(spool, {"id": name, "started": 1, "parent": None, "label": name}):
+            pass
+    listed = spool_module._entries
+
+    def discarding(name: str) -> Callable[[Path], list[Entry]]:
+        def entries(folder: Path) -> list[Entry]:
+            found = listed(folder)
+            for entry in found:
+                if entry.folder.name == name:
+                    entry.discard()
+            return found
+
+        return entries
+
+    with monkeypatch.context() as patch:
+        patch.setattr(spool_module, "_entries", discarding("a"))
+        assert "a" not in [folder.name for folder in waiting(spool)]
+        patch.setattr(spool_module, "_entries", discarding("b"))
+        with caplog.at_level(logging.WARNING, "sdtp"):
+            finish_pipeline(results / "default", "FINISHED")
+    assert "file is not a database" in caplog.records[-1].getMessage()
+    [parent] = waiting(spool)
+    assert json.loads((parent / "run.json").read_text())["label"] == "pipeline default"
+
+
+def test_a_spool_that_cannot_be_read_costs_a_warning(
+    results: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    results.mkdir()
+    (results / "mlflow.db").write_bytes(b"not a database " * 100)
+    start_pipeline(results / "default", CONFIG, "sdtp", None)
+
+    def refuses(folder: Path) -> list[Entry]:
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(spool_module, "_entries", refuses)
+    with caplog.at_level(logging.WARNING, "sdtp"):
+        finish_pipeline(results / "default", "FINISHED")
+    assert "Permission denied" in caplog.records[-1].getMessage()
+
+
+# Addresses are quoted in errors, in what Snakemake hands its steps, and in the configuration.
+SECRET = "http://user:s3cret@127.0.0.1:9"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["environment", "configuration"])
+def test_no_file_holds_the_password_of_a_server_that_is_away(
+    results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    config: dict[str, Any] = {**CONFIG, "tracking": {"uri": None, "experiment": "sdtp"}}
+    if place == "environment":
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", SECRET)
+    else:
+        config["tracking"]["uri"] = SECRET
+        monkeypatch.setenv("SDTP_TRACKING_URI", SECRET)
+    folder, logs = results / "default", tmp_path / "logs"
+    logs.mkdir()
+    everything = logging.FileHandler(logs / "snakemake.log")
+    logging.getLogger().addHandler(everything)
+    try:
+        start_pipeline(folder, config, "sdtp", config["tracking"]["uri"])
+        predictions = folder / "predictions.jsonl"
+        predictions.write_text("")
+        command = ["--log", logs / "score.log", "--debug", "score", "--predictions", predictions]
+        command += ["--output", folder / "scores.jsonl", "--metrics", folder / "metrics" / "score.json"]
+        subprocess.run([sys.executable, "-m", "sdtp.cli", *map(str, command)], check=False, capture_output=True)
+        # The parent went to the disk, and so the steps did not ask: one that asks for itself.
+        (folder / "mlflow-parent.json").rename(folder / "first-parent.json")
+        with step("train", arguments(folder / "metrics"), outputs=[folder / "pruner"]):
+            pass
+        (folder / "first-parent.json").rename(folder / "mlflow-parent.json")
+        finish_pipeline(folder, "FINISHED")
+    finally:
+        logging.getLogger().removeHandler(everything)
+        everything.close()
+    assert "user:…@127.0.0.1:9" in (logs / "score.log").read_text()
+    assert (logs / "snakemake.log").read_text().count("user:…@127.0.0.1:9") >= 2
+    assert len(waiting(results / "mlflow-spool")) == 3
+    [told] = [path for path in results.rglob("operations.jsonl") if "config.yaml" in path.read_text()]
+    logged = yaml.safe_load(json.loads(told.read_text().splitlines()[0])["content"])["tracking"]["uri"]
+    assert logged == ("http://user:…@127.0.0.1:9" if place == "configuration" else None)
+    files = [path for folder in (results, logs) for path in folder.rglob("*") if path.is_file()]
+    assert len(files) > 8
+    assert [path for path in files if b"s3cret" in path.read_bytes()] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "without"),
+    [
+        ("to http://me:pw@host:80/api, failed", "to http://me:…@host:80/api, failed"),
+        ("postgresql+psycopg2://:p@w@host/db", "postgresql+psycopg2://:…@host/db"),
+        ('{"a":"http://host:80","b":"me@home"}', '{"a":"http://host:80","b":"me@home"}'),
+        ("http://me@host:80 and a:b@c", "http://me@host:80 and a:b@c"),
+        ("http://a:b@c http://d:e@f", "http://a:…@c http://d:…@f"),
+    ],
+)
+def test_passwords_of_addresses_are_left_out(text: str, without: str) -> None:
+    assert without_password(text) == without
 
 
 @pytest.mark.slow

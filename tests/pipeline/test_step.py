@@ -127,6 +127,24 @@ def test_a_killed_writer_leaves_no_lock(tmp_path: Path, waiting_step: Callable[.
         pass
 
 
+def test_what_a_killed_writer_left_goes_and_what_another_one_writes_stays(tmp_path: Path) -> None:
+    shared = tmp_path / "figures"
+    shared.mkdir()
+    (tmp_path / "metrics").mkdir()
+    left = [
+        tmp_path / name
+        for name in ("figures/.tmp-0123abcd-a.svg", ".tmp-0123abcd-pruner", "metrics/.tmp-0123abcd-train.json")
+    ]
+    written = [
+        tmp_path / name
+        for name in ("figures/.tmp-0123abcd-b.svg", ".tmp-0123abcd-model", "metrics/.tmp-0123abcd-x.json")
+    ]
+    for path in (*left, *written):
+        path.touch()
+    with step("train", arguments(tmp_path), outputs=[shared, shared / "a.svg", tmp_path / "pruner"]):
+        assert [path.exists() for path in (*left, *written)] == [False] * 3 + [True] * 3
+
+
 def test_sigterm_cleans_up_and_then_kills(tmp_path: Path, waiting_step: Callable[..., subprocess.Popen[str]]) -> None:
     process = waiting_step()
     process.send_signal(signal.SIGTERM)

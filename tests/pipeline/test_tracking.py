@@ -517,6 +517,27 @@ def test_runs_of_one_output_form_a_chain_in_whatever_order_they_arrive(runs: Run
         store.client.set_terminated(run_id)
 
 
+@pytest.mark.parametrize("name", ["o'brien", 'the "big" disk', "o'brien's \"big\" disk"])
+def test_folders_may_have_quotes_in_their_names(
+    runs: Runs, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Store(f"sqlite:///{runs.results / 'mlflow.db'}", "sdtp")
+    folder = tmp_path / name
+    # What a pattern in place of the name would take for the same.
+    similar = tmp_path / (name.replace("'", "x") if "'" in name else "x")
+    with caplog.at_level(logging.WARNING, "sdtp"):
+        for output in (folder, similar, folder):
+            with step("train", arguments(output), outputs=[output / "out"]):
+                pass
+    assert caplog.records == []
+    second, first = store.runs_of(str(folder / "out"), "attributes.start_time DESC", 5)
+    assert second.data.tags["sdtp.supersedes"] == first.info.run_id
+    [latest] = store.runs_of(str(folder / "out"), "attributes.start_time DESC", 1)
+    assert latest.info.run_id == second.info.run_id
+    for run in (first, second):
+        assert (run.info.status, run.data.tags["sdtp.output"]) == ("FINISHED", str(folder / "out"))
+
+
 def test_a_run_says_what_it_was_made_from(runs: Runs, tmp_path: Path) -> None:
     model, data, pruner = (tmp_path / name for name in ("model", "data", "pruner"))
     for folder in (model, data, pruner):

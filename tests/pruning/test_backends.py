@@ -121,18 +121,22 @@ def test_flash_attention_gets_masks_by_which_it_gives_what_sdpa_gives(tiny_model
 def test_flash_attention_with_more_tokens_than_the_window_is_refused(flash_model):
     model = flash_model("mistral_window", sliding_window=43)
     words = r"flash_attention_2 counts a sliding window of 43 in tokens held.* a sequence of 44 tokens .*use sdpa"
-    ids = prompt(44)[0]
+    ids, ran = prompt(44)[0], []
+    handle = model.model.layers[0].register_forward_pre_hook(lambda *_: ran.append(1))
     with TokenPruner(SCHEDULE, scorers.HiddenNorm())(model), torch.no_grad():
         with pytest.raises(ValueError, match=words):
             model(ids)
-        # While it decodes, too; and of the cache it was reached with nothing wrong can come.
+        assert not ran
+        handle.remove()
+        # While it decodes, too, and the cache it was reached with is as it was.
         cache = model(ids[:, :40]).cache
         for end in (41, 42, 43):
             model(ids[:, end - 1 : end], cache=cache)
-        with pytest.raises(ValueError, match=words):
-            model(ids[:, 43:], cache=cache)
-        with pytest.raises((ValueError, RuntimeError)):
-            model(ids[:, 43:], cache=cache)
+        held = [layer.get_seq_length() for layer in cache.layers]
+        for _ in range(2):
+            with pytest.raises(ValueError, match=words):
+                model(ids[:, 43:], cache=cache)
+            assert [layer.get_seq_length() for layer in cache.layers] == held
     # What nothing is removed from is the kernel's own affair.
     with TokenPruner(SCHEDULE, scorers.HiddenNorm())(model, ratio=1.0), torch.no_grad():
         pruned = model(ids).logits

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from typing import ClassVar
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from transformers import (
     MambaConfig,
     Ministral3Config,
     Olmo2Config,
+    QuantizedCache,
     Qwen3NextConfig,
 )
 
@@ -26,7 +28,7 @@ from sdtp.pruning.cache import PrunedLayer
 from sdtp.pruning.prefill import Prefill
 from sdtp.pruning.pruner import TokenPruner
 from sdtp.pruning.schedule import PruningSchedule
-from tests.conftest import TINY
+from tests.conftest import TINY, WINDOW
 from tests.pruning.reference import masked_logits
 
 GEMMA3N = {**TINY, "layer_types": ["full_attention"] * 4, "num_kv_shared_layers": 2, "head_dim": 8}
@@ -35,6 +37,12 @@ SCHEDULE = PruningSchedule((1, 3), (0.6, 0.3), sinks=2, local=0.1, min_local=3)
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 # transformers' eager attention takes its softmax in float32, where float64's mask value overflows to NaN under padding.
 KERNELS = [("sdpa", torch.float64), ("sdpa", torch.float32), ("eager", torch.float32)]
+PACKED = {
+    "cu_seq_lens_q": torch.tensor([0, 25, 40]),
+    "cu_seq_lens_k": torch.tensor([0, 25, 40]),
+    "max_length_q": 25,
+    "max_length_k": 25,
+}
 SCORERS = [
     scorers.Random(7),
     scorers.Recent(),
@@ -341,6 +349,15 @@ def test_what_a_pruned_prefill_refuses(tiny_model):
         (lambda: model.model(ids, output_hidden_states=True), "output_hidden_states"),
         (lambda: model(ids, logits_to_keep=None), "logits_to_keep=None"),
         (lambda: model(ids, logits_to_keep=12), "logits_to_keep=12"),
+        (lambda: model(ids, logits_to_keep=-3), "logits_to_keep=-3"),
+        # `forward` itself, past the hooks of the model.
+        (lambda: model.forward(ids, logits_to_keep=50), "logits_to_keep=50"),
+        (lambda: model.forward(ids, logits_to_keep=-3), "logits_to_keep=-3"),
+        (lambda: model.forward(ids, labels=ids), "labels"),
+        *(
+            (lambda name=name, value=value: model(ids, **{name: value}), f"{name} tells of several packed sequences")
+            for name, value in PACKED.items()
+        ),
         (lambda: model(ids, attention_mask=torch.ones(1, 1, 40, 40)), "4 dimensions"),
         (lambda: model(ids, attention_mask=torch.zeros(1, 40)), "no token"),
     ]
@@ -349,6 +366,50 @@ def test_what_a_pruned_prefill_refuses(tiny_model):
             with pytest.raises(ValueError, match=words):
                 call()
         assert model(ids, logits_to_keep=3).logits.shape[1] == 3
+        assert model.forward(ids, logits_to_keep=3).logits.shape[1] == 3
+        cache = model(ids).cache
+        with pytest.raises(ValueError, match="cu_seq_lens_k tells of several packed sequences"):
+            model(ids[:, :3], cache=cache, cu_seq_lens_k=PACKED["cu_seq_lens_k"])
+        model(ids[:, :3], cache=cache)
+    assert "forward" not in model.__dict__
+
+
+# A prompt of which nothing could be computed right: that no layer has run shows in a cache that is still empty.
+KNOWN_BEFORE = {
+    "LastQuery without a cache": (scorers.LastQuery(), {"use_cache": False}, "call the model with use_cache=True"),
+    "LastQuery, quantised": (scorers.LastQuery(), {"cache": "fp8"}, "a Fp8QuantizedLayer does not hold them"),
+    "Saliency of other rows": (scorers.Saliency(torch.rand(2, 3, 40)), {}, "this prompt needs 1 rows and at least 40"),
+    "Saliency of fewer tokens": (scorers.Saliency(torch.rand(2, 1, 39)), {}, "this prompt needs 1 rows and at least"),
+    "Saliency of one row": (scorers.Saliency(torch.rand(2, 40)), {}, r"of shape \(2, 40\) \[stages, batch, tokens\]"),
+}
+
+
+@pytest.mark.parametrize("name", KNOWN_BEFORE)
+def test_what_can_be_known_is_refused_before_any_layer_has_run(tiny_model, name):
+    scorer, given, words = KNOWN_BEFORE[name]
+    model, ran = tiny_model(), []
+    model.model.layers[0].register_forward_pre_hook(lambda *_: ran.append(1))
+    if "cache" in given:
+        given = {"cache": QuantizedCache(backend="fp8", config=model.config)}
+    with TokenPruner(SCHEDULE, scorer)(model), torch.no_grad(), pytest.raises(ValueError, match=words):
+        model(prompt(40)[0], **given)
+    assert not ran
+
+
+@pytest.mark.parametrize("candidates", [0, 1])
+def test_last_query_before_a_window_is_refused_where_its_cache_would_lack_keys(tiny_model, candidates):
+    # A cache of a window holds one token fewer than the window: with a candidate the keys left would be those of
+    # other tokens, one column on.
+    model, ran = tiny_model("mistral_window"), []
+    model.model.layers[0].register_forward_pre_hook(lambda *_: ran.append(1))
+    ids, _ = prompt(WINDOW - candidates)
+    settings = {"prompt_lookup_num_tokens": candidates} if candidates else {}
+    ids[:, -1] = ids[:, 0]  # so that one is found
+    with TokenPruner(SCHEDULE, scorers.LastQuery())(model):
+        with pytest.raises(ValueError, match=f"the cache of layer 0 holds the latest {WINDOW - 1} only"):
+            model.generate(ids, max_new_tokens=6, eos_token_id=None, **settings)
+        assert not ran
+        model.generate(ids[:, : WINDOW - 1], max_new_tokens=2, eos_token_id=None)
 
 
 @pytest.mark.parametrize("keep", [(0.6, 0.3), (1.0, 0.3)])
@@ -361,6 +422,67 @@ def test_scores_that_are_not_numbers_name_the_stage(tiny_model, keep):
     schedule = dataclasses.replace(SCHEDULE, keep=keep)
     with pytest.raises(ValueError, match="NaN scores at stage 1"), TokenPruner(schedule, Broken())(model):
         model(prompt(40)[0])
+
+
+class FailsSecond:
+    """Gives numbers for the first prompt, and then NaN, or an exception, at the last stage."""
+
+    question_conditioned = False
+
+    def __init__(self, how):
+        self.how, self.calls = how, 0
+
+    def score(self, view):
+        self.calls += 1
+        if self.calls == 4 and self.how == "raises":
+            raise ZeroDivisionError
+        return torch.full(view.positions.shape, torch.nan if self.calls == 4 else 0.0)
+
+
+@pytest.mark.parametrize("how", ["NaN", "raises"])
+@pytest.mark.parametrize("with_config", [True, False])
+def test_a_prefill_that_failed_leaves_no_trace_and_no_cache_to_go_on_with(tiny_model, how, with_config):
+    model = tiny_model()
+    ids, _ = prompt(40)
+    cache = DynamicCache(config=model.config) if with_config else DynamicCache()
+    interrupted = "a forward pass on this cache was interrupted"
+    with TokenPruner(SCHEDULE, FailsSecond(how))(model) as trace, torch.no_grad():
+        model(ids)
+        assert len(trace.kept) == 2
+        with pytest.raises((ValueError, ZeroDivisionError)):
+            model(ids, cache=cache)
+        assert (trace.kept, trace.prompt_lengths) == ([], [])
+        for one in (cache, copy.deepcopy(cache)):
+            with pytest.raises(RuntimeError, match=interrupted):
+                model(ids[:, :1], cache=one)
+    for one in (cache, copy.deepcopy(cache)):
+        with pytest.raises(RuntimeError, match=interrupted), torch.no_grad():
+            model(ids[:, :1], cache=one)
+
+
+def test_cached_positions_may_be_on_another_device_than_what_comes(tiny_model):
+    """A model may be spread over devices: its mask is on the first, a beam's indices wherever `generate` made them."""
+    model = tiny_model()
+    ids, real = prompt(20, 15)
+    with TokenPruner(SCHEDULE, scorers.Recent())(model), torch.no_grad():
+        layer = model(ids, attention_mask=real).cache.layers[2]
+    layer._positions, layer._columns = layer._positions.to("meta"), layer._columns.to("meta")
+    layer.expect(torch.tensor([[True], [False]]), 1)
+    assert (layer.positions.device.type, tuple(layer.positions.shape)) == ("meta", (2, 13))
+
+    class Elsewhere(torch.Tensor):
+        """Indices that only tensors of their device can be indexed with, as those of a GPU."""
+
+        moved: ClassVar[list[torch.device]] = []
+
+        def to(self, device):
+            self.moved.append(device)
+            return self.as_subclass(torch.Tensor)
+
+    indices = torch.tensor([1]).as_subclass(Elsewhere)
+    layer.batch_select_indices(indices)
+    assert layer.rows == 1
+    assert Elsewhere.moved == [torch.device("meta")] * 2
 
 
 def test_protect_of_another_shape_is_refused(tiny_model):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from sdtp.pruning import scorers, store
 from sdtp.pruning.fingerprint import fingerprint
+from sdtp.pruning.pruner import TokenPruner
 from sdtp.pruning.schedule import PruningSchedule
 from tests.scoring import keep_scores
 
@@ -56,6 +57,35 @@ def test_loading_draws_no_random_numbers(tmp_path):
     state = torch.get_rng_state()
     store.load(tmp_path)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_default_dtype_is_not_the_scorer_s(tmp_path, tiny_model):
+    model = tiny_model()
+    ids = torch.randint(3, 128, (1, 500))
+    states, positions, lengths = torch.randn(1, 500, 32), torch.arange(500)[None], torch.tensor([500])
+    schedule = PruningSchedule((1, 3), (0.6, 0.3))
+    scorer = scorers.Learned(32, 2, width=8, position=True, question_rank=8, neighbours=2, recency=0.3)
+    TokenPruner(schedule, scorer).save_pretrained(tmp_path)
+
+    def kept(pruner):
+        with torch.no_grad(), pruner(model) as trace:
+            model(ids)
+        return list(trace.kept)
+
+    with torch.no_grad():
+        expected = kept(TokenPruner(schedule, scorer)), scorer(1, states, positions, lengths)
+    torch.set_default_dtype(torch.bfloat16)  # as people do to load their models
+    back = TokenPruner.from_pretrained(tmp_path)
+    assert {weights.dtype for weights in back.scorer.parameters()} == {torch.float32}
+    assert {weights.dtype for weights in scorers.Learned(32, 2, question_rank=8).parameters()} == {torch.float32}
+    with torch.no_grad():
+        found = back.scorer(1, states, positions, lengths)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected[1])
+    assert all(torch.equal(one, other) for one, other in zip(kept(back), expected[0], strict=True))
+    back.save_pretrained(tmp_path / "again")
+    for name in (WEIGHTS, SETTINGS):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / name).read_bytes()
 
 
 @pytest.mark.parametrize("scorer", [scorers.Random(9), scorers.Recent(), scorers.HiddenNorm(), scorers.LastQuery()])

@@ -1,4 +1,4 @@
-"""What only the model reveals is refused before any GPU work, and the check costs no rerun of what it guards."""
+"""What only model and text reveal is refused before any GPU work, and the check costs no rerun of what it guards."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.workflow.project import overlay, planned, snakemake
-from tests.workflow.test_rerun import BENCHMARKS, FROM_SALIENCY, GATHERED, GENERATIONS, RANDOM
+from tests.workflow.test_rerun import BENCHMARKS, FROM_DATA, FROM_SALIENCY, GATHERED, GENERATIONS, RANDOM
 
 pytestmark = pytest.mark.slow
 
@@ -17,6 +17,7 @@ CHANGES: list[tuple[dict[str, Any], set[str]]] = [
     ({"benchmark": {"prompt_tokens": [64, 96]}}, BENCHMARKS | GATHERED),
     ({"generation": {"max_new_tokens": 5}}, GENERATIONS | {"figures", "report"}),
     ({"pruning": {"step": 2}}, FROM_SALIENCY | RANDOM),
+    ({"data": {"malformed": "fail"}}, FROM_DATA),
 ]
 
 
@@ -48,6 +49,20 @@ def test_settings_the_model_has_no_room_for_are_refused_first_and_leave_everythi
     assert "Stage 1" not in process.stdout
     assert "Making and tokenising" not in process.stdout
     assert planned(project, "--configfile", "tiny.yaml") == {"check"}
+
+
+def test_lengths_that_the_text_is_too_short_for_are_refused_before_the_data_are_made(
+    project: Path, tmp_path: Path
+) -> None:
+    (project / "rows.jsonl").write_text('{"prompt": "one", "response": "two"}\n')
+    source = {"kind": "jsonl", "ref": "rows.jsonl", "revision": None, "sha256": None}
+    config = overlay(tmp_path / "short.yaml", {"data": {"test": {"source": source}}})
+    process = snakemake(project, "--configfile", config, check=False)
+    assert process.returncode == 1
+    assert "error: benchmark.prompt_tokens: 64 is not in 1.." in process.stdout
+    assert "the benchmark's text, made of data.test.source rows.jsonl" in process.stdout
+    assert "Stage 1" not in process.stdout
+    assert "Making and tokenising" not in process.stdout
 
 
 def test_prompts_beyond_the_context_are_refused_in_the_data_step(project: Path, tmp_path: Path) -> None:

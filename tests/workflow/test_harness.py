@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,22 @@ def test_questions_are_made_where_they_are_asked(tmp_path: Path, tasks: list[str
     assert counts["harness_answers"] == 3
     assert ("--tasks results/default/harness/tasks" in output) == bool(made)
     assert "report" not in counts
+
+
+@pytest.mark.slow
+def test_a_folder_of_own_tasks_is_quoted_for_the_shell(tmp_path: Path) -> None:
+    clone = copy_project(tmp_path / "sdtp")
+    folder = clone / "o'brien; my $tasks"
+    folder.mkdir()
+    (folder / "own.yaml").write_text("task: own\n")
+    (clone / "own.yaml").write_text(f'harness: {{tasks: [sdtp_fact, own], include: "{folder.name}"}}\n')
+    output = snakemake(clone, "harness", "--dry-run", "--configfile", "own.yaml").stdout
+    commands = [line for line in output.splitlines() if line.startswith("Shell command: ") and " harness --" in line]
+    assert commands
+    for command in commands:
+        words = shlex.split(command)
+        at = words.index("--tasks")
+        assert words[at + 1 : at + 3] == ["results/default/harness/tasks", folder.name]
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from sdtp.evaluation import methods
 from sdtp.evaluation.agreement import agreement
 from sdtp.evaluation.peers.compression import Compression
 from sdtp.evaluation.peers.snapkv import SnapKV
+from sdtp.pipeline.files import write_jsonl
 from sdtp.pipeline.reference import write_reference
 from sdtp.pipeline.steps.evaluate import evaluate
 from sdtp.pipeline.steps.reference import reference
@@ -40,6 +41,14 @@ def test_lock_has_the_named_release_and_leaves_torch_to_the_index() -> None:
     assert not [name for name in locked if re.match(r"torch$|triton|nvidia|cuda", name)]
     # Else it could do without an environment of its own.
     assert Version(locked["transformers"]) < Version(pins("requirements.lock")["transformers"])
+
+
+def test_a_character_of_a_text_ends_no_line_of_either_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"id": "\u2028 \u2029 \x85 \r\n", "prompt_ids": [1]}, {"id": "f", "prompt_ids": [2]}]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert SCRIPT.read(tmp_path / "rows.jsonl") == rows
+    monkeypatch.syspath_prepend(str(ROOT / "workflow" / "scripts"))
+    assert load_script("kvpress_time").read(tmp_path / "rows.jsonl") == rows
 
 
 @pytest.mark.parametrize(("press", "tokens"), [("SnapKVPress", 64), ("StreamingLLMPress", 4)])

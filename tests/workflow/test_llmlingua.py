@@ -12,6 +12,7 @@ import pytest
 from packaging.version import Version
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
+from sdtp.pipeline.files import write_jsonl
 from tests.workflow.project import ROOT, load_script, pins
 
 SCRIPT = load_script("llmlingua_compress")
@@ -42,6 +43,12 @@ def tokenizer() -> Any:
 def example(**changes: Any) -> dict[str, Any]:
     """40 tokens, of which the context is 5 to 34; 24 of them may stay."""
     return {"id": "e", "prompt_ids": list(range(40)), "context": [5, 35], "entries": 24, "max_new_tokens": 5, **changes}
+
+
+def test_a_character_of_a_text_ends_no_line(tmp_path: Path) -> None:
+    rows = [example(text="\u2028 \u2029 \x85 \r\n"), example(id="f")]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert SCRIPT.read(tmp_path / "rows.jsonl") == rows
 
 
 def test_context_alone_is_shortened_and_what_is_around_it_stays(tokenizer: Any) -> None:

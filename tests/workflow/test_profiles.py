@@ -10,7 +10,25 @@ from typing import Any
 import pytest
 from snakemake.profiles import ProfileConfigFileParser
 
+from sdtp.pipeline.devices import visible_gpus
 from tests.workflow.project import ROOT
+
+
+def rules() -> dict[str, str]:
+    """The text of each rule in workflow/rules, whatever the configuration; a `use rule` has that of its base before."""
+    text = "".join(path.read_text("utf-8") for path in sorted((ROOT / "workflow" / "rules").glob("*.smk")))
+    heads = list(re.finditer(r"^ *(?:rule (\w+):|use rule (\w+) (?:from \w+ )?as (\w+))", text, re.MULTILINE))
+    ends = [head.start() for head in heads[1:]] + [len(text)]
+    found: dict[str, str] = {}
+    based: dict[str, tuple[str, str]] = {}
+    for head, end in zip(heads, ends, strict=True):
+        own, base, other = head.groups()
+        body = text[head.end() : end]
+        if own:
+            found[own] = body
+        else:
+            based[other] = base, body
+    return found | {name: found[base] + body for name, (base, body) in based.items()}
 
 
 def profile(name: str) -> dict[str, Any]:
@@ -24,7 +42,10 @@ def two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine whose driver lists two GPUs."""
     command = tmp_path / "nvidia-smi"
     command.write_text(
-        "#!/bin/sh\necho 'GPU 0: H100 (UUID: GPU-a)'\necho 'GPU 1: H100 (UUID: GPU-b)'\n", encoding="utf-8"
+        "#!/bin/sh\n"
+        "if [ $1 = -L ]; then echo 'GPU 0: H100 (UUID: GPU-a)'; echo 'GPU 1: H100 (UUID: GPU-b)'\n"
+        "else echo '0, GPU-a'; echo '1, GPU-b'; fi\n",
+        encoding="utf-8",
     )
     command.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
@@ -37,10 +58,11 @@ def test_gpu_jobs_are_limited_by_the_gpus_there_are() -> None:
 
 
 @pytest.mark.usefixtures("two_gpus")
-@pytest.mark.parametrize(("mask", "limit"), [("1", "gpu=1"), ("GPU-a,GPU-b", "gpu=2"), ("", f"gpu={os.cpu_count()}")])
-def test_mask_from_outside_is_respected(monkeypatch: pytest.MonkeyPatch, mask: str, limit: str) -> None:
+@pytest.mark.parametrize(("mask", "gpus"), [("1", 1), ("GPU-a,GPU-b", 2), ("1, 1", 1), ("", 0), (" ", 0), ("-1", 0)])
+def test_mask_from_outside_is_respected(monkeypatch: pytest.MonkeyPatch, mask: str, gpus: int) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", mask)
-    assert profile("default")["resources"] == [limit, "timing=1"]
+    assert profile("default")["resources"] == [f"gpu={gpus or os.cpu_count()}", "timing=1"]
+    assert len(visible_gpus()) == gpus
 
 
 def test_without_gpus_the_cores_are_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,10 +80,24 @@ def test_cluster_profiles_set_the_threads_of_the_steps_that_take_all_cores(name:
 
 @pytest.mark.parametrize("name", ["slurm", "kubernetes"])
 def test_cluster_profiles_name_rules_that_exist(name: str) -> None:
-    text = "".join(path.read_text("utf-8") for path in sorted((ROOT / "workflow" / "rules").glob("*.smk")))
-    rules = {one or other for one, other in re.findall(r"^ *(?:rule (\w+):|use rule .* as (\w+))", text, re.MULTILINE)}
     named = {re.split("[=:]", entry)[0] for key in ("set-threads", "set-resources") for entry in profile(name)[key]}
-    assert {"train", "variant_train"} <= named <= rules
+    assert {"train", "variant_train"} <= named <= rules().keys()
+
+
+@pytest.mark.parametrize("name", ["slurm", "kubernetes"])
+def test_cluster_profiles_say_what_every_rule_on_a_gpu_needs(name: str) -> None:
+    on_gpu = {rule for rule, body in rules().items() if re.search(r"^ +gpu=(?!0,)", body, re.MULTILINE)}
+    timed = {rule for rule, body in rules().items() if re.search(r"^ +timing=1,", body, re.MULTILINE)}
+    assert {"train", "paper_train", "variant_evaluate", "throughput", "kvpress", "llmlingua"} <= on_gpu
+    assert {"benchmark", "time_compression", "kvpress_time"} <= timed <= on_gpu
+    given = profile(name)
+    threads = dict(entry.split("=") for entry in given["set-threads"])
+    memory = {entry.split(":")[0] for entry in given["set-resources"] if ":mem_mb=" in entry}
+    assert threads.keys() == memory == on_gpu
+    assert {threads[rule] for rule in timed} == {"16"}
+    if name == "slurm":
+        alone = {entry.split(":")[0] for entry in given["set-resources"] if "--exclusive" in entry}
+        assert alone == timed
 
 
 def test_slurm_keeps_the_gpus_of_a_job_on_one_node() -> None:

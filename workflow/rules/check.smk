@@ -1,8 +1,10 @@
-# Only the model says how many layers and positions it has. No rule takes this file as input, so that other benchmark
-# lengths train nothing again (`ancient` would hide a rule's own changes and train again after a refusal); the check comes
-# first by its priority, and alone by taking every core. On a cluster it may run beside others, for seconds.
+# Only the model says how many layers and positions it has, and its tokenizer how many tokens the benchmark's text: that
+# is made here as the data step will make it. No rule takes this file as input, so that other benchmark lengths train
+# nothing again (`ancient` would hide a rule's own changes and train again after a refusal); the check comes first by its
+# priority, and alone by taking every core. On a cluster it may run beside others, for seconds.
 rule check:
     input:
+        local(own_files(config["data"]["test"]["source"], "data.test.source")),
         model="<results>/model",
     output:
         checked=ensure("<results>/checked.json", non_empty=True),
@@ -12,6 +14,7 @@ rule check:
     benchmark:
         "<benchmarks>/check.tsv"
     priority: 1
+    retries: DATA_RETRIES
     conda:
         "../../envs/sdtp.yaml"
     threads: ALL_CORES
@@ -20,6 +23,8 @@ rule check:
     params:
         settings=settings(
             "data.max_tokens",
+            "data.malformed",
+            "data.test.source",
             "pruning.start",
             "pruning.step",
             "generation.max_new_tokens",
@@ -28,7 +33,7 @@ rule check:
         ),
         code=code_hash("sdtp.pipeline.steps.check"),
     message:
-        "Checking the settings against the model"
+        "Checking the settings against the model and the benchmark's text"
     shell:
         "sdtp --log {log} check --settings {params.settings:q} --model {input.model} --output {output.checked}"
         " --metrics {output.metrics}"

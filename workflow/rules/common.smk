@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,7 @@ from sdtp.pipeline.devices import visible_gpus
 from sdtp.pipeline.doctor.services import check_shared
 from sdtp.pipeline.figures import FIGURES
 from sdtp.pipeline.files import canonical_json, digest
-from sdtp.pipeline.mlflow_store import tracking_uri
+from sdtp.pipeline.mlflow_store import tracking_uri, without_password
 from sdtp.pipeline.multiple_choice import LOCAL_TASKS
 from sdtp.pipeline.paper.names import ABLATIONS, PARTS
 from sdtp.pipeline.placement import Placement
@@ -114,11 +115,13 @@ os.environ.update(
 )
 # What the page of the paper names in its commands; where a configuration was read from reruns nothing either.
 os.environ.update(
-    SDTP_CONFIGURED=canonical_json(
-        {
-            "files": [os.path.relpath(path) for path in workflow.config_settings.configfiles],
-            "overrides": dict(workflow.config_settings.config),
-        }
+    SDTP_CONFIGURED=without_password(
+        canonical_json(
+            {
+                "files": [os.path.relpath(path) for path in workflow.config_settings.configfiles],
+                "overrides": dict(workflow.config_settings.config),
+            }
+        )
     )
 )
 
@@ -433,7 +436,7 @@ def own_tasks(wildcards):
 def task_folders(wildcards, input):
     """The command-line option for it and for the user's own folder."""
     folders = [*filter(None, [input.get("tasks")]), *filter(None, [HARNESS["include"]])]
-    return " ".join(["--tasks", *folders]) if folders else ""
+    return f"--tasks {shlex.join(folders)}" if folders else ""
 
 
 def harness_cells(wildcards):

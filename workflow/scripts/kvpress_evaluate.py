@@ -36,13 +36,20 @@ def main() -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="the first N examples only")
     parser.add_argument("--output", required=True, type=Path, metavar="JSONL", help="one row an example")
     args = parser.parse_args()
-    examples = [json.loads(line) for line in args.examples.read_text("utf-8").splitlines()][: args.limit]
+    examples = read(args.examples)[: args.limit]
     check_lengths(examples, args.press)
     model = load(args.model, args.dtype, args.attention)
     check_head(model, examples[0]["prompt_ids"][:8])
     rows = evaluate(model, examples, args.press, reference(args.reference, args.model, model))
     identity = {"method": f"kvpress-{args.press}", "keep_ratio": args.keep_ratio, "seed": None}
     written(args.output, "".join(json.dumps({**row, **identity}, allow_nan=False) + "\n" for row in rows))
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file."""
+    # Not by `splitlines`: characters of a text, U+2028 for one, would end its line.
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
 
 
 def check_lengths(examples: list[dict[str, Any]], press: str) -> None:

@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvpress_evaluate import DTYPES, PRESSES, check_lengths, load, removed_share, written
+from kvpress_evaluate import DTYPES, PRESSES, check_lengths, load, read, removed_share, written
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--warmup", required=True, type=int, help="rounds before them, at least one")
     parser.add_argument("--output", required=True, type=Path, metavar="JSON", help="timings to write")
     args = parser.parse_args()
-    examples = [json.loads(line) for line in args.examples.read_text("utf-8").splitlines()]
+    examples = read(args.examples)
     check_lengths(examples, args.press)
     model = load(args.model, args.dtype, args.attention)
     rounds = args.warmup, args.repeats

@@ -70,7 +70,9 @@ def check_weights(weights: str) -> None:
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The rows of a JSON-lines file."""
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    # Not by `splitlines`: characters of a text, U+2028 for one, would end its line.
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
 
 
 def load(weights: str, model: Path) -> tuple[Compressor, Counting]:

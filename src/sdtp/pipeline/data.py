@@ -73,9 +73,9 @@ def build_dataset(
     Raises:
         UserError: a source is missing, malformed, too small, or not what its pinned sha256 says.
     """
-    trained = _read(settings.train.source, "data.train.source", settings.malformed)
+    trained = _read_and_tell(settings.train.source, "data.train.source", settings.malformed)
     same = settings.test.source == settings.train.source
-    tested = trained if same else _read(settings.test.source, "data.test.source", settings.malformed)
+    tested = trained if same else _read_and_tell(settings.test.source, "data.test.source", settings.malformed)
     counts = {"train": settings.train.examples, "heldout": settings.train.heldout, "test": settings.test.examples}
     splits: dict[str, _Split] = {}
     used: set[str] = set()
@@ -128,6 +128,27 @@ def longest_response(settings: DataSettings) -> int:
     return CONTINUATION_TOKENS if kinds == {"package"} else MAX_RESPONSE_TOKENS
 
 
+def check_benchmark_text(tokenizer: PreTrainedTokenizerBase, settings: DataSettings, lengths: Iterable[int]) -> int:
+    """Checks benchmarked lengths against the text that `build_dataset` will cut their prompts from.
+
+    Args:
+        tokenizer: the model's.
+        settings: `test.source`, and `malformed` for records.
+        lengths: of `benchmark.prompt_tokens`.
+
+    Returns:
+        The text's tokens, of which no more than `BENCHMARK_TOKENS` are kept.
+
+    Raises:
+        UserError: the text is shorter than one of the lengths, or its source is not what `build_dataset` takes.
+    """
+    source = settings.test.source
+    available = len(_benchmark_ids(tokenizer, _read(source, "data.test.source", settings.malformed)))
+    for length in lengths:
+        _check_length(length, available, f"the benchmark's text, made of data.test.source {source.ref}")
+    return available
+
+
 def benchmark_prompt(data_dir: str | Path, tokens: int) -> list[int]:
     """The first `tokens` ids of the benchmark's text: documents of the test split, one after the other.
 
@@ -136,9 +157,13 @@ def benchmark_prompt(data_dir: str | Path, tokens: int) -> list[int]:
     """
     path = Path(data_dir) / BENCHMARK_FILE
     ids = read_json(path)["ids"]
-    if not 0 < tokens <= len(ids):
-        raise UserError(f"benchmark.prompt_tokens: {tokens} is not in 1..{len(ids)}, the tokens of {path}")
+    _check_length(tokens, len(ids), str(path))
     return list(ids[:tokens])
+
+
+def _check_length(tokens: int, available: int, text: str) -> None:
+    if not 0 < tokens <= available:
+        raise UserError(f"benchmark.prompt_tokens: {tokens} is not in 1..{available}, the tokens of {text}")
 
 
 def request_prompts(data_dir: str | Path, tokens: int, count: int) -> list[list[int]]:
@@ -149,19 +174,25 @@ def request_prompts(data_dir: str | Path, tokens: int, count: int) -> list[list[
 
 def _read(source: Source, key: str, malformed: str) -> Corpus | Records:
     content = read_corpus(source.ref) if source.kind == "package" else read_records(source, key, malformed)
+    if isinstance(content, Records) and not content.total:
+        raise UserError(f"{key}.ref: {source.ref} has no rows; at least one is needed")
+    if source.sha256 is None or source.sha256 == content.sha256:
+        return content
+    if content.sha256 is None:
+        raise UserError(f"{key}.sha256: {source.sha256} cannot be checked for a hub source; pin its revision instead")
+    raise UserError(f"{key}.sha256: expected {source.sha256}, found {content.sha256} for {source.ref}")
+
+
+def _read_and_tell(source: Source, key: str, malformed: str) -> Corpus | Records:
+    """As `_read`, with warnings of the rows that were left out or repaired."""
+    content = _read(source, key, malformed)
     if isinstance(content, Records):
         for what, tally in (("left out", content.skipped), ("repaired", content.repaired)):
             for reason, places in tally.first.items():
                 count = f"{tally.counts[reason]} of {content.total} rows {what}, {reason}"
                 more = "; ..." if tally.counts[reason] > len(places) else ""
                 logger.warning("%s: %s: %s%s", key, count, "; ".join(places), more)
-        if not content.total:
-            raise UserError(f"{key}.ref: {source.ref} has no rows; at least one is needed")
-    if source.sha256 is None or source.sha256 == content.sha256:
-        return content
-    if content.sha256 is None:
-        raise UserError(f"{key}.sha256: {source.sha256} cannot be checked for a hub source; pin its revision instead")
-    raise UserError(f"{key}.sha256: expected {source.sha256}, found {content.sha256} for {source.ref}")
+    return content
 
 
 def _corpus_split(

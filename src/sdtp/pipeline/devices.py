@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_TRIES = 0.5
+PATIENCE = 10.0  # seconds, with a nvidia-smi that hangs in the driver
 
 
 def choose_device() -> "torch.device":
@@ -45,7 +46,7 @@ def main(argv: Sequence[str]) -> NoReturn:
     A CUDA_VISIBLE_DEVICES given from outside limits the choice. In a Slurm job (SLURM_JOB_ID) the scheduler has chosen
     already, and nothing is leased. SDTP_LEASE_DIR names another folder for the lock files.
 
-    Raises UserError for a command that cannot be found or a CUDA_VISIBLE_DEVICES that names no GPU of this machine.
+    Raises UserError for a command that cannot be found, and as `visible_gpus` does.
     """
     parser = argparse.ArgumentParser(prog="sdtp lease", description="Run a command on GPUs that nobody else is using.")
     parser.add_argument("--gpus", type=int, required=True, metavar="K", help="how many; 0 hides them all")
@@ -72,14 +73,14 @@ def visible_gpus() -> list[str]:
     """UUIDs of the machine's GPUs in nvidia-smi's order, or those that CUDA_VISIBLE_DEVICES names, in its order.
 
     That variable may hold indices, UUIDs or beginnings of UUIDs, as CUDA takes them; a MIG device stands for itself.
-    Raises UserError for an entry that is none of these.
+    Raises UserError for an entry that is none of these, and for a nvidia-smi that does not answer.
     """
-    gpus = _nvidia_smi()
     mask = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if mask is not None and mask.strip() in ("", "-1"):
+        return []
+    gpus = _nvidia_smi()
     if mask is None or not gpus:
         return list(gpus.values())
-    if mask.strip() in ("", "-1"):
-        return []
     chosen = []
     for entry in (part.strip() for part in mask.split(",")):
         if entry.startswith("MIG-"):
@@ -100,7 +101,13 @@ def _nvidia_smi() -> dict[int, str]:
     if shutil.which("nvidia-smi") is None:
         return {}
     query = ["nvidia-smi", "--query-gpu=index,uuid", "--format=csv,noheader"]
-    answer = subprocess.run(query, capture_output=True, text=True, check=False)
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise UserError(
+            f"nvidia-smi does not answer within {PATIENCE:g} s, so the GPUs cannot be used: reload the driver or "
+            "restart the machine; CUDA_VISIBLE_DEVICES=-1 uses the CPU alone"
+        ) from error
     if answer.returncode != 0:
         reason = " ".join((answer.stderr or answer.stdout).split())
         logger.warning("nvidia-smi finds no GPU, so the CPU is used; it says: %s", reason)

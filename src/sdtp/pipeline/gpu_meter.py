@@ -16,13 +16,12 @@ from statistics import fmean
 
 from sdtp.errors import UserError
 from sdtp.pipeline import operations
-from sdtp.pipeline.devices import visible_gpus
+from sdtp.pipeline.devices import PATIENCE, visible_gpus
 from sdtp.pipeline.operations import Point
 
 logger = logging.getLogger(__name__)
 
 SECONDS = 10.0
-PATIENCE = 10.0  # with a nvidia-smi that hangs in the driver
 # Of a long step fewer, evenly: a curve needs no more.
 MOST_SAMPLES = 500
 # What nvidia-smi is asked for, what it is called here, and what one of its units is in that of the name.

@@ -52,7 +52,12 @@ def _end_steps() -> None:
 
     for process in psutil.Process().children(recursive=True):
         try:
-            if any(Path(word).name == "sdtp" for word in process.cmdline()[:3]):
+            if any(_is_step(Path(word)) for word in process.cmdline()[:3]):
                 process.terminate()
         except psutil.Error:  # ended meanwhile
             continue
+
+
+def _is_step(program: Path) -> bool:
+    """Whether it is `sdtp`, or a script that runs in an environment of its own, where there is none."""
+    return program.name == "sdtp" or program.parts[-3:-1] == ("workflow", "scripts")

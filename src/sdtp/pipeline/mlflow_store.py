@@ -3,6 +3,7 @@
 import fcntl
 import itertools
 import os
+import re
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +26,11 @@ def tracking_uri(results_dir: Path, uri: str | None) -> str:
             "accepted: sqlite:///FILE, http(s)://SERVER, another database URL, or null for SQLite under results/"
         )
     return chosen
+
+
+def without_password(text: str) -> str:
+    """A text with the passwords of the addresses in it left out: `http://me:…@host`."""
+    return re.sub(r'(//[^/@:\s"]*):[^/\s"]*@', r"\1:…@", text)
 
 
 class Store:
@@ -92,11 +98,11 @@ class Store:
         """
         with self.writing():
             run_id = self.find(opening["id"]) or self._create(opening)
-            place = f"tags.`sdtp.output` = '{opening['tags']['sdtp.output']}' and attributes.start_time"
+            output, started = opening["tags"]["sdtp.output"], f"attributes.start_time {{}} {opening['started']}"
             # Of two: this run is among those that began no later.
-            before = self.runs(f"{place} <= {opening['started']}", "attributes.start_time DESC", 2)
+            before = self.runs_of(output, "attributes.start_time DESC", 2, started.format("<="))
             earlier = [run for run in before if run.info.run_id != run_id][:1]
-            later = self.runs(f"{place} > {opening['started']}", "attributes.start_time ASC", 1)
+            later = self.runs_of(output, "attributes.start_time ASC", 1, started.format(">"))
             chain = [*(run.info.run_id for run in earlier), run_id, *(run.info.run_id for run in later)]
             for old, new in itertools.pairwise(chain):
                 self.client.set_tag(new, "sdtp.supersedes", old)
@@ -120,6 +126,17 @@ class Store:
     def runs(self, condition: str, order: str = "attributes.start_time ASC", count: int = 1000) -> list[Any]:
         """Runs of the experiment that fulfil a condition in MLflow's search language, deleted ones left out."""
         return list(self.client.search_runs([self.experiment_id], condition, max_results=count, order_by=[order]))
+
+    def runs_of(self, output: str, order: str, count: int, condition: str | None = None) -> list[Any]:
+        """Runs of the experiment that wrote `output`, a path, as `runs` gives them."""
+        further = f" and {condition}" if condition else ""
+        quote = '"' if "'" in output else "'"
+        if quote not in output:
+            return self.runs(f"tags.`sdtp.output` = {quote}{output}{quote}{further}", order, count)
+        # The search language cannot write both kinds of quotes: to LIKE, _ is any one character.
+        pattern = output.replace("'", "_")
+        similar = self.runs(f"tags.`sdtp.output` LIKE '{pattern}'{further}", order)
+        return [run for run in similar if run.data.tags["sdtp.output"] == output][:count]
 
     def close_abandoned(self) -> list[str]:
         """Closes, as KILLED, the runs that still go although nobody writes their output any more; gives their names.

@@ -145,9 +145,8 @@ def _from_folder(source: Source, folder: Path, trust_remote_code: bool) -> tuple
     _check_weights(path, trust_remote_code)
     sha256 = weights_sha256(path)
     _verify(f"weights in {source.ref}", source.sha256, sha256)
-    for name in names:
-        if any(fnmatch(name, pattern) for pattern in _patterns(trust_remote_code)):
-            shutil.copyfile(path / name, folder / name)
+    for file in _taken(path, trust_remote_code):
+        shutil.copyfile(file, folder / file.name)
     return None, sha256, _card_licence(path)
 
 
@@ -172,7 +171,8 @@ def _from_hub(source: Source, folder: Path, trust_remote_code: bool) -> tuple[st
     _check_weights(snapshot, trust_remote_code)
     sha256 = weights_sha256(snapshot)
     _verify(f"weights of {source.ref}", source.sha256, sha256)
-    for file in snapshot.iterdir():
+    # The cache also holds what others have downloaded of the revision.
+    for file in _taken(snapshot, trust_remote_code):
         _link_or_copy(file.resolve(), folder / file.name)
     return str(info.sha), sha256, _card_licence(folder)
 
@@ -180,6 +180,12 @@ def _from_hub(source: Source, folder: Path, trust_remote_code: bool) -> tuple[st
 def _patterns(trust_remote_code: bool) -> list[str]:
     code = ["*.py"] if trust_remote_code else []
     return [WEIGHTS, "*.json", "*.jinja", "*.model", "*.txt", "README.md", *code]
+
+
+def _taken(folder: Path, trust_remote_code: bool) -> list[Path]:
+    """The files directly in a folder that belong to a model."""
+    patterns = _patterns(trust_remote_code)
+    return [file for file in folder.iterdir() if file.is_file() and any(fnmatch(file.name, one) for one in patterns)]
 
 
 def _link_or_copy(file: Path, target: Path) -> None:
@@ -199,7 +205,8 @@ def _no_safetensors(where: str, names: list[str]) -> str:
 def _card_licence(folder: Path) -> str:
     """The `license:` line of a model card's header, or "not stated"."""
     card = folder / "README.md"
-    match = re.search(r"^license: *(\S+)", card.read_text("utf-8"), re.MULTILINE) if card.is_file() else None
+    text = card.read_text("utf-8", errors="replace") if card.is_file() else ""
+    match = re.search(r"^license: *(\S+)", text, re.MULTILINE)
     return match.group(1) if match else "not stated"
 
 

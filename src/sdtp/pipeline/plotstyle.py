@@ -65,6 +65,9 @@ STYLE: dict[Any, Any] = {
     "svg.fonttype": "path",
 }
 
+# Format of a figure's file -> what matplotlib would say in it of this moment and of itself, left out.
+METADATA = {"svg": {"Date": None, "Creator": None}, "png": {"Software": None}}
+
 
 def name_of(method: str) -> str:
     """The method's name as figures and report print it."""
@@ -76,10 +79,15 @@ def saliency_name(reduction: str) -> str:
     return f"magnitude of {REDUCTIONS[reduction]}" if reduction == "signed" else REDUCTIONS[reduction]
 
 
+def figure_files(path: Path) -> list[Path]:
+    """What `save` writes: `path` with suffixes .svg and .png."""
+    return [path.with_suffix(f".{kind}") for kind in METADATA]
+
+
 def save(figure: Figure, path: Path) -> None:
-    """Writes `path` with suffixes .svg and .png; equal figures give equal bytes."""
-    for kind, metadata in (("svg", {"Date": None, "Creator": None}), ("png", {"Software": None})):
-        with write_atomically(path.with_suffix(f".{kind}")) as target, mpl.rc_context(STYLE):
+    """Writes `figure_files(path)`; equal figures give equal bytes."""
+    for file, (kind, metadata) in zip(figure_files(path), METADATA.items(), strict=True):
+        with write_atomically(file) as target, mpl.rc_context(STYLE):
             figure.savefig(target, format=kind, dpi=150, metadata=metadata)
 
 

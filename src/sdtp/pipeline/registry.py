@@ -80,7 +80,7 @@ def _version(store: Store, name: str, pruner: str) -> str | None:
 def _create(store: Store, name: str, folder: Path, pruner: str, tags: Mapping[str, str]) -> str:
     from mlflow.entities import LoggedModelOutput
 
-    trained = store.runs(f"tags.`sdtp.output` = '{pruner}'", "attributes.start_time DESC", 1)
+    trained = store.runs_of(pruner, "attributes.start_time DESC", 1)
     run_id = trained[0].info.run_id if trained else None
     models = store.client.search_logged_models([store.experiment_id], f"name = '{name}'")
     model = next((one for one in models if one.tags.get(_PRUNER) == tags[_PRUNER]), None)

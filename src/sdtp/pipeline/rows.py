@@ -14,7 +14,7 @@ from sdtp.errors import UserError
 from sdtp.pipeline.block import Source
 from sdtp.pipeline.files import sha256_file, sha256_files
 from sdtp.pipeline.reading import inside, read_json, reading
-from sdtp.pipeline.sources import jsonl_file
+from sdtp.pipeline.sources import jsonl_file, visible_files
 
 if TYPE_CHECKING:
     import datasets
@@ -116,7 +116,8 @@ def _folder_rows(source: Source, key: str) -> Rows:
         raise UserError(
             f"{key}.ref: no folder {source.ref!r}; a folder of save_to_disk, .parquet or .jsonl files is needed"
         )
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    # What the rule watches, and no more: a hidden table would otherwise be read unseen.
+    files = visible_files(folder)
     digest = sha256_files(folder, files)
     if (folder / "state.json").exists():
         return Rows(_dataset_rows(folder.name, read_saved(folder)), None, digest)
@@ -181,6 +182,11 @@ def _hub_rows(source: Source, key: str) -> Rows:
         raise UserError(f"{key}: no {source.ref!r} at revision {source.revision!r} on the hub") from error
     except datasets.exceptions.DatasetGenerationError as error:
         raise UserError(f"{key}: {source.ref} at revision {revision} cannot be read: {error.__cause__}") from error
+    except ValueError as error:  # what the library says of several configurations, or of no such split, lists those
+        raise UserError(
+            f"{key}.ref: {source.ref} at revision {revision}: {' '.join(str(error).split())} Here a data set needs a "
+            "split 'train' and no more than one configuration; rows of another can be saved to a folder (kind local)"
+        ) from error
     return Rows(_dataset_rows(source.ref, dataset), revision, None)
 
 

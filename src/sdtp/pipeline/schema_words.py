@@ -40,6 +40,8 @@ def accepted(node: Schema) -> str:
     ]
     if bounds:
         words += " " + " and ".join(bounds)
+    if "multipleOf" in node:
+        words += f", a multiple of {node['multipleOf']}"
     if "pattern" in node:
         words += f" matching `{node['pattern']}`"
     return words

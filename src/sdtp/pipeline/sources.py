@@ -10,7 +10,7 @@ from sdtp.errors import UserError
 def own_files(source: Mapping[str, Any], key: str) -> list[str]:
     """Files that a `source` block of the config reads on this machine: a `jsonl` file, or all in a `local` folder.
 
-    Sorted, hidden files left out; none for `hub` and `package`.
+    A folder's as `visible_files` lists them; none for `hub` and `package`.
 
     Raises:
         UserError: there is no such file or folder; named with `key`, the block's dotted key.
@@ -21,9 +21,14 @@ def own_files(source: Mapping[str, Any], key: str) -> list[str]:
         path = Path(source["ref"])
         if not path.is_dir():
             raise UserError(f"{key}.ref: no folder {source['ref']!r}; kind local reads a folder")
-        inside = (file for file in path.rglob("*") if file.is_file())
-        return sorted(str(file) for file in inside if not any(p.startswith(".") for p in file.relative_to(path).parts))
+        return [str(file) for file in visible_files(path)]
     return []
+
+
+def visible_files(folder: Path) -> list[Path]:
+    """All files in a folder and the folders inside, sorted; hidden ones, and those of hidden folders, are left out."""
+    inside = (file for file in folder.rglob("*") if file.is_file())
+    return sorted(file for file in inside if not any(p.startswith(".") for p in file.relative_to(folder).parts))
 
 
 def jsonl_file(ref: str, key: str) -> Path:

@@ -99,11 +99,18 @@ def number_waiting(spool: Path) -> int:
 
 def waiting(spool: Path) -> list[Path]:
     """Folders of the runs that wait, in the order they began, so that a run comes after its parent."""
-    if not spool.is_dir():
-        return []
+    return list(openings(spool))
+
+
+def openings(spool: Path) -> dict[Path, dict[str, Any]]:
+    """How to open each of the runs that wait, by their folders, in the order of `waiting`."""
     for done in spool.glob(f"{_DONE}*"):
         shutil.rmtree(done, ignore_errors=True)
-    return [entry.folder for entry in sorted(_entries(spool), key=lambda one: (one.opening["started"], one.folder))]
+    found = {}
+    for entry in _entries(spool):
+        with suppress(FileNotFoundError):  # another process has uploaded it meanwhile
+            found[entry.folder] = entry.opening
+    return dict(sorted(found.items(), key=lambda one: (one[1]["started"], one[0])))
 
 
 def _entries(spool: Path) -> list[Entry]:

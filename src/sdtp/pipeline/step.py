@@ -101,7 +101,8 @@ def step(
         that other arguments name as tags (see `provenance.inputs`), and `args.metrics`, where the
         step has it, names the file that gets the final metrics, the wall seconds, the device and the peak memory in
         bytes (JSON, flat; null for a number that is not finite). It is written only when the block ends well.
-    outputs: what the step writes; a lock beside the first one refuses a second writer.
+    outputs: what the step writes; a lock beside the first one refuses a second writer. Of a folder that other steps
+        write to as well, the files that are this one's are named too.
     wildcards: what tells this job from the others of its rule.
     times: whether the step takes times that are reported, so that nothing may look at its GPUs meanwhile.
 

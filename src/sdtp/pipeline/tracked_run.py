@@ -11,7 +11,7 @@ from typing import Any
 
 from sdtp.pipeline import operations
 from sdtp.pipeline.files import canonical_json
-from sdtp.pipeline.mlflow_store import Store
+from sdtp.pipeline.mlflow_store import Store, without_password
 from sdtp.pipeline.operations import Operation, Point
 from sdtp.pipeline.resources import measured
 from sdtp.pipeline.spool import Entry, written
@@ -210,5 +210,5 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def one_line(error: Exception) -> str:
-    """What went wrong, for a warning."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    """What went wrong, for a warning; MLflow quotes the store's address, whose password is left out."""
+    return f"{type(error).__name__}: {' '.join(without_password(str(error)).split())[:300]}"

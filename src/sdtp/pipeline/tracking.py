@@ -22,9 +22,9 @@ from sdtp.errors import UserError
 from sdtp.pipeline import operations, provenance
 from sdtp.pipeline.files import canonical_json, digest, write_atomically
 from sdtp.pipeline.locks import only_writer
-from sdtp.pipeline.mlflow_store import tracking_uri
+from sdtp.pipeline.mlflow_store import tracking_uri, without_password
 from sdtp.pipeline.resources import measured
-from sdtp.pipeline.spool import Entry, claimed, spool_folder, waiting
+from sdtp.pipeline.spool import claimed, openings, spool_folder, waiting
 from sdtp.pipeline.tracked_run import TrackedRun, one_line
 from sdtp.pipeline.upload import upload_all
 
@@ -44,7 +44,7 @@ def start_pipeline(results_dir: Path, config: Mapping[str, Any], experiment: str
     Makes the database and the experiment, so that steps never race on them, closes the runs that a killed invocation
     left going, and writes what the steps need to know to `results_dir/mlflow-parent.json`: how the parent was opened,
     the configuration's hash, the git commit. When the tracker fails, the file says so, and the steps do not try again.
-    `config` is logged whole, as the artifact config.yaml.
+    `config` is logged whole but for passwords in addresses, as the artifact config.yaml.
 
     Raises UserError for a tracking URI that cannot work.
     """
@@ -59,7 +59,7 @@ def start_pipeline(results_dir: Path, config: Mapping[str, Any], experiment: str
     opening = _opening(f"pipeline {results_dir.name}", results_dir, tags, chosen, experiment)
     run = TrackedRun(opening, spool_folder(results_dir))
     run.connect(chosen, alone=_hold(results_dir), first=True)
-    run.text("config.yaml", yaml.safe_dump(json.loads(canonical_json(config)), sort_keys=False))
+    run.text("config.yaml", yaml.safe_dump(json.loads(without_password(canonical_json(config))), sort_keys=False))
     run.release()
     facts |= {"opening": opening, "experiment": experiment}
     facts |= {"failed": run.failure} if run.failure else {"run_id": run.run_id}
@@ -95,12 +95,11 @@ def _finish(results_dir: Path, status: str, facts: Mapping[str, Any]) -> None:
             run.artifact(path, None)
     run.resources_of_children()
     run.close(status)
-    _resources_of_waiting(spool, opening["id"])
-    mine = frozenset(folder.name for folder in waiting(spool) if _belongs(Entry(folder), opening["id"]))
-    if not mine:
-        return
     try:
-        upload_all(spool, uri, lambda label: logger.info("%s: uploaded to MLflow after all", label), mine)
+        _resources_of_waiting(spool, opening["id"])
+        mine = frozenset(one["id"] for one in openings(spool).values() if opening["id"] in (one["id"], one["parent"]))
+        if mine:
+            upload_all(spool, uri, lambda label: logger.info("%s: uploaded to MLflow after all", label), mine)
     except Exception as error:  # as in TrackedRun
         logger.warning(
             "MLflow is still not to be used (%s): this invocation's runs wait in %s; `sdtp track sync` uploads them",
@@ -206,11 +205,6 @@ def _facts(parent_file: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return facts
-
-
-def _belongs(entry: Entry, invocation: str) -> bool:
-    opening = entry.opening
-    return invocation in (opening["id"], opening["parent"])
 
 
 def _resources_of_waiting(spool: Path, invocation: str) -> None:

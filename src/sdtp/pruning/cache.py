@@ -24,7 +24,8 @@ class PrunedLayer(CacheLayerMixin):
     """A cache layer around another one that holds the survivors of a pruned prompt and the tokens after it.
 
     Every layer of a pruned cache is one, those before the first stage too: layer 0 is the first to be continued, cut or
-    reset, and looks after all of them, so what is refused is refused before any layer has changed.
+    reset, and looks after all of them, so what is refused is refused before any layer has changed. It alone knows the
+    others: layers that knew each other would keep a cache's tensors until Python's garbage collector finds the cycle.
 
     Args:
         held: where the keys and values are: a dynamic, sliding or quantised layer of transformers.
@@ -35,10 +36,12 @@ class PrunedLayer(CacheLayerMixin):
         prompt_slots: slots taken by the prompt, padding included; `crop` never cuts into them.
         padded: whether any slot is padding.
         seen: columns of input up to here, removed tokens and padding included.
-        siblings: all layers of the cache, this one among them: the cache's own list.
         window: the fewest latest positions that a layer of the model attends to; None if all attend to all.
         maskless: a lone new token of an unpadded row needs no mask and no other preparation: then a model without a
             pruner can continue the cache.
+
+    Attributes:
+        later: of layer 0 the other layers of the cache, see `know_later`; of those none.
     """
 
     def __init__(
@@ -50,12 +53,11 @@ class PrunedLayer(CacheLayerMixin):
         prompt_slots: int,
         padded: bool,
         seen: int,
-        siblings: list[Any],
         window: int | None,
         maskless: bool,
     ) -> None:
         self.held = held
-        self.siblings = siblings
+        self.later: list[Any] = []
         self.stage = stage
         self.prompt_slots = prompt_slots
         self.padded = padded
@@ -71,6 +73,10 @@ class PrunedLayer(CacheLayerMixin):
     def awaits(self) -> bool:
         """Whether tokens were announced that have not come."""
         return self._expected != 0
+
+    def spoil(self) -> None:
+        """Have the cache be refused from now on, as one whose forward pass was interrupted."""
+        self._expected = -1  # tokens never come in this number
 
     @property
     def rows(self) -> int:
@@ -110,12 +116,13 @@ class PrunedLayer(CacheLayerMixin):
         """Announce the next `update`: the pruner prepares the layer's mask and the like for it.
 
         Args:
-            valid: [batch, tokens] bool, True at real tokens; None if all are.
+            valid: [batch, tokens] bool, True at real tokens, on any device; None if all are.
             tokens: tokens the update will add.
         """
         if valid is None:
             self._plain += tokens
         else:
+            valid = valid.to(self._positions.device)
             new = self.positions.amax(1, keepdim=True) + valid.cumsum(1)
             self._place(new.masked_fill(~valid, -1), self.seen + tokens)
             self.padded = True
@@ -151,8 +158,7 @@ class PrunedLayer(CacheLayerMixin):
                     f"this cache holds a pruned prompt and got {tokens} tokens for {key_states.shape[0]} rows outside "
                     "a pruner's context: layers differ in length there, continue it inside `with pruner(model):`"
                 )
-            if self is self.siblings[0]:
-                check_whole(self.siblings)
+            check_whole([self, *self.later])
             self._plain += tokens
             self.seen += tokens
         self._expected = 0
@@ -166,7 +172,7 @@ class PrunedLayer(CacheLayerMixin):
             ValueError: the cut would reach into the pruned prompt, whose removed tokens cannot be given back, or a
                 layer does not hold what the cut would bring back.
         """
-        for layer in self.siblings if self is self.siblings[0] else [self]:
+        for layer in (self, *self.later):
             layer.check_crop(tokens_to_remove)
         self.held.crop(tokens_to_remove)
         if tokens_to_remove < 0:
@@ -211,8 +217,8 @@ class PrunedLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep only the rows `indices`."""
         self.held.batch_select_indices(indices)
-        self._positions = self._positions[indices, ...]
-        self._columns = self._columns[indices, ...]
+        self._positions = self._positions[indices.to(self._positions.device), ...]
+        self._columns = self._columns[indices.to(self._columns.device), ...]
 
     def reset(self) -> None:
         """Forget everything: the layer then takes tokens as an unpruned one does.
@@ -319,6 +325,11 @@ def check_cache(cache: Any, layers: int) -> None:
     held = {layer.get_seq_length() for layer in cache.layers if isinstance(layer, DynamicLayer)}
     if len(held) > 1 or (any(held) and len(cache.layers) < layers):
         raise RuntimeError(_INTERRUPTED)
+
+
+def know_later(layers: list[Any]) -> None:
+    """Have layer 0 of a pruned cache know those after it, once they are what they are to be."""
+    layers[0].later = layers[1:]
 
 
 def check_whole(layers: list[Any]) -> None:

@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from sdtp.disk import sync, temporary_sibling
 from sdtp.pruning.adapter import Architecture, architecture, tensor_parallel_group
-from sdtp.pruning.cache import PrunedLayer, check_cache
+from sdtp.pruning.cache import PrunedLayer, check_cache, know_later
 from sdtp.pruning.fingerprint import Fingerprint, fingerprint
 from sdtp.pruning.plain import from_plain
 from sdtp.pruning.wrappers import unwrap
@@ -166,11 +166,12 @@ def load_cache(path: str | Path, model: nn.Module) -> DynamicCache:
                 stage.prompt_slots,
                 stage.padded,
                 contents.seen,
-                layers,
                 parts.window,
                 parts.maskless,
             )
         )
+    if contents.seen is not None:
+        know_later(layers)
     cache = DynamicCache()
     cache.layers, cache.layer_class_to_replicate = layers, None  # none is left to be made
     return cache

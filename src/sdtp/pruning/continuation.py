@@ -67,7 +67,7 @@ class Continuation:
         held = cache.layers[layer] if layer < len(cache.layers) else None
         if not isinstance(held, PrunedLayer):
             return kwargs
-        held.expect(None if self.new_valid is None else self.new_valid.to(hidden.device), self.tokens)
+        held.expect(self.new_valid, self.tokens)
         if held.stage < 0:  # the model's own mask, made for layer 0's length, is right
             return kwargs
         slots = held if self.mask is None else MaskedSlots(held, self.mask)

@@ -111,12 +111,7 @@ class LayerInputs:
 
     def _within(self, window: int, slots: Slots, hidden: torch.Tensor) -> Any:
         """True where a key's original position lies within the window of a query's; arguments are slots."""
-        if "flash" in self._config._attn_implementation:
-            raise ValueError(
-                f"{self._config._attn_implementation} counts a sliding window of {window} in tokens held, "
-                f"removed ones left out: a sequence of {slots.seen} tokens is not supported under a pruner with it, "
-                "use sdpa"
-            )
+        check_flash_window(self._config, window, slots.seen)
         columns = slots.columns.to(hidden.device).contiguous()
         queries = columns[:, -hidden.shape[1] :].contiguous()
         # The first slot in reach: columns do not descend, so a comparison of slots does for one of columns.
@@ -145,6 +140,15 @@ class LayerInputs:
             cut = bias.unflatten(0, (columns.shape[0], -1)).squeeze(2).mT  # [batch, columns, heads]
             self._made[key] = take(cut, columns).mT.flatten(0, 1).unsqueeze(1)
         return self._made[key]
+
+
+def check_flash_window(config: Any, window: int | None, tokens: int) -> None:
+    """Raise ValueError if a sequence of so many tokens is longer than a window that a flash kernel counts in slots."""
+    if "flash" in config._attn_implementation and window is not None and tokens > window:
+        raise ValueError(
+            f"{config._attn_implementation} counts a sliding window of {window} in tokens held, removed ones left out: "
+            f"a sequence of {tokens} tokens is not supported under a pruner with it, use sdpa"
+        )
 
 
 def _lone_query(

@@ -86,11 +86,11 @@ class Learned(nn.Module):
         self.question_conditioned = question_rank > 0
         inputs = hidden_size + 3 * position + question_rank // _HEAD
         self.mlps = nn.ModuleList(
-            nn.Sequential(nn.Linear(inputs, width), nn.GELU(), nn.Linear(width, 2)) for _ in range(stages)
+            nn.Sequential(_linear(inputs, width), nn.GELU(), _linear(width, 2)) for _ in range(stages)
         )
         compared = range(stages if question_rank else 0)
-        self.keys = nn.ModuleList(nn.Linear(hidden_size, question_rank, bias=False) for _ in compared)
-        self.queries = nn.ModuleList(nn.Linear(hidden_size, question_rank, bias=False) for _ in compared)
+        self.keys = nn.ModuleList(_linear(hidden_size, question_rank, bias=False) for _ in compared)
+        self.queries = nn.ModuleList(_linear(hidden_size, question_rank, bias=False) for _ in compared)
 
     @property
     def stages(self) -> int:
@@ -186,7 +186,7 @@ class Learned(nn.Module):
             scores = _shared(scores, positions >= 0 if present is None else present & (positions >= 0), self.neighbours)
         if self.recency:
             lengths = prompt_lengths.to(positions.device)[:, None]
-            scores = scores + self.recency * (lengths.log() - (lengths - positions).log())
+            scores = scores + self.recency * (lengths.float().log() - (lengths - positions).float().log())
         return scores
 
     def _matches(self, stage: int, normed: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -212,6 +212,11 @@ class Learned(nn.Module):
                     modules[view.stage].to(view.hidden.device)
         scores: torch.Tensor = self(view.stage, view.hidden, view.positions, view.prompt_lengths)
         return scores
+
+
+def _linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
+    # Whatever the default dtype: people set it to bfloat16 to load their models, and scores in it would tie.
+    return nn.Linear(inputs, outputs, bias, dtype=torch.float32)
 
 
 def _shared(values: torch.Tensor, present: torch.Tensor, neighbours: int) -> torch.Tensor:
@@ -240,5 +245,5 @@ def _places(positions: torch.Tensor, prompt_lengths: torch.Tensor) -> torch.Tens
     """[batch, tokens, 3] float32 in [0, 1] up to 64K tokens: share of the prompt before a token, and the logarithms of
     its distances from both ends, which grow slowly beyond the lengths of training."""
     last = (prompt_lengths[:, None] - 1).to(positions.device)
-    since, until = positions.clamp_min(0), (last - positions).clamp_min(0)
-    return torch.stack([since / last.clamp_min(1), (1 + since).log2() / 16, (1 + until).log2() / 16], dim=-1)
+    since, until = positions.clamp_min(0).float(), (last - positions).clamp_min(0).float()
+    return torch.stack([since / last.clamp_min(1).float(), (1 + since).log2() / 16, (1 + until).log2() / 16], dim=-1)

@@ -10,8 +10,8 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 from sdtp.pruning.adapter import Architecture, attention_of
-from sdtp.pruning.cache import PrunedLayer, layer_to_hold
-from sdtp.pruning.last_query import last_query_attention
+from sdtp.pruning.cache import PrunedLayer, know_later, layer_to_hold
+from sdtp.pruning.last_query import last_query_attention, unknown_keys
 from sdtp.pruning.layer_inputs import LayerInputs
 from sdtp.pruning.schedule import PruningSchedule
 from sdtp.pruning.scorers import Scorer, StageView
@@ -33,6 +33,12 @@ class Trace:
 
     kept: list[torch.Tensor] = dataclasses.field(default_factory=list)
     prompt_lengths: list[int] = dataclasses.field(default_factory=list)
+
+    def tell(self, kept: list[torch.Tensor], prompt_lengths: list[int]) -> None:
+        """Of a prefill that has ended; nothing of one that failed."""
+        with _TELLING:
+            self.kept[:] = kept
+            self.prompt_lengths[:] = prompt_lengths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,11 +128,20 @@ class Prefill:
         self.protect = protect
         self.stage = -1  # the latest stage that removed something; -1: layers still see the model's own columns
         self.kept: list[torch.Tensor] = []
-        self.nan: list[tuple[int, torch.Tensor]] = []
+        self.cache: Any = None  # what the layers run with
+        self.faults: list[tuple[Exception, torch.Tensor]] = []  # what may be wrong, and bool scalars: whether it is
         self.query: tuple[torch.Tensor, Any] | None = None
+
+    def first_pruned(self) -> int:
+        """The first layer to run on what a stage makes of the tokens; the number of layers if none will."""
+        for stage, layer in enumerate(self.schedule.layers):
+            if self.valid is not None or any(self.schedule.surviving(n)[stage] < n for n in self.prompt_lengths):
+                return layer
+        return len(self.architecture.layers)
 
     def before_layer(self, layer: int, hidden: torch.Tensor, cache: Cache | None) -> torch.Tensor:
         """The states [batch, kept, hidden] that a layer shall run on; `hidden` itself where nothing is removed."""
+        self.cache = cache
         if layer == 0:
             self._check_positions(cache)
         if layer in self.schedule.layers:
@@ -172,10 +187,10 @@ class Prefill:
             slots.positions.shape[1] - self.extra - self.drafts,
             slots.padded,
             slots.seen,
-            cache.layers,
             self.architecture.window,
             self.architecture.maskless,
         )
+        know_later(cache.layers)
 
     def adapt(self, layer: int, hidden: torch.Tensor, kwargs: dict[str, Any], cache: Cache | None) -> dict[str, Any]:
         """A layer's arguments with mask, position ids, rotary table and biases for the tokens present."""
@@ -215,7 +230,8 @@ class Prefill:
                 f"{type(self.scorer).__name__} gave scores of shape {tuple(scores.shape)} at stage {stage}: "
                 f"{tuple(positions.shape)} [batch, tokens] is needed"
             )
-        self.nan.append((stage, scores.isnan().any() if valid is None else (scores.isnan() & valid).any()))
+        nan = ValueError(f"{type(self.scorer).__name__} gave NaN scores at stage {stage}: what was kept means nothing")
+        self.faults.append((nan, scores.isnan().any() if valid is None else (scores.isnan() & valid).any()))
         kept, self.valid = select(scores, protected, valid, budgets)
         if self.ranks is not None:
             kept = kept.contiguous()  # gloo sends the memory behind a view as if it were the view
@@ -258,27 +274,27 @@ class Prefill:
         if attention is None:
             raise ValueError(f"layer {layer - 1} has no attention")
         state, table = self.query
-        found = last_query_attention(
-            attention, state, table, cache.layers[layer - 1], self.positions.shape[1], self.valid
+        found, unlike = last_query_attention(
+            attention, state, table, cache.layers[layer - 1], self.positions, self.valid
         )
+        self.faults.append((unknown_keys(attention, layer - 1), unlike))
         if self.ranks is not None:  # each rank has some of the heads
             torch.distributed.all_reduce(found, group=self.ranks)
             found = found / torch.distributed.get_world_size(self.ranks)
         return found
 
     def finish(self, trace: Trace) -> None:
-        """Tell the trace what was kept, and check the scores: one read, after the last layer.
+        """Tell the trace what was kept, and look for faults: one read, after the last layer.
 
         Raises:
             ValueError: scores were not numbers, naming the stage.
+            TypeError: attention was read of a kind that is not known.
         """
-        if self.nan:
-            flags = torch.stack([flag.to(self.nan[0][1].device) for _, flag in self.nan]).tolist()
-            if any(flags):
-                stage = self.nan[flags.index(True)][0]
-                raise ValueError(
-                    f"{type(self.scorer).__name__} gave NaN scores at stage {stage}: what was kept means nothing"
-                )
-        with _TELLING:
-            trace.kept[:] = self.kept
-            trace.prompt_lengths[:] = self.prompt_lengths
+        flags = [flag.to(self.faults[0][1].device) for _, flag in self.faults]
+        for (fault, _), found in zip(self.faults, torch.stack(flags).tolist() if flags else (), strict=True):
+            if found:
+                if self.cache is not None:
+                    self.cache.layers[0].spoil()
+                trace.tell([], [])
+                raise fault
+        trace.tell(self.kept, self.prompt_lengths)

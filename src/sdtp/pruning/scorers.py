@@ -101,18 +101,22 @@ class Saliency:
         """Number of stages there are labels for."""
         return self.labels.shape[0]
 
+    def check(self, rows: int, tokens: int) -> None:
+        """Raise ValueError if the labels are of another batch size or of fewer tokens than a prompt."""
+        if self.labels.ndim != 3 or self.labels.shape[1] != rows or self.labels.shape[2] < tokens:
+            raise ValueError(
+                f"saliency labels are of shape {tuple(self.labels.shape)} [stages, batch, tokens]: this prompt needs "
+                f"{rows} rows and at least {tokens} tokens"
+            )
+
     def score(self, view: StageView) -> torch.Tensor:
         """See `Scorer.score`.
 
         Raises:
-            ValueError: the labels are of another batch size or of fewer tokens than the prompt.
+            ValueError: see `check`.
         """
+        self.check(view.positions.shape[0], int(view.positions.max()) + 1)
         labels = self.labels[view.stage].to(view.positions.device, torch.float32)
-        if labels.shape[0] != view.positions.shape[0] or labels.shape[1] <= int(view.positions.max()):
-            raise ValueError(
-                f"saliency labels are of shape {tuple(self.labels.shape)} [stages, batch, tokens]: this prompt needs "
-                f"{view.positions.shape[0]} rows and at least {int(view.positions.max()) + 1} tokens"
-            )
         return labels.gather(1, view.positions.clamp_min(0))
 
 

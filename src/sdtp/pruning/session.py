@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sdtp.pruning import generating
+from sdtp.pruning import generating, refusals
 from sdtp.pruning.adapter import Architecture, attention_of, bound_arguments, cache_of, tensor_parallel_group
 from sdtp.pruning.cache import PrunedLayer, check_cache
 from sdtp.pruning.continuation import Continuation
@@ -19,7 +19,7 @@ from sdtp.pruning.last_query import check_attention
 from sdtp.pruning.overriding import overridden
 from sdtp.pruning.prefill import Prefill, Trace
 from sdtp.pruning.schedule import PruningSchedule
-from sdtp.pruning.scorers import LastQuery, Scorer
+from sdtp.pruning.scorers import LastQuery, Saliency, Scorer
 
 
 class _Call(threading.local):
@@ -67,7 +67,6 @@ class Session:
             hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
         model, stack = self.model, self.architecture.stack
-        register(model, self._before_model)
         register(stack, self._before_stack)
         hooks.callback(stack.register_forward_hook(self._after_stack, always_call=True).remove)
         for index, layer in enumerate(self.architecture.layers):  # all: a cache may know of earlier stages
@@ -77,19 +76,21 @@ class Session:
                 attention: Any = attention_of(self.architecture.layers[stage - 1])
                 check_attention(attention, stage - 1)
                 register(attention, self._before_attention)
-        # An instance attribute hides the class's method until the context ends: only `generate` knows which part of its
-        # first forward is prompt (prompt lookup and assistants append candidates).
+        # An instance attribute hides the class's method until the context ends. A caller of `forward` itself goes past
+        # the model's hooks; only `generate` knows which part of its first forward is prompt (prompt lookup and
+        # assistants append candidates).
+        hooks.enter_context(overridden(model, "forward", self._wrap_forward(model.forward)))
         if hasattr(model, "generate"):
             hooks.enter_context(overridden(model, "generate", self._wrap_generate(model.generate)))  # type: ignore[arg-type]
         for name in ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager"):
             if hasattr(model, name):
-                hooks.enter_context(overridden(model, name, functools.partial(_refuse_batching, name)))
+                hooks.enter_context(overridden(model, name, functools.partial(refusals.refuse_batching, name)))
 
     def _wrap_generate(self, generate: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(generate)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             generation = generating.read(args, kwargs, getattr(self.model, "generation_config", None))
-            _check_whole_prompt(cache_of(kwargs), generation, kwargs.get("attention_mask"))
+            refusals.check_whole_prompt(cache_of(kwargs), generation, kwargs.get("attention_mask"))
             # Restored, not cleared: a model may be its own assistant and generate while it generates.
             outer, self.call.generation = self.call.generation, generation
             try:
@@ -99,9 +100,14 @@ class Session:
 
         return wrapped
 
-    def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = bound_arguments(module, args, kwargs)
-        self.call.labels, self.call.logits_to_keep = given.get("labels"), given.get("logits_to_keep", 0)
+    def _wrap_forward(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(forward)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            given = bound_arguments(self.model, args, kwargs)
+            self.call.labels, self.call.logits_to_keep = given.get("labels"), given.get("logits_to_keep", 0)
+            return forward(*args, **kwargs)
+
+        return wrapped
 
     def _before_stack(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Taken up here: what is asked of this forward is not asked of the next, and what else the model prefills while
@@ -114,15 +120,18 @@ class Session:
         inputs = given.get("input_ids") if inputs is None else inputs
         if inputs is None:
             raise ValueError("the model was called without input_ids or inputs_embeds")
+        refusals.check_packed(given)
         shape = (inputs.shape[0], inputs.shape[1])
         cache = cache_of(given)
         if cache is not None:
             check_cache(cache, len(self.architecture.layers))
         held = 0 if cache is None else cache.get_seq_length()
         mask = given.get("attention_mask")
-        _check_mask(mask, shape, held)
+        refusals.check_mask(mask, shape, held)
         if held > 0:
-            _check_rows(cache.layers[0], shape[0], mask)
+            refusals.check_rows(cache.layers[0], shape[0], mask)
+            survivors = (i for i, one in enumerate(cache.layers) if isinstance(one, PrunedLayer) and one.stage >= 0)
+            refusals.check_flash(self.architecture, survivors, held + shape[1])
             continuation = Continuation(self.architecture, mask, shape)
             first = cache.layers[0]
             # Most steps of decoding need nothing: a step takes the model as long to launch as to run, so that work at
@@ -133,7 +142,7 @@ class Session:
         if labels is not None:
             raise ValueError("labels= is not supported under a pruner: logits of removed tokens do not exist")
         prefill = self._prefill(given, mask, shape, inputs.device, generation)
-        self._check_logits_to_keep(prefill, logits_to_keep)
+        refusals.check_logits_to_keep(self.schedule, prefill, logits_to_keep)
         self.call.forward = prefill
 
     def _prefill(
@@ -149,7 +158,7 @@ class Session:
             if getattr(self.architecture.config, name, False) if asked is None else asked:
                 raise ValueError(f"{name}=True is not supported in a pruned prefill: layers differ in length")
         if isinstance(self.scorer, LastQuery):
-            self._check_windows(shape[1])
+            refusals.check_keys_at_hand(self.architecture, self.schedule, given, shape[1])
         columns = shape[1] if generation is None else generation.prompt_columns
         if shape[1] < columns:
             raise ValueError(
@@ -171,28 +180,11 @@ class Session:
         )
         if generation is not None and prefill.right_padded:
             raise ValueError("a prompt ends in padding: generate goes on from the last column, pad on the left")
+        if isinstance(self.scorer, Saliency):
+            self.scorer.check(shape[0], max(prefill.prompt_lengths))
+        pruned = range(prefill.first_pruned(), len(self.architecture.layers))
+        refusals.check_flash(self.architecture, pruned, shape[1])
         return prefill
-
-    def _check_windows(self, tokens: int) -> None:
-        for layer in self.schedule.layers:
-            window = self.architecture.windows[layer - 1]
-            if window is not None and tokens > window:
-                raise ValueError(
-                    f"LastQuery is not supported before layer {layer} with a prompt of {tokens} tokens: layer "
-                    f"{layer - 1} attends to the latest {window} only"
-                )
-
-    def _check_logits_to_keep(self, prefill: Prefill, asked: Any) -> None:
-        if isinstance(asked, bool) or not isinstance(asked, int):
-            raise ValueError(f"logits_to_keep={asked!r} is not supported in a pruned prefill: give a number")
-        for total in prefill.prompt_lengths:
-            counts = [total, *self.schedule.surviving(total)]
-            tail = self.schedule.protected_tail(counts[-2]) if self.schedule.stages else total
-            if counts[-1] < total and asked - prefill.extra > tail:
-                raise ValueError(
-                    f"logits_to_keep={asked} reaches past the protected tail of {tail} tokens of a pruned prompt of "
-                    f"{total}: raise local or min_local, or keep fewer"
-                )
 
     def _before_layer(
         self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -219,53 +211,11 @@ class Session:
 
     def _after_stack(self, module: nn.Module, args: Any, output: Any) -> None:
         forward, self.call.forward = self.call.forward, None
-        if isinstance(forward, Prefill) and output is not None:
-            forward.finish(self.trace)
-
-
-def _refuse_batching(name: str, *args: Any, **kwargs: Any) -> Any:
-    raise ValueError(
-        f"{name} is not supported under a pruner: continuous batching keeps one length for all layers; use generate "
-        "with a batch of padded prompts"
-    )
-
-
-def _check_mask(mask: Any, shape: tuple[int, int], held: int) -> None:
-    if mask is None:
-        return
-    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
-        raise ValueError(
-            "attention_mask under a pruner is [batch, tokens], 1 at real tokens: masks of 4 dimensions are not "
-            "supported"
-        )
-    if tuple(mask.shape) != (shape[0], held + shape[1]):
-        raise ValueError(
-            f"attention_mask is of shape {tuple(mask.shape)}: for {shape[1]} tokens after {held} in the cache it is "
-            f"[{shape[0]}, {held + shape[1]}]"
-        )
-
-
-def _check_whole_prompt(cache: Any, generation: generating.Generation, mask: torch.Tensor | None) -> None:
-    """Refuse a question alone after a pruned prompt: `generate` takes its first tokens for those in the cache."""
-    first = next(iter(getattr(cache, "layers", ())), None)
-    columns = generation.prompt_columns
-    if isinstance(first, PrunedLayer) and columns <= first.seen and (mask is None or mask.shape[1] == columns):
-        raise ValueError(
-            f"the cache holds {first.seen} tokens and generate was given {columns}: give it the ids of all, those in "
-            "the cache first, or the attention_mask of all"
-        )
-
-
-def _check_rows(held: Any, rows: int, mask: torch.Tensor | None) -> None:
-    """Refuse to continue a pruned cache with other rows, or with padding that nobody tells the model of."""
-    if not isinstance(held, PrunedLayer):
-        return
-    if held.rows != rows:
-        raise ValueError(f"the cache holds {held.rows} rows and the model was called with {rows}")
-    if held.padded and mask is None:
-        raise ValueError(
-            "this cache holds rows with padding: give the attention_mask of all tokens, those in the cache first"
-        )
+        if isinstance(forward, Prefill):
+            if output is None:
+                self.trace.tell([], [])
+            else:
+                forward.finish(self.trace)
 
 
 def _expand_rows(protect: torch.Tensor | None, rows: int, batch: int, columns: int) -> torch.Tensor | None:

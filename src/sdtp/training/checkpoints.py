@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from sdtp.disk import naming, other_states, remove_temporaries, state_folder, sync, temporary_sibling
+from sdtp.disk import naming, other_states, remove_temporaries_in, state_folder, sync, temporary_sibling
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class Checkpoints:
 
     def _write(self, final: Path, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        remove_temporaries(self.folder)  # of a run that was killed here
+        remove_temporaries_in(self.folder)  # of a run that was killed here
         temporary = temporary_sibling(final)
         temporary.mkdir()
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary / _TENSORS)

@@ -15,7 +15,7 @@ from pathlib import Path
 from sdtp.errors import UserError
 from sdtp.pipeline.doctor.finding import INSTALL, Finding, one_line
 from sdtp.pipeline.doctor.storage import filesystem
-from sdtp.pipeline.mlflow_store import tracking_uri
+from sdtp.pipeline.mlflow_store import tracking_uri, without_password
 from sdtp.pipeline.spool import number_waiting, spool_folder
 
 NETWORK_FILESYSTEMS = ("nfs", "nfs4", "cifs", "smb3", "lustre", "gpfs", "beegfs", "ceph", "fuse.sshfs", "9p")
@@ -58,7 +58,7 @@ def mlflow_store(results: Path, timeout: float) -> Finding:
         return Finding(name, "failure", str(error), "change it, or unset it: SQLite beside the results is used then")
     if uri.startswith("sqlite:///"):
         return _sqlite(name, Path(uri.removeprefix("sqlite:///").partition("?")[0]).absolute())
-    shown = re.sub(r"(//[^/@:]*):[^/@]*@", r"\1:…@", uri)
+    shown = without_password(uri)
     if not uri.startswith(("http://", "https://")):
         return Finding(name, "ok", f"{shown}, not asked: a database other than SQLite, or a service")
     advice = (

@@ -9,7 +9,7 @@ from sdtp.pipeline.ablations import TRAINING_COLUMNS, ablation_table, all_rows, 
 from sdtp.pipeline.config import Settings
 from sdtp.pipeline.data import load_split
 from sdtp.pipeline.files import read_jsonl, write_atomically
-from sdtp.pipeline.plotstyle import save
+from sdtp.pipeline.plotstyle import figure_files, save
 from sdtp.pipeline.reading import read_json
 from sdtp.pipeline.step import step
 from sdtp.pipeline.steps.tables import check_complete, write_csv
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     settings = Settings.from_json(args.settings)
     ratios, seeds = sorted(settings.pruning.keep_ratios, reverse=True), settings.evaluation.seeds
-    with step("ablation", args, outputs=[args.table, args.targets, args.page, args.figure]) as log:
+    with step("ablation", args, outputs=[args.table, args.targets, args.page, *figure_files(args.figure)]) as log:
         ids = load_split(args.data, "test")["id"]
         references = [row for path in args.references for row in read_jsonl(path)]
         methods = [method for method in settings.evaluation.methods if method != "sdtp"]

@@ -13,7 +13,7 @@ from sdtp.pipeline.data import load_split
 from sdtp.pipeline.figures import FIGURES
 from sdtp.pipeline.files import read_jsonl
 from sdtp.pipeline.models import load_tokenizer
-from sdtp.pipeline.plotstyle import save
+from sdtp.pipeline.plotstyle import figure_files, save
 from sdtp.pipeline.reading import read_json
 from sdtp.pipeline.results import read_history, read_latency, read_quality
 from sdtp.pipeline.shards import SPLITS, Labels
@@ -36,7 +36,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--foresight", required=True, type=Path, metavar="CSV", help="table of that figure to write")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder of the figures")
     args = parser.parse_args(argv)
-    with step("figures", args, outputs=[args.output, args.sparsity, args.foresight]) as log:
+    # Other steps write to the folder at the same time: which files in it are this one's, their names say.
+    drawn = [file for name in FIGURES for file in figure_files(args.output / name)]
+    with step("figures", args, outputs=[args.output, *drawn, args.sparsity, args.foresight]) as log:
         index, labels = read_json(args.saliency), Labels(args.saliency)
         scores = {example["id"]: labels[example["id"]].numpy() for example in index["examples"]}
         examples, layers = list(scores.values()), index["layers"]

@@ -11,7 +11,7 @@ from sdtp.evaluation.names import PAPER_TASKS
 from sdtp.pipeline import suite_plot
 from sdtp.pipeline.config import Settings
 from sdtp.pipeline.files import read_jsonl
-from sdtp.pipeline.plotstyle import save
+from sdtp.pipeline.plotstyle import figure_files, save
 from sdtp.pipeline.step import step
 from sdtp.pipeline.steps.tables import write_csv
 from sdtp.pipeline.suite_tables import ALL, PAPER, check_complete, suite_cells, suite_table
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--metrics", required=True, type=Path, metavar="FILE", help="metrics to write")
     args = parser.parse_args(argv)
     settings = Settings.from_json(args.settings).harness
-    with step("harness-table", args, outputs=[args.table, args.figure]) as log:
+    with step("harness-table", args, outputs=[args.table, *figure_files(args.figure)]) as log:
         rows = [row for path in args.scores for row in read_jsonl(path)]
         table = harness_table(rows, settings.methods, settings.keep_ratios)
         write_csv(table.drop(columns=["language", "length"]), args.table)

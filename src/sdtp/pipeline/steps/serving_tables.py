@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from sdtp.pipeline.plotstyle import save
+from sdtp.pipeline.plotstyle import figure_files, save
 from sdtp.pipeline.reading import read_json
 from sdtp.pipeline.serving import longest_table, throughput_table
 from sdtp.pipeline.serving_plot import serving
@@ -22,7 +22,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--figure", required=True, type=Path, metavar="SVG", help="figure to write; a PNG beside it")
     parser.add_argument("--metrics", required=True, type=Path, metavar="FILE", help="metrics to write")
     args = parser.parse_args(argv)
-    with step("serving-tables", args, outputs=[args.throughput_table, args.longest_table, args.figure]) as log:
+    outputs = [args.throughput_table, args.longest_table, *figure_files(args.figure)]
+    with step("serving-tables", args, outputs=outputs) as log:
         throughput = throughput_table(read_json(path) for path in args.throughput)
         longest = longest_table(read_json(args.longest))
         for table, path in ((throughput, args.throughput_table), (longest, args.longest_table)):

@@ -10,7 +10,7 @@ from sdtp.evaluation.suite_rows import SUITES
 from sdtp.pipeline import ruler_plot, suite_plot
 from sdtp.pipeline.config import Settings
 from sdtp.pipeline.files import read_jsonl
-from sdtp.pipeline.plotstyle import name_of, save
+from sdtp.pipeline.plotstyle import figure_files, name_of, save
 from sdtp.pipeline.step import step
 from sdtp.pipeline.steps.tables import write_csv
 from sdtp.pipeline.suite_tables import Cells, check_complete, suite_cells, suite_table, wholes
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--metrics", required=True, type=Path, metavar="FILE", help="metrics to write")
     args = parser.parse_args(argv)
     settings = Settings.from_json(args.settings).suites
-    figures = [args.figure, *([args.heat_map] if args.heat_map else [])]
+    figures = [file for path in (args.figure, args.heat_map) if path for file in figure_files(path)]
     with step("suite-table", args, outputs=[args.table, *figures], wildcards={"suite": args.suite}) as log:
         cells = suite_cells(row for path in args.scores for row in read_jsonl(path))
         check_complete(cells, settings.methods, settings.keep_ratios)

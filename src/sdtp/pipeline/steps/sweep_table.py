@@ -7,7 +7,7 @@ from sdtp.errors import UserError
 from sdtp.pipeline.config import Settings
 from sdtp.pipeline.data import load_split
 from sdtp.pipeline.files import read_jsonl
-from sdtp.pipeline.plotstyle import save
+from sdtp.pipeline.plotstyle import figure_files, save
 from sdtp.pipeline.step import step
 from sdtp.pipeline.steps.tables import write_csv
 from sdtp.pipeline.sweep_cells import count_cells, position_cells
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--metrics", required=True, type=Path, metavar="FILE", help="metrics to write")
     args = parser.parse_args(argv)
     settings = Settings.from_json(args.settings)
-    outputs = [args.position, args.count, args.position_figure, args.count_figure]
+    outputs = [args.position, args.count, *figure_files(args.position_figure), *figure_files(args.count_figure)]
     with step("sweep-table", args, outputs=outputs) as log:
         test = load_split(args.data, "test").select_columns(["id", "task"]).to_list()
         ids = [example["id"] for example in first_of_each_task(test, settings.sweep.examples)]

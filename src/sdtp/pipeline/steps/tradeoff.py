@@ -6,7 +6,7 @@ from pathlib import Path
 from sdtp.evaluation import names
 from sdtp.pipeline import tradeoff_plot
 from sdtp.pipeline.files import read_jsonl
-from sdtp.pipeline.plotstyle import save
+from sdtp.pipeline.plotstyle import figure_files, save
 from sdtp.pipeline.reading import read_json
 from sdtp.pipeline.results import read_table
 from sdtp.pipeline.step import step
@@ -31,7 +31,9 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--metrics", required=True, type=Path, metavar="FILE", help="metrics to write")
     args = parser.parse_args(argv)
+    figures = {args.table.stem: tradeoff_plot.tradeoff, f"{args.table.stem}-memory": tradeoff_plot.memory}
     outputs = [args.table, *([args.compression] if args.compression else [])]
+    outputs += [file for name in figures for file in figure_files(args.figures / name)]
     with step("tradeoff", args, outputs=outputs) as log:
         rows = [row for path in args.evaluations for row in read_jsonl(path)]
         timings = [read(path) for path in args.timings]
@@ -43,7 +45,6 @@ def main(argv: list[str]) -> None:
             write_csv(content, path)
             log.artifact(path)
         drawn = table[~table["method"].map(names.unpruned_ratio) | (table["method"] == "unpruned")]
-        figures = {args.table.stem: tradeoff_plot.tradeoff, f"{args.table.stem}-memory": tradeoff_plot.memory}
         for name, draw in figures.items():
             save(draw(drawn), args.figures / name)
             log.artifact(args.figures / f"{name}.png", "figures")
