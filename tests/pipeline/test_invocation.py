@@ -21,10 +21,12 @@ invocation.begin()
 jobs = [subprocess.Popen(["bash", "-c", job], stdin=subprocess.DEVNULL) for job in sys.argv[1:]]
 sys.exit(max(job.wait() for job in jobs))
 """
-SLEEPING = """
-import sys, time
+# Waits for a signal, and ends by itself where a test that failed has left it.
+WAITING = """
+import signal, sys
+signal.alarm(60)
 open(sys.argv[1], "w").close()
-time.sleep(600)
+signal.pause()
 """
 
 
@@ -46,7 +48,7 @@ def test_jobs_are_told_and_other_programs_are_not(
     monkeypatch.chdir(tmp_path)
     script = tmp_path / program
     script.parent.mkdir(parents=True)
-    script.write_text(SLEEPING)
+    script.write_text(WAITING)
     # As the rules of kvpress call theirs, whose shell does not become the program.
     snakemake = python_process(SNAKEMAKE, f"(true; exec python {program} started) 2>&1 | tee log")
     while not (tmp_path / "started").exists():

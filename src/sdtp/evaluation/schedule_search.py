@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from sdtp.evaluation.costs import Costs
 from sdtp.evaluation.damage import Damage, DamageCurve, Measurements, damages, task_weights
-from sdtp.evaluation.stats import LEVEL, PairedDifference, mean_interval, paired_difference
+from sdtp.evaluation.stats import PairedDifference, mean_interval, paired_difference, shown
 from sdtp.evaluation.tuning import Tuner, alone, blend, schedule_of
 from sdtp.pruning.pruner import TokenPruner
 from sdtp.pruning.schedule import PruningSchedule
@@ -82,13 +82,12 @@ class Found:
     def chosen(self) -> str:
         """`tuned` where its KL is shown to be lower, else `geometric`.
 
-        Shown is what both the bootstrap interval and the sign-flip test say, at 95%: the interval of a handful of
-        examples is too narrow, and the test finds nothing in fewer than `names.LEAST_REPORTED`.
+        See `stats.shown`, whose test finds nothing in fewer than `names.LEAST_REPORTED`.
         """
         if self.difference is None:
             return "geometric"
         kl = self.difference["kl"]
-        return "tuned" if kl.high < 0.0 and kl.p_value <= 1 - LEVEL else "geometric"
+        return "tuned" if kl.high < 0.0 and shown(kl.low, kl.high, kl.p_value) else "geometric"
 
 
 def search(

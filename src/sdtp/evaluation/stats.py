@@ -76,9 +76,9 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
 def difference_interval(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
     """95% interval of the mean of first minus second; (nan, nan) for one example.
 
-    Of right and wrong answers, 1 and 0, it is that of Bonett and Price (2012): two examples
-    are added, one that only the first gets right and one that only the second does. Where few examples differ, or none,
-    resampling them would call it proven that few do. Of other values it is `mean_interval` of the differences.
+    Of right and wrong answers, 1 and 0, it is that of Bonett and Price (2012): two examples are added, one that only
+    the first gets right and one that only the second does. Where few examples differ, or none, resampling them would
+    call it proven that few do. Of other values it is `mean_interval` of the differences.
 
     Args:
         first, second: one value per example, the same examples in the same order.
@@ -111,6 +111,18 @@ class PairedDifference:
     high: float
     p_value: float
     n: int
+
+
+def shown(low: float, high: float, p_value: float) -> bool:
+    """Whether a paired difference is shown, at 95%: its interval leaves out 0 and the sign-flip test says so too.
+
+    Of a handful of examples that happen to agree either alone may make too much. One without an interval (a single
+    example) is not.
+
+    Args:
+        low, high, p_value: of the difference, see `PairedDifference`.
+    """
+    return (low > 0 or high < 0) and p_value <= 1 - LEVEL
 
 
 def paired_difference(first: Sequence[float], second: Sequence[float]) -> PairedDifference:

@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from sdtp.errors import UserError
-from sdtp.evaluation.stats import LEVEL, PairedDifference, holm
+from sdtp.evaluation.stats import PairedDifference, holm, shown
 from sdtp.pipeline.reading import reading
 
 # fmt: off
@@ -212,13 +212,10 @@ def smoke(n: int) -> str:
 def verdict(metric: str | None, low: float, high: float, p_value: float) -> str:
     """What a paired difference shows: better, worse, or no difference shown.
 
-    A difference is shown where its 95% interval leaves out 0 and the sign-flip test has it at 5%: of a handful of
-    examples that happen to agree either alone may make too much. One without an interval (a single example) is not.
-
     Args:
         metric: says which way is better; None for one of which more is.
-        low, high, p_value: of the difference, see `PairedDifference`.
+        low, high, p_value: of the difference, see `stats.shown`.
     """
-    if (low > 0 or high < 0) and p_value <= 1 - LEVEL:
+    if shown(low, high, p_value):
         return "better" if (high < 0) == (metric in LOWER_IS_BETTER) else "worse"
     return "no difference shown"
