@@ -229,15 +229,17 @@ def _shared(values: torch.Tensor, present: torch.Tensor, neighbours: int) -> tor
     """
     tokens = values.shape[1]
     before = present.cumsum(1) - present.long()  # present tokens before each
-    number = present.sum(1, keepdim=True)
-    # The values of those present moved together; the others' go to a column that nothing reads.
-    together = values.new_zeros(len(values), tokens + 1).scatter(1, before.where(present, tokens), values)
-    total, count = values, torch.ones_like(values)
-    for offset in (*range(-neighbours, 0), *range(neighbours)):
-        column = before + offset + (present.long() if offset >= 0 else 0)
-        there = (column >= 0) & (column < number)
-        total = total + together.gather(1, column.clamp(0, tokens)).where(there, 0)
-        count = count + there
+    # Moved together, those present stand between empty columns that the windows of the first and the last reach into;
+    # the others go to one more, which is cut off.
+    empty, cut_off = neighbours, tokens + 2 * neighbours
+    column = (before + empty).where(present, cut_off)[:, None].expand(-1, 2, -1)
+    values_and_ones = torch.stack([values, torch.ones_like(values)], dim=1)
+    together = values.new_zeros(len(values), 2, cut_off + 1).scatter(2, column, values_and_ones)[..., :cut_off]
+    # Few operations, each over all tokens: on a GPU a stage's scoring is as long as the launches of its kernels.
+    sums = together.unfold(2, neighbours, 1).sum(-1)  # [batch, 2, first column of a window]
+    on_the_left = sums.gather(2, before[:, None].expand(-1, 2, -1))
+    on_the_right = sums.gather(2, (before + present.long() + empty)[:, None].expand(-1, 2, -1))
+    total, count = (values_and_ones + on_the_left + on_the_right).unbind(1)
     return total / count
 
 
