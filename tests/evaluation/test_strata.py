@@ -62,7 +62,24 @@ def test_paired_difference_weighs_examples_as_the_mean_does() -> None:
     assert (same.mean, same.p_value) == (0.0, 1.0)
     better = strata.paired_difference([[1.0] * 6, [1.0] * 6], [[0.0] * 6, [0.0] * 6], HALVES)
     assert better.p_value == pytest.approx(2 / 2**12, rel=0.5)
-    assert (better.low, better.high) == (1.0, 1.0)
+    low = 12 / 14 - 1.959964 * math.sqrt((1 - (12 / 14) ** 2) / 14)  # Bonett and Price's, of twelve
+    assert (better.low, better.high) == pytest.approx((low, 1.0))
+
+
+def test_answers_right_or_wrong_of_even_groups_are_compared_as_one() -> None:
+    first, second = [[100.0, 0.0, 100.0], [0.0, 0.0, 100.0]], [[100.0, 0.0, 100.0], [0.0, 100.0, 100.0]]
+    alike = strata.paired_difference(first, first, HALVES, right=100.0)
+    assert alike.high == -alike.low == pytest.approx(100 * 1.959964 * math.sqrt(2 / 8 / 8))
+    pair = strata.paired_difference(first, second, HALVES, right=100.0)
+    assert (pair.low, pair.high) == stats.difference_interval([*first[0], *first[1]], [*second[0], *second[1]], 100.0)
+    assert pair.low < -100 / 6 < pair.high
+    # Of uneven groups, and of answers that are partly right, it is the bootstrap's.
+    for uneven in (([[0.0, 100.0], [0.0, 0.0, 100.0]], [0.5, 0.5]), ([[25.0, 100.0], [0.0, 0.0]], [0.5, 0.5])):
+        groups, weights = uneven
+        other = [[100.0, 0.0], *groups[1:]]
+        differences = [[a - b for a, b in zip(*both, strict=True)] for both in zip(groups, other, strict=True)]
+        found = strata.paired_difference(groups, other, weights, right=100.0)
+        assert (found.low, found.high) == strata.interval(differences, weights)
 
 
 def test_wrong_groups_and_weights_are_refused() -> None:

@@ -227,3 +227,18 @@ def test_context_is_found_where_every_text_begins_with_a_space(task: str) -> Non
         assert decode(tokenizer, prompt.ids[start:end]).lstrip().startswith("the city of")
         assert decode(tokenizer, prompt.ids[start:end]).rstrip().endswith("States;")
         assert "Question: What is the value?" in decode(tokenizer, prompt.ids[end:])
+
+
+def test_a_prompt_without_any_of_its_context_is_refused(make_tokenizer: Make) -> None:
+    tokenizer = make_tokenizer()
+    template = parse("Read the text, all of it. " * 20 + "{context}\n\nQuestion: {input}\nAnswer:")
+    asked = len(encode(tokenizer, template.render("", "What is the value?")[1]))
+    around = len(frame(tokenizer, chat=False))
+    prompt = longbench_prompt(tokenizer, example(), template, around + 2 * asked + 6)  # of the context three at the end
+    assert 1 <= prompt.context[1] - prompt.context[0] <= 3
+    with pytest.raises(UserError) as raised:
+        longbench_prompt(tokenizer, example(), template, around + 2 * asked)
+    assert str(raised.value) == (
+        f"qasper.jsonl, line 3: a prompt of {around + 2 * asked} tokens has room for none of the context: what comes "
+        "before and after it fills them"
+    )

@@ -163,7 +163,7 @@ def test_quality_uses_the_speedup_of_the_ratio_at_the_nearest_length() -> None:
     assert len({places(line)[0] for line in drawn}) == len(drawn)
 
 
-@pytest.mark.parametrize(("n", "expected"), [(28, "smoke: n = 28"), (199, "smoke: n = 199"), (200, "n = 200")])
+@pytest.mark.parametrize(("n", "expected"), [(28, "smoke: n = 28"), (99, "smoke: n = 99"), (100, "n = 100")])
 def test_quality_says_how_many_examples_each_panel_rests_on(n: Any, expected: Any) -> None:
     figure = plots.quality(synthetic_run.quality(n), synthetic_run.latency(), 490)
     titles = [axes.get_title(loc="left") for axes in figure.axes if axes.get_visible()]

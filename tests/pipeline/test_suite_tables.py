@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -113,8 +114,11 @@ def test_values_and_differences_are_those_of_the_examples(ruler: pd.DataFrame) -
     assert (single["value"], single["n"], single["difference"], single["compression"]) == (50.0, 4, -25.0, 4.0)
     interval = scipy_stats.binomtest(2, 4).proportion_ci(0.95, method="wilson")
     assert (single["low"], single["high"]) == pytest.approx((100 * interval.low, 100 * interval.high))
-    pair = paired_difference([100, 0, 0, 100], [100, 100, 0, 100])
-    assert (single["difference_low"], single["difference_high"]) == pytest.approx((pair.low, pair.high))
+    pair = paired_difference([1, 0, 0, 1], [1, 1, 0, 1])
+    # Bonett and Price's: of -1, 0, 0, 0 and of one answer more that only the one gets right, and one only the other.
+    half = 100 * 1.959964 * math.sqrt((3 / 6 - 1 / 36) / 6)
+    assert (single["difference_low"], single["difference_high"]) == pytest.approx((-100 / 6 - half, -100 / 6 + half))
+    assert (single["difference_low"], single["difference_high"]) == pytest.approx((100 * pair.low, 100 * pair.high))
     assert single["p_value"] == pair.p_value
     short = cell(ruler, task="single", method="sdtp", length=100)
     assert (short["value"], short["n"], short["difference"]) == (50.0, 2, -50.0)

@@ -250,6 +250,18 @@ def test_bounds_of_the_reference_models(config, ratio, tokens, bound):
     assert flops.prefill(config, tokens) / flops.prefill(config, tokens, schedule) == pytest.approx(bound, abs=0.006)
 
 
+@pytest.mark.parametrize(("config", "share"), [(QWEN2_7B, 0.001), (SMOLLM2, 0.01)])
+@pytest.mark.parametrize("ratio", [0.9, 0.8, 0.7])
+@pytest.mark.parametrize("tokens", [384, 4096, 32768])
+def test_scoring_with_all_that_the_scorer_sees_is_less_than_one_percent(config, share, ratio, tokens):
+    schedule = PruningSchedule.geometric(num_layers=config.num_hidden_layers, start=4, step=3, ratio=ratio)
+    scorer = scorers.Learned(
+        config.hidden_size, schedule.stages, width=128, position=True, question_rank=32, neighbours=2, recency=0.25
+    )
+    scoring = flops.scoring(tokens, schedule, scorer)
+    assert 0 < scoring < share * flops.prefill(config, tokens)
+
+
 @pytest.mark.parametrize(
     ("config", "error", "reason"),
     [

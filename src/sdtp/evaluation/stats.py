@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from scipy import stats
@@ -73,26 +73,32 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-def difference_interval(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
+def difference_interval(first: Sequence[float], second: Sequence[float], right: float = 1.0) -> tuple[float, float]:
     """95% interval of the mean of first minus second; (nan, nan) for one example.
 
-    Of right and wrong answers, 1 and 0, it is that of Bonett and Price (2012): two examples are added, one that only
+    Of answers that are each right or wrong it is that of Bonett and Price (2012): two examples are added, one that only
     the first gets right and one that only the second does. Where few examples differ, or none, resampling them would
     call it proven that few do. Of other values it is `mean_interval` of the differences.
 
     Args:
         first, second: one value per example, the same examples in the same order.
+        right: the value of a right answer; that of a wrong one is 0.
 
     Raises:
         ValueError: the lists differ in length or are empty.
     """
     differences = _differences(first, second)
-    if len(differences) < 2 or not {*first, *second} <= {0.0, 1.0}:
+    if len(differences) < 2 or not right_or_wrong(first, second, right):
         return mean_interval(differences.tolist())
-    sample = np.append(differences, [1.0, -1.0])
+    sample = np.append(differences, [right, -right])
     z = float(stats.norm.ppf(0.5 + LEVEL / 2))
     half = z * float(sample.std()) / math.sqrt(sample.size)
-    return max(-1.0, float(sample.mean()) - half), min(1.0, float(sample.mean()) + half)
+    return max(-right, float(sample.mean()) - half), min(right, float(sample.mean()) + half)
+
+
+def right_or_wrong(first: Iterable[float], second: Iterable[float], right: float) -> bool:
+    """Whether every value of either is that of a right answer, or 0, that of a wrong one."""
+    return {*first, *second} <= {0.0, right}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,17 +131,17 @@ def shown(low: float, high: float, p_value: float) -> bool:
     return (low > 0 or high < 0) and p_value <= 1 - LEVEL
 
 
-def paired_difference(first: Sequence[float], second: Sequence[float]) -> PairedDifference:
+def paired_difference(first: Sequence[float], second: Sequence[float], right: float = 1.0) -> PairedDifference:
     """Compare two methods example by example.
 
     Args:
-        first, second: one value per example, the same examples in the same order.
+        first, second, right: see `difference_interval`.
 
     Raises:
         ValueError: the lists differ in length or are empty.
     """
     differences = _differences(first, second)
-    low, high = difference_interval(first, second)
+    low, high = difference_interval(first, second, right)
     return PairedDifference(float(differences.mean()), low, high, sign_flip_p_value(differences), len(first))
 
 

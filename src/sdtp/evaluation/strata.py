@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 
@@ -56,16 +57,19 @@ def interval(groups: Groups, weights: Sequence[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def paired_difference(first: Groups, second: Groups, weights: Sequence[float]) -> PairedDifference:
+def paired_difference(first: Groups, second: Groups, weights: Sequence[float], right: float = 1.0) -> PairedDifference:
     """Compare two methods by `mean`, example by example.
 
     Args:
         first, second: the values of each group's examples, the same examples in the same order.
         weights: of the groups, summing to 1.
+        right: see `stats.difference_interval`.
 
     Returns:
         The difference of the means, its interval, and the p-value of the sign-flip permutation test, in which a group's
-        examples weigh as much as they do in the mean.
+        examples weigh as much as they do in the mean. The interval is `interval` of the differences; but of answers
+        that are each right or wrong, where every example weighs as much, `stats.difference_interval` over all of them,
+        which holds where few of them differ.
 
     Raises:
         ValueError: the groups differ in number or length; as `mean`.
@@ -77,10 +81,15 @@ def paired_difference(first: Groups, second: Groups, weights: Sequence[float]) -
         )
     _check(first, weights)
     if len(first) == 1:
-        return stats.paired_difference(first[0], second[0])
+        return stats.paired_difference(first[0], second[0], right)
     differences = [[a - b for a, b in zip(*pair, strict=True)] for pair in zip(first, second, strict=True)]
-    low, high = interval(differences, weights)
     count = sum(len(values) for values in differences)
+    every_first, every_second = list(chain.from_iterable(first)), list(chain.from_iterable(second))
+    even = all(math.isclose(weight * count, len(values)) for weight, values in zip(weights, first, strict=True))
+    if even and stats.right_or_wrong(every_first, every_second, right):
+        low, high = stats.difference_interval(every_first, every_second, right)
+    else:
+        low, high = interval(differences, weights)
     weighted = np.array(
         [
             value * count * weight / len(values)

@@ -66,8 +66,8 @@ def longbench_prompt(
         max_tokens: with the task's new tokens at most the model's context.
 
     Raises:
-        UserError: the template asks for an input and the example's is blank; `max_tokens` has no room for a prompt, or
-            not for the question.
+        UserError: the template asks for an input and the example's is blank; `max_tokens` has no room for a prompt, not
+            for the question, or for none of the context.
     """
     kind = task(example.task)
     if template.asks and not example.input.strip():
@@ -93,4 +93,10 @@ def longbench_prompt(
             f"tokens has room for {end}: the question would be cut"
         )
     before = text[: len(text) - len(after) - len(example.context)]
-    return Prompt(example.id, example.task, ids, context_between(tokenizer, ids, before, after, chat=chat), cut, chat)
+    start, stop = context_between(tokenizer, ids, before, after, chat=chat)
+    if cut and start == stop:
+        raise UserError(
+            f"{example.where}: a prompt of {max_tokens} tokens has room for none of the context: what comes before and "
+            "after it fills them"
+        )
+    return Prompt(example.id, example.task, ids, (start, stop), cut, chat)

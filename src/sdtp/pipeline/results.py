@@ -31,8 +31,8 @@ COMPARISON_COLUMNS = [
 # fmt: on
 HISTORY_COLUMNS = ["step", "split", "metric", "value"]
 
-# Below this many examples a cell an interval is too wide to compare methods by.
-SMOKE_BELOW = 200
+# With fewer examples the interval of a share of right answers reaches ten points and more to either side.
+SMOKE_BELOW = 100
 LOWER_IS_BETTER = frozenset({"loss", "kl"})
 # How closely a method predicts what the unpruned model does, right or wrong: no quality of its own.
 AGREEMENT = frozenset({"kl", "top1"})

@@ -104,7 +104,7 @@ def suite_table(cells: Cells) -> pd.DataFrame:
         for cell in order:
             own = [cells[cell][example] for examples in group.tasks for example in examples]
             scores = _scores(cells[cell], group)
-            pair = None if cell == UNPRUNED else strata.paired_difference(scores, baseline, group.weights)
+            pair = None if cell == UNPRUNED else strata.paired_difference(scores, baseline, group.weights, right=100.0)
             low, high = _interval(group, scores)
             table.append(
                 {

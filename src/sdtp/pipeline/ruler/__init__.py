@@ -24,5 +24,5 @@ What differs:
   of either list are filled by words that come up once;
 - passages of `qa` are profiles of invented people, or the rows of the caller's file (SQuAD's fields); after
   `distractors` of them the corpus fills up. RULER takes all of them from SQuAD or HotpotQA;
-- generation ends after twice the tokens of the references, since with containment longer replies score higher.
+- generation ends after twice the tokens of the references, or 32, since with containment longer replies score higher.
 """

@@ -37,7 +37,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="model folder")
     parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="data folder")
     parser.add_argument("--shard", required=True, type=int, metavar="I", help="number of this shard, from 0")
-    parser.add_argument("--shards", required=True, type=int, metavar="K", help="shards in all; this one has each K-th")
+    parser.add_argument(
+        "--shards", required=True, type=int, metavar="K", help="shards in all, of about as many tokens each"
+    )
     parser.add_argument("--checkpoints", required=True, type=Path, metavar="DIR", help="where a killed run resumes")
     parser.add_argument("--code", required=True, metavar="HASH", help="of the code; no other code's run is resumed")
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="safetensors file to write")
@@ -49,8 +51,7 @@ def main(argv: list[str]) -> None:
     with step("saliency", args, outputs=[args.output], wildcards={"shard": args.shard}) as log:
         for split in SPLITS:
             log.dataset(split, args.data / split, split_hash(args.data, split))
-        examples = _examples(args.data, args.shard, args.shards)
-        prompt_tokens, response_tokens = _token_counts(examples)
+        examples, prompt_tokens, response_tokens = _examples(args.data, args.shard, args.shards)
         # The last response token predicts nothing and is not run.
         lengths = [prompt + response - 1 for prompt, response in zip(prompt_tokens, response_tokens, strict=True)]
 
@@ -109,34 +110,43 @@ def main(argv: list[str]) -> None:
     chunks.clear()
 
 
-def _examples(data: Path, shard: int, shards: int) -> Dataset:
-    """Every `shards`-th example of all splits, columns id, prompt_ids and response_ids; read when asked for.
+def _examples(data: Path, shard: int, shards: int) -> tuple[Dataset, list[int], list[int]]:
+    """One shard of the examples of all splits, columns id, prompt_ids and response_ids; read when asked for.
+
+    Returns:
+        The examples in the order of their files, and prompt and response tokens of each.
 
     Raises:
-        UserError: an id comes twice.
+        UserError: an id comes twice, or an example has no prompt or no response.
     """
     splits = [load_split(data, split).select_columns(["id", "prompt_ids", "response_ids"]) for split in SPLITS]
     every = concatenate_datasets(splits)
     name, count = max(Counter(every["id"]).items(), key=lambda item: item[1], default=("", 0))
     if count > 1:
         raise UserError(f"{data}: {count} examples have the id {name!r}, so that their labels could not be told apart")
-    return every.select(range(shard, len(every), shards))
+    prompts, responses = _token_counts(every, "prompt_ids"), _token_counts(every, "response_ids")
+    for key, counts in (("prompt_ids", prompts), ("response_ids", responses)):
+        if 0 in counts:
+            empty = every[counts.index(0)]["id"]
+            raise UserError(f"example {empty!r}: {key} is empty, at least one token is needed")
+    rows = share([prompt + response for prompt, response in zip(prompts, responses, strict=True)], shard, shards)
+    return every.select(rows), [prompts[row] for row in rows], [responses[row] for row in rows]
 
 
-def _token_counts(examples: Dataset) -> tuple[list[int], list[int]]:
-    """Prompt and response tokens of each example.
+def _token_counts(examples: Dataset, column: str) -> list[int]:
+    """Tokens of each example, read off Arrow's offsets: no shard decodes the tokens of the others."""
+    tables = examples.select_columns([column]).with_format("arrow").iter(batch_size=1000)
+    return [count for table in tables for chunk in table[column].chunks for count in chunk.value_lengths().to_pylist()]
 
-    Raises:
-        UserError: an example has none of either.
+
+def share(lengths: Sequence[int], shard: int, shards: int) -> list[int]:
+    """Rows of one shard, ascending: in order of length every `shards`-th row.
+
+    Whatever the order in the files (the tasks take turns there), the tokens of two shards differ by the longest row's
+    at most, and their longest rows, which decide memory, are about as long.
     """
-    prompts: list[int] = []
-    responses: list[int] = []
-    for row in examples:
-        for key, counts in (("prompt_ids", prompts), ("response_ids", responses)):
-            if not row[key]:
-                raise UserError(f"example {row['id']!r}: {key} is empty, at least one token is needed")
-            counts.append(len(row[key]))
-    return prompts, responses
+    longest_first = sorted(range(len(lengths)), key=lambda row: lengths[row], reverse=True)
+    return sorted(longest_first[shard::shards])
 
 
 def batch_labels(
