@@ -34,6 +34,7 @@ step, train.main = train.main, main
 sys.exit(cli.main())
 """
 TWO = {**TRAIN, "training": {**TRAIN["training"], "steps": 3, "batch_size": 3, "label_epochs": 2}}
+SHARDED = {**TWO, "training": {**TWO["training"], "shard_model": True}}
 
 
 @pytest.fixture(scope="module")
@@ -73,11 +74,13 @@ def start(inputs: Path, run: Path, settings: dict = TWO, path: str = "") -> subp
     return run_train(["-c", LAUNCHER], inputs, run, settings, threads=2, path=path)
 
 
-def start_where_the_second_runs(code: str, inputs: Path, run: Path) -> subprocess.CompletedProcess[str]:
+def start_where_the_second_runs(
+    code: str, inputs: Path, run: Path, settings: dict = TWO
+) -> subprocess.CompletedProcess[str]:
     """`start`, and as the second process begins it runs some code, which has `os`."""
     body = textwrap.indent(textwrap.dedent(code), "    ")
     (run / "sitecustomize.py").write_text(f"import os\nif os.environ.get('RANK') == '1':\n{body}\n")
-    return start(inputs, run, path=str(run))
+    return start(inputs, run, settings, path=str(run))
 
 
 def accelerate_launch(option: str, inputs: Path, run: Path) -> subprocess.CompletedProcess[str]:
@@ -103,6 +106,15 @@ def both(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("both")
     told = f"open({str(run / 'threads')!r}, 'w').write(str(__import__('torch').get_num_threads()))"
     done = start_where_the_second_runs(f"import atexit\natexit.register(lambda: {told})", inputs, run)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return run
+
+
+@pytest.fixture(scope="module")
+def sharded(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes write that share one model's layers."""
+    run = tmp_path_factory.mktemp("sharded")
+    done = start(inputs, run, SHARDED)
     assert done.returncode == 0, done.stderr[-3000:]
     return run
 
@@ -135,19 +147,15 @@ def test_two_processes_write_one_pruner_that_is_one_processs(alone: Path, both: 
 
 
 @pytest.mark.slow
-def test_a_sharded_model_gives_the_same_pruner_for_the_same_model(inputs: Path, alone: Path, tmp_path: Path) -> None:
-    settings = {**TWO, "training": {**TWO["training"], "shard_model": True}}
-    done = start(inputs, tmp_path, settings)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert_same(tmp_path, alone)
+def test_a_sharded_model_gives_the_same_pruner_for_the_same_model(alone: Path, sharded: Path) -> None:
+    assert_same(sharded, alone)
     # It has the fingerprint of the model that it was trained for.
-    assert (tmp_path / "pruner" / "pruner.json").read_bytes() == (alone / "pruner" / "pruner.json").read_bytes()
+    assert (sharded / "pruner" / "pruner.json").read_bytes() == (alone / "pruner" / "pruner.json").read_bytes()
 
 
 @pytest.mark.usefixtures("no_tracking")
 def test_one_process_has_nothing_to_shard(inputs: Path, alone: Path, tmp_path: Path) -> None:
-    settings = {**TWO, "training": {**TWO["training"], "shard_model": True}}
-    train.main(arguments(inputs, tmp_path, settings))
+    train.main(arguments(inputs, tmp_path, SHARDED))
     assert (tmp_path / "history.csv").read_bytes() == (alone / "history.csv").read_bytes()
 
 
@@ -216,6 +224,41 @@ def test_a_process_that_is_killed_ends_all_with_one_message(inputs: Path, tmp_pa
     assert done.stderr.count("error: ") == 1
     assert "error: process 1 of 2 was ended by SIGKILL, and the others with it" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", [False, True])
+def test_several_processes_that_were_killed_go_on_to_the_same_bits(
+    inputs: Path, both: Path, sharded: Path, tmp_path: Path, shard: bool
+) -> None:
+    settings, expected = (SHARDED, sharded) if shard else (TWO, both)
+    # In the third step, of which the gradients are summed: the first process has then written what it keeps of the
+    # second. Nobody is told; without their launcher the kernel ends both.
+    killed = start_where_the_second_runs(
+        """
+        import signal
+        from sdtp.training import trainer
+        true, calls = trainer.batch_gradient, []
+        def killing(*args, **settings):
+            found = true(*args, **settings)
+            calls.append(found)
+            if len(calls) == 3:
+                os.kill(os.getppid(), signal.SIGKILL)
+                signal.pause()
+            return found
+        trainer.batch_gradient = killing
+        """,
+        inputs,
+        tmp_path,
+        settings,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
+    assert not (tmp_path / "pruner").exists()
+    done = start(inputs, tmp_path, settings)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "going on from step 2" in (tmp_path / "train.log").read_text()
+    for name in ("pruner/pruner.safetensors", "pruner/pruner.json", "history.csv"):
+        assert (tmp_path / name).read_bytes() == (expected / name).read_bytes(), name
 
 
 STEP = {
