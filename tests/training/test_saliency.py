@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sdtp.errors import UserError
+from sdtp.training import saliency as implementation
 from sdtp.training.saliency import NotFiniteError, batch_saliency, reduce, saliency
 from tests.conftest import FAMILIES
 from tests.pruning.tiny import float64
@@ -282,6 +283,35 @@ def test_fifty_samples_leave_no_gradient_graph_or_tensor_behind(tiny_model, rows
     assert live[0] == live[1]
     assert weights_hash(model) == before
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_one_backward_pass_serves_all_stages_and_keeps_no_gradient_of_them(tiny_model, checkpointing, monkeypatch):
+    model = tiny_model()
+    layers = (0, 1, 2, 3)
+    passed, kept = [], []
+
+    def count(layer):
+        def hook(module, args):
+            if args[0].requires_grad:
+                args[0].register_hook(lambda gradient: passed.append(layer))
+
+        return hook
+
+    def counting(gradient, hidden, reduction):
+        gc.collect()
+        things = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+        kept.append(sum(thing.shape[-2:] == hidden.shape[-2:] for thing in things))
+        return reduce(gradient, hidden, reduction)
+
+    monkeypatch.setattr(implementation, "reduce", counting)
+    for layer in layers:
+        model.model.layers[layer].register_forward_pre_hook(count(layer))
+    saliency(model, ids(60), ids(1), layers, gradient_checkpointing=checkpointing)
+    assert passed == [3, 2, 1]  # of layer 0 the states are this computation's own, made after the hook
+    # Each stage's gradient as its turn comes; none of those before it.
+    assert len(kept) == 4
+    assert max(kept) == kept[0]
 
 
 def test_layers_below_the_first_stage_are_not_on_the_graph(tiny_model):
