@@ -446,9 +446,14 @@ def test_commands_state_what_is_needed_beside_what_the_run_was_given() -> None:
     assert again.overrides["suites"] == {"keep_ratios": [0.5]}
     papers = yaml.safe_load((ROOT / "config" / "paper" / "mistral-7b.yaml").read_text(encoding="utf-8"))
     assert papers["suites"]["longbench"]["source"] == missing.LONGBENCH
-    [left] = missing.llmlingua(AGAIN)
-    assert left["command"].startswith("make llmlingua && echo ")
-    assert overlay_of(left["command"]) == {"paper": {"llmlingua": missing.LLMLINGUA}}
+    longbench, ruler = missing.llmlingua(again, suites(["sdtp", "sdtp-half"], [0.5]), longbench=False)
+    assert (longbench["suite"], ruler["suite"]) == ("longbench", "ruler")
+    assert ruler["command"].startswith("make llmlingua && echo ")
+    weights = {"paper": {"llmlingua": missing.LLMLINGUA}}
+    assert overlay_of(ruler["command"]) == {**again.overrides, **weights}
+    assert overlay_of(longbench["command"]) == {**overlay_of(command), **weights}
+    there, _ = missing.llmlingua(again, suites(["sdtp", "sdtp-half"], [0.5]), longbench=True)
+    assert overlay_of(there["command"]) == {**again.overrides, **weights}
     assert overlay_of(missing.length(AGAIN, [512, 256], 8064, None)) == {
         "benchmark": {"prompt_tokens": [256, 512, 8064]}
     }

@@ -126,7 +126,7 @@ def test_what_the_configuration_lacks_is_not_run_and_the_rest_is(run: Path) -> N
     tables = call(run)
     left = {name: list(table["why"].dropna()) for name, table in tables.items()}
     # Six categories and their average, of the unpruned model and two methods at one keep ratio.
-    assert [why[:24] for why in left["table-1"]] == 21 * ["LongBench's data are a d"] + ["LLMLingua-2's weights ar"]
+    assert [why[:24] for why in left["table-1"]] == 21 * ["LongBench's data are a d"] + 2 * ["LLMLingua-2's weights ar"]
     assert len(left["table-3"]) == 8
     assert len(left["table-6"]) == 1
     assert left["table-6"][0].startswith("peers.methods has no rule on top")
@@ -256,7 +256,7 @@ def test_commands_name_the_files_that_the_run_was_given(run: Path, monkeypatch: 
     monkeypatch.setenv("SDTP_CONFIGURED", json.dumps({"files": ["config/own.yaml"], "overrides": {"seed": 7}}))
     tables = call(run)
     commands = [command for table in tables.values() for command in table["command"].dropna()]
-    assert len(commands) == 22 + 6 + 8 + 1
+    assert len(commands) == 23 + 6 + 8 + 1
     for command in commands:
         assert "{seed: 7, " in command
         assert " --configfile config/own.yaml results/" in command

@@ -89,10 +89,7 @@ def longbench(again: Again, suites: SuitesSettings) -> list[dict[str, Any]]:
         "LongBench's data are a download; suites.longbench.source names a folder of the official JSON lines, or its "
         "hub id, and is null here"
     )
-    changes: dict[str, Any] = {"longbench": {"source": LONGBENCH}}
-    if lacking := [method for method in PRUNERS if method not in suites.methods]:
-        changes["methods"] = [*suites.methods, *lacking]
-    command = again.command("longbench", {"suites": changes})
+    command = again.command("longbench", {"suites": _with_longbench(suites)})
     arms = [("unpruned", 1.0), *((method, ratio) for method in PRUNERS for ratio in suites.keep_ratios)]
     return [
         not_run(why, command, suite="longbench", category=category, method=method, keep_ratio=ratio)
@@ -101,13 +98,34 @@ def longbench(again: Again, suites: SuitesSettings) -> list[dict[str, Any]]:
     ]
 
 
-def llmlingua(again: Again) -> list[dict[str, Any]]:
-    """LLMLingua-2 without its weights."""
+def _with_longbench(suites: SuitesSettings) -> dict[str, Any]:
+    changes: dict[str, Any] = {"longbench": {"source": LONGBENCH}}
+    if lacking := [method for method in PRUNERS if method not in suites.methods]:
+        changes["methods"] = [*suites.methods, *lacking]
+    return changes
+
+
+def llmlingua(again: Again, suites: SuitesSettings, longbench: bool) -> list[dict[str, Any]]:
+    """LLMLingua-2 without its weights, a row each suite.
+
+    Args:
+        again: how the run was configured.
+        suites: its `suites`.
+        longbench: whether LongBench's data are there; if not, the command of its row asks for them too.
+    """
     why = (
         f"LLMLingua-2's weights are a download ({LLMLINGUA}); paper.llmlingua names them or a folder, and is null here"
     )
-    command = f"make llmlingua && {again.command('llmlingua', {'paper': {'llmlingua': LLMLINGUA}})}"
-    return [not_run(why, command, suite="ruler", category="average", method="llmlingua2")]
+    weights: dict[str, Any] = {"paper": {"llmlingua": LLMLINGUA}}
+    whole = {} if longbench else {"suites": _with_longbench(suites)}
+    commands = {
+        "longbench": again.command("longbench-llmlingua", weights | whole),
+        "ruler": again.command("llmlingua", weights),
+    }
+    return [
+        not_run(why, f"make llmlingua && {command}", suite=suite, category="average", method="llmlingua2")
+        for suite, command in commands.items()
+    ]
 
 
 def kvpress(again: Again, model_type: str) -> list[dict[str, Any]]:

@@ -181,7 +181,7 @@ def read_parts(args: argparse.Namespace, settings: Settings, known: pd.DataFrame
             schedules.layer_mean,
             [
                 *([] if args.longbench else missing.longbench(again, settings.suites)),
-                *([] if args.llmlingua else missing.llmlingua(again)),
+                *([] if args.llmlingua else missing.llmlingua(again, settings.suites, longbench=bool(args.longbench))),
             ],
             of_paper("table-1"),
             own_prompts=settings.suites.longbench.templates is None,
