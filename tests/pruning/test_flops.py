@@ -83,9 +83,9 @@ def test_a_pruned_layer_counts_its_survivors():
     asking = scorers.Learned(8, 1, width=5, position=True, question_rank=16)
     assert flops.scoring(4, schedule, asking) == 2 * (4 * ((8 + 3 + 2) * 5 + 5 * 2) + 16 * (8 * 8 + 4 * 4))
     assert flops.scoring(20, schedule, asking) == 2 * (20 * ((8 + 3 + 2) * 5 + 5 * 2) + 16 * (36 * 8 + 20 * 16))
-    # Two neighbours on each side and recency: five more a token.
+    # Two neighbours on each side, the token itself and recency: six more a token.
     deciding = scorers.Learned(8, 1, width=5, neighbours=2, recency=0.25)
-    assert flops.scoring(4, schedule, deciding) == 4 * 2 * (8 * 5 + 5 * 2 + 5)
+    assert flops.scoring(4, schedule, deciding) == 4 * 2 * (8 * 5 + 5 * 2 + 6)
 
 
 def test_decode_by_hand():
@@ -256,7 +256,7 @@ def test_bounds_of_the_reference_models(config, ratio, tokens, bound):
 def test_scoring_with_all_that_the_scorer_sees_is_less_than_one_percent(config, share, ratio, tokens):
     schedule = PruningSchedule.geometric(num_layers=config.num_hidden_layers, start=4, step=3, ratio=ratio)
     scorer = scorers.Learned(
-        config.hidden_size, schedule.stages, width=128, position=True, question_rank=32, neighbours=2, recency=0.25
+        config.hidden_size, schedule.stages, width=128, position=True, question_rank=32, neighbours=3, recency=0.25
     )
     scoring = flops.scoring(tokens, schedule, scorer)
     assert 0 < scoring < share * flops.prefill(config, tokens)

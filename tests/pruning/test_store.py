@@ -321,9 +321,9 @@ def test_damaged_weights_are_named_with_their_fault(tmp_path, fault):
 
 
 SETTING_FAULTS = {
-    "other format": (damage_settings(lambda s: s.update(format=99)), "format is 99: 4 is accepted"),
-    "old format": (damage_settings(lambda s: s.update(format=3)), "format is 3: 4 is accepted"),
-    "format as float": (damage_settings(lambda s: s.update(format=4.0)), "format is 4.0: 4 is accepted"),
+    "other format": (damage_settings(lambda s: s.update(format=99)), "format is 99: 5 is accepted"),
+    "old format": (damage_settings(lambda s: s.update(format=4)), "format is 4: 5 is accepted"),
+    "format as float": (damage_settings(lambda s: s.update(format=5.0)), "format is 5.0: 5 is accepted"),
     "no format": (damage_settings(lambda s: s.pop("format")), "format is None"),
     "no schedule": (damage_settings(lambda s: s.pop("schedule")), r"keys \[.*'schedule'.* are needed"),
     "no scorer": (damage_settings(lambda s: s.pop("scorer")), r"keys .* are needed"),
@@ -341,9 +341,9 @@ SETTING_FAULTS = {
     "truncated": (shorten(SETTINGS, 150), "line .* column"),
     "not JSON": (text("format: 2"), "Expecting value"),
     "no UTF-8": (text(b'{"format": "\xff"}'), "utf-8"),
-    "pickle": (text(pickle.dumps({"format": 4})), "utf-8"),
+    "pickle": (text(pickle.dumps({"format": 5})), "utf-8"),
     "deep": (text("[" * 100_000), "nested too deeply"),
-    "key twice": (replaced('"format": 4', '"format": 4, "format": 4'), "a key stands twice among"),
+    "key twice": (replaced('"format": 5', '"format": 5, "format": 5'), "a key stands twice among"),
     "NaN": (replaced("0.6", "NaN"), "it holds NaN: numbers must be finite"),
     "Infinity": (replaced("0.6", "-Infinity"), "it holds -Infinity: numbers must be finite"),
     "overflow": (replaced('"local": 0.1', '"local": 1e999'), r"schedule\.local is inf: a finite number"),

@@ -34,13 +34,21 @@ def asking() -> tuple[scorers.Scorer, Callable[[int], Score]]:
 
 
 def sharing() -> tuple[scorers.Scorer, Callable[[int], Score]]:
-    """The first, each averaged with its two neighbours present on either side, and a share of recency."""
+    """The first, each averaged with its two neighbours present on either side, the nearer ones weighing more, and a
+    share of recency."""
     return _learned(position=False, question_rank=0, neighbours=2, recency=0.25)
 
 
 def weighing() -> tuple[scorers.Scorer, Callable[[int], Score]]:
     """The second, averaged with a neighbour, and more of recency."""
     return _learned(position=True, question_rank=16, neighbours=1, recency=2.0)
+
+
+def _weighted(estimates: torch.Tensor, place: int, neighbours: int) -> float:
+    """The mean around a place, with weights that fall with the distance."""
+    around = range(max(0, place - neighbours), min(len(estimates), place + neighbours + 1))
+    weights = {other: neighbours + 1 - abs(other - place) for other in around}
+    return sum(weight * float(estimates[other]) for other, weight in weights.items()) / sum(weights.values())
 
 
 def _learned(
@@ -52,12 +60,12 @@ def _learned(
         end = LENGTHS[row] - 1
 
         def decide(estimates: torch.Tensor, positions: list[int]) -> torch.Tensor:
-            return torch.stack(
+            return torch.tensor(
                 [
-                    estimates[max(0, place - neighbours) : place + neighbours + 1].mean()
-                    + recency * math.log((end + 1) / (end + 1 - position))
+                    _weighted(estimates, place, neighbours) + recency * math.log((end + 1) / (end + 1 - position))
                     for place, position in enumerate(positions)
-                ]
+                ],
+                dtype=torch.float64,
             )
 
         def score(stage: int, hidden: torch.Tensor, positions: list[int]) -> torch.Tensor:

@@ -17,6 +17,7 @@ from sdtp.evaluation.names import BASELINES, LEARNED, METHODS, TUNED, unpruned_r
 from sdtp.pipeline.config import Settings
 from sdtp.pipeline.data import longest_response
 from sdtp.pipeline.facts import TEST, TRAIN
+from sdtp.pipeline.results import SMOKE_BELOW
 from sdtp.pipeline.ruler.settings import TASKS as RULER_TASKS
 from sdtp.pipeline.ruler.settings import check as check_ruler
 from sdtp.pipeline.schema import leaves, resolve, resolve_variants
@@ -174,14 +175,14 @@ def test_scorer_ablation_goes_from_the_papers_scorer_to_the_default() -> None:
     made = resolve_variants(resolved("ablations/scorer.yaml"), SCHEMA)
     keys = ("position", "question_rank", "neighbours", "recency")
     assert {name: tuple(one["training"][key] for key in keys) for name, one in made.items()} == {
-        "default": (True, 32, 2, 0.25),
+        "default": (True, 32, 3, 0.25),
         "paper": (False, 0, 0, 0.0),
         "state-alone": (False, 0, 0, 0.0),
         "position": (True, 0, 0, 0.0),
         "question": (False, 32, 0, 0.0),
         "position-question": (True, 32, 0, 0.0),
         "without-neighbours": (True, 32, 0, 0.25),
-        "without-recency": (True, 32, 2, 0.0),
+        "without-recency": (True, 32, 3, 0.0),
     }
     published = resolved("paper/qwen2-7b.yaml")
     paper = made["paper"]
@@ -237,7 +238,7 @@ def test_schema_accepts_as_many_distractors_as_there_are_values() -> None:
 def test_offline_paper_is_the_default_model_with_enough_examples_and_every_method_of_the_paper() -> None:
     config, default = resolved(OFFLINE_PAPER), resolved("config.yaml")
     assert config["model"] == default["model"] | {"dtype": "float32"}
-    assert config["data"]["test"]["examples"] >= 120
+    assert config["data"]["test"]["examples"] >= SMOKE_BELOW
     assert 0.9 in config["pruning"]["keep_ratios"]  # the paper's
     assert config["benchmark"]["new_tokens"] == 128
     assert {"sdtp", "sdtp-half"} <= set(config["suites"]["methods"])

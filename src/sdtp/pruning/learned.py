@@ -40,7 +40,8 @@ class Learned(nn.Module):
     token by token: what is left of a passage is worth more whole than in fragments, and the latest tokens are worth
     more than their saliency. So two steps lead from the estimates to the scores that decide:
 
-    - `neighbours`: an estimate is averaged with those of so many tokens present on each side.
+    - `neighbours`: an estimate is averaged with those of so many tokens present on each side, with weights that fall
+      linearly with the distance: 4, 3, 2, 1 for three.
     - `recency`: so many times `log(N / d)` is added, `d` the token's distance from the prompt's end, 1 for the last.
 
     Args:
@@ -49,7 +50,7 @@ class Learned(nn.Module):
         width: hidden units of each MLP.
         position: whether it sees positions.
         question_rank: channels of the keys and queries, in heads of 8; 0 leaves the comparison out.
-        neighbours: tokens on each side that share an estimate; 0 takes each by itself.
+        neighbours: tokens on each side that share in an estimate; 0 takes each by itself.
         recency: weight of recency, in the units of an estimate, whose standard deviation is about 1; 0 leaves it out.
 
     Attributes:
@@ -116,7 +117,7 @@ class Learned(nn.Module):
         inputs = self.hidden_size + 3 * self.position + self.question_rank // _HEAD
         asking = min(_QUESTION_TOKENS, tokens)
         compared = self.question_rank * ((tokens + asking) * self.hidden_size + tokens * asking)
-        weighted = tokens * (2 * self.neighbours + (self.recency > 0))
+        weighted = tokens * ((2 * self.neighbours + 1) * (self.neighbours > 0) + (self.recency > 0))
         return tokens * (inputs + 2) * self.width + compared + weighted
 
     def forward(
@@ -220,7 +221,9 @@ def _linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
 
 
 def _shared(values: torch.Tensor, present: torch.Tensor, neighbours: int) -> torch.Tensor:
-    """The mean of each token's value and of those of the tokens present next to it, fewer at the ends.
+    """The weighted mean of each token's value and of those of the tokens present next to it, fewer at the ends.
+
+    The value itself has the weight `neighbours + 1`, that of the token next to it `neighbours`, and so on to 1.
 
     Args:
         values: [batch, tokens] float32.
@@ -236,11 +239,13 @@ def _shared(values: torch.Tensor, present: torch.Tensor, neighbours: int) -> tor
     values_and_ones = torch.stack([values, torch.ones_like(values)], dim=1)
     together = values.new_zeros(len(values), 2, cut_off + 1).scatter(2, column, values_and_ones)[..., :cut_off]
     # Few operations, each over all tokens: on a GPU a stage's scoring is as long as the launches of its kernels.
-    sums = together.unfold(2, neighbours, 1).sum(-1)  # [batch, 2, first column of a window]
-    on_the_left = sums.gather(2, before[:, None].expand(-1, 2, -1))
-    on_the_right = sums.gather(2, (before + present.long() + empty)[:, None].expand(-1, 2, -1))
-    total, count = (values_and_ones + on_the_left + on_the_right).unbind(1)
-    return total / count
+    windows = together.unfold(2, neighbours, 1)  # [batch, 2, first column, columns]
+    nearer = torch.arange(1.0, neighbours + 1, device=values.device)  # the weights of a window on the left
+    on_the_left = (windows * nearer).sum(-1).gather(2, before[:, None].expand(-1, 2, -1))
+    first_on_the_right = (before + present.long() + empty)[:, None].expand(-1, 2, -1)
+    on_the_right = (windows * nearer.flip(0)).sum(-1).gather(2, first_on_the_right)
+    total, weight = ((neighbours + 1) * values_and_ones + on_the_left + on_the_right).unbind(1)
+    return total / weight
 
 
 def _places(positions: torch.Tensor, prompt_lengths: torch.Tensor) -> torch.Tensor:

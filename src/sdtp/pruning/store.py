@@ -22,7 +22,7 @@ from sdtp.pruning.plain import from_plain
 from sdtp.pruning.schedule import PruningSchedule
 
 SETTINGS, WEIGHTS = "pruner.json", "pruner.safetensors"
-_FORMAT = 4
+_FORMAT = 5
 _PLAIN: dict[str, type[scorers.Scorer]] = {cls.__name__: cls for cls in scorers.BASELINES}
 _KINDS = f"accepted are Learned, {', '.join(_PLAIN)}"
 _LARGEST = 2**24  # of a size in the settings: far beyond any model's, and no shape made of it overflows
