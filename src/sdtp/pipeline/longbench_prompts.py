@@ -66,8 +66,8 @@ def longbench_prompt(
         max_tokens: with the task's new tokens at most the model's context.
 
     Raises:
-        UserError: the template asks for an input and the example's is blank; `max_tokens` has no room for a prompt, not
-            for the question, or for none of the context.
+        UserError: the template asks for an input and the example's is blank; `max_tokens` has no room for a prompt, for
+            the whole question, or for any of the context.
     """
     kind = task(example.task)
     if template.asks and not example.input.strip():

@@ -117,9 +117,9 @@ def llmlingua(again: Again, suites: SuitesSettings, longbench: bool) -> list[dic
         f"LLMLingua-2's weights are a download ({LLMLINGUA}); paper.llmlingua names them or a folder, and is null here"
     )
     weights: dict[str, Any] = {"paper": {"llmlingua": LLMLINGUA}}
-    whole = {} if longbench else {"suites": _with_longbench(suites)}
+    data = {} if longbench else {"suites": _with_longbench(suites)}
     commands = {
-        "longbench": again.command("longbench-llmlingua", weights | whole),
+        "longbench": again.command("longbench-llmlingua", weights | data),
         "ruler": again.command("llmlingua", weights),
     }
     return [
