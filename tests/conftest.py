@@ -42,6 +42,7 @@ from transformers import (
     SmolLM3Config,
     SmolLM3ForCausalLM,
 )
+from xdist.scheduler import LoadScopeScheduling
 
 from sdtp.verification.families import EXPERTS, WINDOW
 from sdtp.verification.families import SIZES as TINY
@@ -108,13 +109,24 @@ SLOW = (CLUSTER, "tests/workflow", "tests/faults")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of several workers (`-n`) each tests whole files, for what their tests share, and the slow ones come first."""
-    if not hasattr(config, "workerinput"):
-        return
-    for item in items:
-        file = item.nodeid.split("::")[0]
-        item.add_marker(pytest.mark.xdist_group(CLUSTER if file.startswith(CLUSTER) else file))
-    items.sort(key=lambda item: not item.nodeid.startswith(SLOW))
+    """Of several workers (`-n`) the slow files' come first, that none is left alone with one at the end."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: not item.nodeid.startswith(SLOW))
+
+
+class WholeFiles(LoadScopeScheduling):
+    """Each worker (`-n`) tests whole files, for what their tests share.
+
+    As `--dist loadgroup` with a mark a file would, which pytest 9.2 keeps pytest-xdist 3.8 from reading.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        return CLUSTER if nodeid.startswith(CLUSTER) else nodeid.split("::")[0]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> WholeFiles:
+    return WholeFiles(config, log)
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
