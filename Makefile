@@ -75,7 +75,7 @@ docs: $(STAMP)
 
 test: lint
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/pytest \
-		-n logical --maxprocesses 4 --dist loadscope --no-loadscope-reorder
+		-n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # Of a lock file, what makes it, and what it is made from.
 define CHECK_LOCK
