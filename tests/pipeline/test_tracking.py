@@ -19,7 +19,7 @@ import pytest
 from sdtp.errors import UserError
 from sdtp.pipeline.files import sha256_file, sha256_files
 from sdtp.pipeline.mlflow_store import Store
-from sdtp.pipeline.step import step
+from sdtp.pipeline.step import StepLog, step
 from sdtp.pipeline.tracking import finish_pipeline, start_pipeline
 from tests.pipeline.conftest import as_in_the_workflow
 
@@ -32,7 +32,7 @@ CONFIG = {"run": "default", "training": {"steps": 60}, "data": {"train": {"sourc
 STEP = """
 import argparse, sys
 from pathlib import Path
-from sdtp.pipeline.step import step
+from sdtp.pipeline.step import StepLog, step
 output, points = Path(sys.argv[1]), int(sys.argv[2])
 print("started", flush=True)
 sys.stdin.readline()
@@ -222,14 +222,19 @@ def test_a_rerun_is_a_new_run_that_names_the_old_one(runs: Runs, tmp_path: Path)
     assert changed.data.tags["sdtp.supersedes"] == again.info.run_id
 
 
+def keep_latest(log: StepLog, tmp_path: Path) -> None:
+    """Five folders of checkpoints, of which three are to stay."""
+    for number in range(5):
+        folder = tmp_path / f"step-{number}"
+        folder.mkdir()
+        (folder / "pruner.json").write_text(str(number))
+        log.artifact(folder, "checkpoints")
+        log.latest_artifacts("checkpoints", 3)
+
+
 def test_the_latest_artifacts_of_a_folder_are_kept(runs: Runs, tmp_path: Path) -> None:
     with step("train", arguments(tmp_path), outputs=[tmp_path / "out"]) as log:
-        for number in range(5):
-            folder = tmp_path / f"step-{number}"
-            folder.mkdir()
-            (folder / "pruner.json").write_text(str(number))
-            log.artifact(folder, "checkpoints")
-            log.latest_artifacts("checkpoints", 3)
+        keep_latest(log, tmp_path)
         log.latest_artifacts("none there", 3)
     [run] = runs.of(tmp_path / "out")
     assert log.run_id == run.info.run_id
@@ -237,6 +242,22 @@ def test_the_latest_artifacts_of_a_folder_are_kept(runs: Runs, tmp_path: Path) -
     assert kept == [f"checkpoints/step-{number}" for number in (2, 3, 4)]
     assert runs.artifact(run.info.run_id, "checkpoints/step-4/pruner.json") == "4"
     assert {entry.path for entry in runs.client.list_artifacts(run.info.run_id)} == {"checkpoints", "settings.json"}
+
+
+def test_artifacts_are_all_kept_where_the_store_cannot_delete(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: object, artifact_path: str | None = None) -> None:  # as MLflow's store on Azure Data Lake does
+        raise NotImplementedError("This artifact repository does not support deleting artifacts")
+
+    monkeypatch.setattr("mlflow.store.artifact.local_artifact_repo.LocalArtifactRepository.delete_artifacts", refuse)
+    with step("train", arguments(tmp_path), outputs=[tmp_path / "out"]) as log:
+        keep_latest(log, tmp_path)
+        log.metric("after", 1.0)
+    [run] = runs.of(tmp_path / "out")
+    kept = [entry.path for entry in runs.client.list_artifacts(run.info.run_id, "checkpoints")]
+    assert kept == [f"checkpoints/step-{number}" for number in range(5)]
+    assert (run.info.status, run.data.metrics["after"]) == ("FINISHED", 1.0)
 
 
 @pytest.mark.slow
