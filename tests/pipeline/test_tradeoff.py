@@ -76,7 +76,7 @@ def timed(*arguments: Any, **options: Any) -> Timed:
 
 ROWS = [
     *quality("unpruned", 1.0, [3.0, 2.0, 2.5], [True, True, False], 2),
-    *quality("sdtp", 0.8, [3.2, 2.2, 2.7], [True, False, False], 2),
+    *quality("sdtp", 0.8, [3.3, 2.2, 2.6], [True, False, False], 2),
     *quality("snapkv", 0.8, [3.1, 2.0, 2.5], [True, True, False], 2),
     *quality("sdtp+h2o", 0.8, [3.6, 2.5, 3.0], [True, False, True], 2),
     *quality("unpruned+h2o", 1.0, [3.1, 2.3, 2.6], [True, False, False], 2),
@@ -101,6 +101,8 @@ def test_quality_stands_beside_the_methods_own_speed_at_each_length(table: pd.Da
     assert row["value"] == pytest.approx(2.7)
     assert (row["n"], row["quality_tokens"], row["repeats"]) == (3, 100, 5)
     assert row["low"] < 2.7 < row["high"]
+    assert row["difference"] == pytest.approx(0.2)  # to the unpruned model, of the same examples
+    assert row["difference_low"] < 0.2 < row["difference_high"]
     # Pairs of 4/2, 4/1, 8/2, 4/2 and 4/2: the ratio of the medians would be 2 too, their quartiles are those of pairs.
     assert (row["speedup_q25"], row["prefill_speedup"], row["speedup_q75"]) == (2.0, 2.0, 4.0)
     assert row["decode_speedup"] == pytest.approx(1.25)
@@ -229,9 +231,11 @@ def test_points_stand_at_measured_speed_and_quality(drawn: Figure) -> None:
     titles = [axes.get_title(loc="left") for axes in drawn.axes]
     assert titles == ["continuation, smoke: n = 3", "retrieval, smoke: n = 3"] * 2
     assert drawn.axes[2].get_xlabel() == "prefill speedup (×) at 300 tokens"
-    assert drawn.axes[0].get_ylabel() == "loss at 100 tokens (lower is better)"
+    assert drawn.axes[0].get_ylabel() == "loss above unpruned at 100 tokens (lower is better)"
     line = marks(drawn, 0, "sdtp")
-    assert (list(line.get_xdata()), list(line.get_ydata())) == ([2.0], [pytest.approx(2.7)])
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([2.0], [pytest.approx(0.2)])
+    level = marks(drawn, 0, "unpruned")
+    assert (list(level.get_xdata()), list(level.get_ydata())) == ([1.0], [0.0])
     line = marks(drawn, 1, "snapkv")
     assert list(line.get_xdata()) == [pytest.approx(0.8)]
     level = marks(drawn, 1, "unpruned")
@@ -261,8 +265,9 @@ def test_bars_go_both_ways(drawn: Figure, table: pd.DataFrame) -> None:
         for segment in bars.get_segments()
     ]
     upright = [sorted(segment[:, 1]) for segment in segments if segment[0, 0] == segment[1, 0] == 2.0]
-    level = [sorted(segment[:, 0]) for segment in segments if segment[0, 1] == segment[1, 1] == row["value"]]
-    assert [pytest.approx([row["low"], row["high"]])] == [one for one in upright if one[0] == pytest.approx(row["low"])]
+    level = [sorted(segment[:, 0]) for segment in segments if segment[0, 1] == segment[1, 1] == row["difference"]]
+    low, high = row["difference_low"], row["difference_high"]
+    assert [pytest.approx([low, high])] == [one for one in upright if one[0] == pytest.approx(low)]
     assert [2.0, 4.0] in [list(one) for one in level]
 
 
@@ -280,7 +285,7 @@ def test_memory_is_less_the_unpruned_models(table: pd.DataFrame) -> None:
     figure = tradeoff_plot.memory(table)
     assert list(marks(figure, 0, "sdtp").get_xdata()) == [-15.0]
     assert list(marks(figure, 0, "unpruned").get_xdata()) == [0.0]
-    assert figure.axes[0].get_xlabel() == "peak memory, less the unpruned model's (MB) at 100 tokens"
+    assert figure.axes[0].get_xlabel() == "peak memory above unpruned (MB) at 100 tokens"
 
 
 def suite(name: str, category: str, tasks: tuple[str, ...], tokens: int) -> pd.DataFrame:

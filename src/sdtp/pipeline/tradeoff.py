@@ -13,7 +13,7 @@ import pandas as pd
 
 from sdtp.errors import UserError
 from sdtp.evaluation import names
-from sdtp.evaluation.stats import paired_difference, paired_ratios, retained_share
+from sdtp.evaluation.stats import PairedDifference, paired_difference, paired_ratios, retained_share
 from sdtp.pipeline.results import difference_columns, records, with_verdicts
 from sdtp.pipeline.suite_tables import wholes
 from sdtp.pipeline.tables import Cells, quality_cells, quality_table
@@ -22,8 +22,9 @@ logger = logging.getLogger(__name__)
 
 # fmt: off
 TRADEOFF_COLUMNS = [
-    "method", "keep_ratio", "task", "metric", "value", "low", "high", "n", "retained", "quality_tokens",
-    "from_prefill", "model", "stages", "timed_tokens", "repeats", "prefill_speedup", "speedup_q25", "speedup_q75",
+    "method", "keep_ratio", "task", "metric", "value", "low", "high", "n", "retained", "difference", "difference_low",
+    "difference_high", "quality_tokens", "from_prefill", "model", "stages", "timed_tokens", "repeats",
+    "prefill_speedup", "speedup_q25", "speedup_q75",
     "decode_speedup", "end_to_end_speedup", "flop_bound", "peak_memory_bytes", "unpruned_peak_memory_bytes",
     "memory_difference_bytes", "memory_difference_low", "memory_difference_high", "kv_cache_bytes",
     "unpruned_kv_cache_bytes",
@@ -80,8 +81,9 @@ def tradeoff_table(
 ) -> pd.DataFrame:
     """Each quality cell with the speed and the memory of the same method and keep ratio: a row a timed length.
 
-    The oracle, which no clock can be held to, has quality alone. A speedup is the median of paired ratios, over the
-    unpruned model's passes of the same job. The unpruned row has the median memory of all jobs of this environment.
+    The oracle, which no clock can be held to, has quality alone. A difference is to the unpruned model on the same
+    examples, with its 95% interval. A speedup is the median of paired ratios, over the unpruned model's passes of the
+    same job. The unpruned row has the median memory of all jobs of this environment.
 
     Args:
         rows: evaluation rows of the unpruned model and of the methods.
@@ -118,8 +120,9 @@ def tradeoff_table(
     joined = []
     for cell in records(table):
         arm = cell["method"], cell["keep_ratio"]
+        change = difference_columns(_to_unpruned(cells, cell["task"], cell["metric"], arm))
         for speed in speeds.get(arm, [{}]):  # nothing but quality is the oracle's
-            joined.append({**cell, **about[cell["task"], *arm], **speed})
+            joined.append({**cell, **change, **about[cell["task"], *arm], **speed})
     left = []
     for cell in (cell for suite in suites for cell in _whole_scores(suite)):
         arm = cell["method"], cell["keep_ratio"]
@@ -129,6 +132,15 @@ def tradeoff_table(
     if left:
         logger.warning("suites: %s: not timed, and so left out", ", ".join(dict.fromkeys(left)))
     return pd.DataFrame(joined, columns=TRADEOFF_COLUMNS)
+
+
+def _to_unpruned(cells: Cells, task: str, metric: str, arm: Arm) -> PairedDifference | None:
+    """An arm's values less the unpruned model's of the same examples; None of that model itself, and without it."""
+    unpruned = cells.get((task, metric, "unpruned", 1.0))
+    if unpruned is None or arm == ("unpruned", 1.0):
+        return None
+    own = cells[task, metric, *arm]
+    return paired_difference([own[id_] for id_ in unpruned], list(unpruned.values()))
 
 
 def _whole_scores(suite: pd.DataFrame) -> list[dict[str, Any]]:

@@ -23,8 +23,9 @@ MARKED = 0.25
 def tradeoff(table: pd.DataFrame) -> Figure:
     """Quality against prefill speedup: a line a method, a point a keep ratio.
 
-    Upright bars are 95% intervals of the quality, level ones quartiles of the speedup. A column a task, of which the
-    first metric, or a suite, of which the whole score; a row a timed length.
+    Upright bars are 95% intervals of the quality, level ones quartiles of the speedup. A loss stands as what it is above
+    the unpruned model's on the same examples, whose losses differ more from each other than any method makes them. A
+    column a task, of which the first metric, or a suite, of which the whole score; a row a timed length.
 
     Args:
         table: `sdtp.pipeline.tradeoff.tradeoff_table`.
@@ -46,7 +47,7 @@ def memory(table: pd.DataFrame) -> Figure:
     """
     low, middle, high = (table[f"memory_difference_{name}"] / 1e6 for name in ("low", "bytes", "high"))
     shown = table.assign(x=middle, x_low=middle - low, x_high=high - middle)
-    return _figure(shown, "peak memory, less the unpruned model's (MB)", 0.0)
+    return _figure(shown, "peak memory above unpruned (MB)", 0.0)
 
 
 def _figure(table: pd.DataFrame, what: str, reference: float) -> Figure:
@@ -61,9 +62,13 @@ def _figure(table: pd.DataFrame, what: str, reference: float) -> Figure:
         for task, axes in zip(tasks, panels, strict=True):
             metric = next(iter(TASK_METRICS.get(task, {"score": ""})))
             rows = table[(table["task"] == task) & (table["metric"] == metric) & (table["timed_tokens"] == length)]
-            better = "lower" if metric in LOWER_IS_BETTER else "higher"
             tokens = f"{rows['quality_tokens'].median():,.0f} tokens"
-            axes.set(xlabel=f"{what} at {length:,.0f} tokens", ylabel=f"{metric} at {tokens} ({better} is better)")
+            if metric in LOWER_IS_BETTER:
+                rows = _less_unpruned(rows)
+                quality = f"{metric} above unpruned at {tokens} (lower is better)"
+            else:
+                quality = f"{metric} at {tokens} (higher is better)"
+            axes.set(xlabel=f"{what} at {length:,.0f} tokens", ylabel=quality)
             axes.set_title(f"{_called(task)}, {smoke(int(rows['n'].min()))}")
             drawn.append((axes, rows.dropna(subset="x")))
     if any((rows["from_prefill"] >= MARKED).any() for _, rows in drawn):
@@ -76,6 +81,14 @@ def _figure(table: pd.DataFrame, what: str, reference: float) -> Figure:
     for (axes, _), points in zip(drawn, ends, strict=True):  # last: they stand where the layout leaves them
         label_points(figure, axes, points)
     return figure
+
+
+def _less_unpruned(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows with paired differences for values, 0 of the unpruned model, which has no interval."""
+    columns = {name: f"difference{end}" for name, end in (("value", ""), ("low", "_low"), ("high", "_high"))}
+    return rows.assign(
+        **{name: rows[column].where(rows["method"] != "unpruned", 0.0) for name, column in columns.items()}
+    )
 
 
 def _called(task: str) -> str:
