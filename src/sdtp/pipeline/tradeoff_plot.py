@@ -23,9 +23,9 @@ MARKED = 0.25
 def tradeoff(table: pd.DataFrame) -> Figure:
     """Quality against prefill speedup: a line a method, a point a keep ratio.
 
-    Upright bars are 95% intervals of the quality, level ones quartiles of the speedup. A loss stands as what it is above
-    the unpruned model's on the same examples, whose losses differ more from each other than any method makes them. A
-    column a task, of which the first metric, or a suite, of which the whole score; a row a timed length.
+    Upright bars are 95% intervals of the quality, level ones quartiles of the speedup. A loss stands as what it is
+    above the unpruned model's on the same examples, whose losses differ more from each other than any method makes
+    them. A column a task, of which the first metric, or a suite, of which the whole score; a row a timed length.
 
     Args:
         table: `sdtp.pipeline.tradeoff.tradeoff_table`.
