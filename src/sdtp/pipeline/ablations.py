@@ -6,11 +6,10 @@ from typing import Any
 
 import pandas as pd
 
-from sdtp.evaluation.stats import paired_difference
 from sdtp.pipeline import targets
 from sdtp.pipeline.formats import NOTHING, number, signed
 from sdtp.pipeline.results import LOWER_IS_BETTER, smoke, verdict
-from sdtp.pipeline.tables import Cells, quality_table
+from sdtp.pipeline.tables import Cells, cell_difference, quality_table
 
 # Of a variant's training: updates on labels alone, then optimizer steps through the masked model, and the step that the
 # pruner was kept from; 0 is the fit to the labels alone.
@@ -126,8 +125,7 @@ def _minus(
     if other is None or other == method:
         return dict.fromkeys((mean, f"{bounds}_low", f"{bounds}_high", f"{bounds}_p_value"), math.nan)
     task, metric = panel
-    mine, others = cells[task, metric, method, ratio], cells[task, metric, other, ratio]
-    pair = paired_difference([mine[id_] for id_ in others], list(others.values()))
+    pair = cell_difference(cells[task, metric, method, ratio], cells[task, metric, other, ratio])
     return {mean: pair.mean, f"{bounds}_low": pair.low, f"{bounds}_high": pair.high, f"{bounds}_p_value": pair.p_value}
 
 

@@ -10,10 +10,9 @@ from typing import Any
 import pandas as pd
 
 from sdtp.errors import UserError
-from sdtp.evaluation.stats import paired_difference
 from sdtp.pipeline.results import difference_columns, with_verdicts
 from sdtp.pipeline.sweep_cells import SweepCell
-from sdtp.pipeline.tables import quality_cells, quality_table
+from sdtp.pipeline.tables import cell_difference, quality_cells, quality_table
 
 SWEEP_COLUMNS = [
     "task", "metric", "method", "stages", "layers", "keep_ratio", "value", "low", "high", "n", "retained",
@@ -74,7 +73,7 @@ def sweep_table(
         examples = [one for one in own if (one["task"], one["method"], one["keep_ratio"]) == (task, name, ratio)]
         reference = values[task, metric, "unpruned", 1.0]
         of = values[task, metric, name, ratio]
-        pair = paired_difference([of[id_] for id_ in reference], list(reference.values())) if layers else None
+        pair = cell_difference(of, reference) if layers else None
         table.append(
             row
             | {

@@ -10,6 +10,7 @@ import pandas as pd
 
 from sdtp.errors import UserError
 from sdtp.evaluation.stats import (
+    PairedDifference,
     holm,
     mean_interval,
     paired_difference,
@@ -205,6 +206,11 @@ def _retained(metric: str, value: float, unpruned: float) -> float:
     return retained_loss(value, unpruned) if metric == "loss" else retained_share(value, unpruned)
 
 
+def cell_difference(first: Mapping[str, float], second: Mapping[str, float]) -> PairedDifference:
+    """A cell's values less another's, example by example; both are of the same ones (see `quality_cells`)."""
+    return paired_difference([first[id_] for id_ in second], list(second.values()))
+
+
 def comparison_table(cells: Cells) -> pd.DataFrame:
     """One row per pair of `pairs_of` the cells: mean of method minus other over the same examples, and its interval.
 
@@ -218,7 +224,7 @@ def comparison_table(cells: Cells) -> pd.DataFrame:
     for task, metric, method, other, ratio in sorted(pairs_of(cells), key=lambda pair: panels[pair[:2]]):
         first = cells[task, metric, method, ratio]
         second = cells[task, metric, other, 1.0 if other == "unpruned" else ratio]
-        pair = paired_difference([first[id_] for id_ in second], list(second.values()))
+        pair = cell_difference(first, second)
         table.append((task, metric, method, other, ratio, pair.mean, pair.low, pair.high, pair.p_value, pair.n))
     result = pd.DataFrame(table, columns=COMPARISON_COLUMNS[:-1])
     result["p_holm"] = result.groupby(["task", "metric"])["p_value"].transform(

@@ -13,10 +13,10 @@ import pandas as pd
 
 from sdtp.errors import UserError
 from sdtp.evaluation import names
-from sdtp.evaluation.stats import PairedDifference, paired_difference, paired_ratios, retained_share
+from sdtp.evaluation.stats import paired_ratios, retained_share
 from sdtp.pipeline.results import difference_columns, records, with_verdicts
 from sdtp.pipeline.suite_tables import wholes
-from sdtp.pipeline.tables import Cells, quality_cells, quality_table
+from sdtp.pipeline.tables import Cells, cell_difference, quality_cells, quality_table
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +120,9 @@ def tradeoff_table(
     joined = []
     for cell in records(table):
         arm = cell["method"], cell["keep_ratio"]
-        change = difference_columns(_to_unpruned(cells, cell["task"], cell["metric"], arm))
+        panel = cell["task"], cell["metric"]
+        values, unpruned = cells[*panel, *arm], cells[*panel, "unpruned", 1.0]
+        change = difference_columns(None if values is unpruned else cell_difference(values, unpruned))
         for speed in speeds.get(arm, [{}]):  # nothing but quality is the oracle's
             joined.append({**cell, **change, **about[cell["task"], *arm], **speed})
     left = []
@@ -132,15 +134,6 @@ def tradeoff_table(
     if left:
         logger.warning("suites: %s: not timed, and so left out", ", ".join(dict.fromkeys(left)))
     return pd.DataFrame(joined, columns=TRADEOFF_COLUMNS)
-
-
-def _to_unpruned(cells: Cells, task: str, metric: str, arm: Arm) -> PairedDifference | None:
-    """An arm's values less the unpruned model's of the same examples; None of that model itself, and without it."""
-    unpruned = cells.get((task, metric, "unpruned", 1.0))
-    if unpruned is None or arm == ("unpruned", 1.0):
-        return None
-    own = cells[task, metric, *arm]
-    return paired_difference([own[id_] for id_ in unpruned], list(unpruned.values()))
 
 
 def _whole_scores(suite: pd.DataFrame) -> list[dict[str, Any]]:
@@ -191,7 +184,7 @@ def compression_table(rows: Sequence[Mapping[str, Any]], timings: Sequence[Timed
         values, below = cells[task, metric, method, ratio], cells.get((task, metric, base, ratio))
         if below is None:
             raise UserError(f"evaluations: {method} at keep ratio {ratio} has no {base} to be compared with")
-        change = paired_difference([values[id_] for id_ in below], list(below.values())) if rule else None
+        change = cell_difference(values, below) if rule else None
         reference = next(one.rows[length][0] for one in timings)
         speed = _unpruned_speed([reference]) if method == "unpruned" else _speed(*timed[method, ratio].rows[length])
         found.append(
