@@ -92,10 +92,14 @@ def test_a_killed_training_goes_on_to_the_same_pruner(
     assert second.data.tags["sdtp.supersedes"] == first.info.run_id
     steps = [point.step for point in client.get_metric_history(second.info.run_id, "train/loss")]
     assert sorted(steps) == [1, 2, 3, 4, 5, 6, 7]  # the curve is whole, each step once
-    # The pruners of the checkpoints it made itself, the last three of them.
-    kept = sorted(entry.path for entry in client.list_artifacts(second.info.run_id, "checkpoints"))
-    assert kept == [f"checkpoints/step-{step:08d}" for step in (4, 6, 7)][3 - len(kept) :]
-    assert bool(kept) == (not phase.startswith("output"))
+    # The pruners of the checkpoint it went on from and of those it made, the last three; the rest are in the first run.
+    before, kept = (
+        sorted(entry.path for entry in client.list_artifacts(tracked.info.run_id, "checkpoints"))
+        for tracked in (first, second)
+    )
+    due = [f"checkpoints/step-{step:08d}" for step in (4, 6, 7)]
+    assert kept == due[3 - len(kept) :]
+    assert {*due} <= {*before, *kept}
     if kept:
         pruner = TokenPruner.from_pretrained(Path(client.download_artifacts(second.info.run_id, kept[-1])))
         (state,) = (run / "checkpoints").iterdir()

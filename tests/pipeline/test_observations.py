@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from sdtp.errors import UserError
-from sdtp.pipeline.observations import foresight_table, rank_correlations, salient_share, sparsity_table
+from sdtp.pipeline.observations import foresight_table, rank_correlations, salient_share, sparsity_table, telling
 from tests.pipeline.rows import only
 
 
@@ -51,6 +52,24 @@ def test_rank_correlations_are_spearmans_of_magnitudes() -> None:
 def test_rank_correlations_refuse_what_has_no_order(stage: Any) -> None:
     with pytest.raises(UserError, match="two that differ"):
         rank_correlations(np.array([[1.0, 2.0], stage]))
+
+
+def test_examples_without_a_difference_are_left_out_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    """What training accepts must not end the figures, which come after hours: a prompt of one token, a response that
+    depends on no token."""
+    kept = np.array([[1.0, -2.0], [3.0, 0.0]])
+    scores = {"one": np.array([[1.0], [2.0]]), "kept": kept, "even": np.array([[1.0, 2.0], [5.0, -5.0]])}
+    found = telling(scores, Path("index.json"))
+    assert found == {"kept": kept}
+    sparsity_table([*found.values()], [1, 2])
+    foresight_table([*found.values()], [1, 2])
+    assert "index.json: 2 of 3 examples are in no figure" in caplog.text
+    assert "the first is 'one'" in caplog.text
+    with pytest.raises(UserError, match=r"index\.json: in no example"):
+        telling({"one": scores["one"]}, Path("index.json"))
+    caplog.clear()
+    telling({"kept": kept}, Path("index.json"))
+    assert not caplog.text
 
 
 # Of the first layer 90% of the mass in 1, 2, 3 and 4 tokens of four; of the second always in one.

@@ -348,7 +348,10 @@ def test_other_method(ask: Ask, run: Path) -> None:
     )
     assert told[-1] == "note: times are of pruning with the learned scorer; lastquery's own scoring was not timed"
     told = fault(run, "--ttft", "1", "--method", "random")
-    assert told == f"--method random: run {run} evaluated lastquery, sdtp; accepted: one of these"
+    assert told == f"--method random: run {run} evaluated sdtp, lastquery; accepted: one of these"
+    # Of what a run evaluates for other pages, those alone that can be asked for.
+    (run / "evaluation" / "fastkv-0.8.jsonl").touch()
+    assert fault(run, "--ttft", "1", "--method", "random") == told
 
 
 def test_few_examples_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -188,6 +188,17 @@ print(anonymous() - before, (folder / "shard.safetensors").stat().st_size)
             shard(tmp_path, 0, 1)
         assert not output(tmp_path, 0).exists()
 
+    def test_a_batch_that_needs_more_memory_than_there_is_says_what_needs_less(
+        self, run: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(*args: Any, **kwargs: Any) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+        monkeypatch.setattr("sdtp.pipeline.steps.saliency.batch_saliency", full)
+        with pytest.raises(UserError, match=r"no memory was left on cpu .* saliency\.gradient_checkpointing: true"):
+            shard(run, 0)
+        assert not output(run, 0).exists()
+
 
 class TestChunks:
     """A finished step left chunks behind, as one that was killed does; the step runs again."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -83,6 +84,21 @@ def test_train_writes_a_pruner_its_curves_and_metrics(run: Path) -> None:
     assert metrics["heldout_tau"] == float([row["value"] for row in rows if row["metric"] == "tau"][-1])
     # One label epoch over both examples; without patience the last step is kept.
     assert (metrics["label_updates"], metrics["optimizer_steps"], metrics["kept_step"]) == (2, 4, 4)
+
+
+def test_no_room_for_what_is_tracked_ends_no_training(
+    run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Full:
+        def __enter__(self) -> str:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def __exit__(self, *fault: object) -> None: ...
+
+    monkeypatch.setattr(train, "TemporaryDirectory", Full)
+    fit(run, index_of(run, [shard(run, 0), shard(run, 1)]))
+    assert TokenPruner.from_pretrained(run / "pruner")
+    assert "the scorers of step 4 are not tracked: [Errno 28] No space left on device" in caplog.text
 
 
 def test_what_made_a_scorer_is_read_off_what_was_reported() -> None:

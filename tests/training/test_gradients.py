@@ -9,7 +9,14 @@ import random
 import pytest
 import torch
 
-from sdtp.training.gradients import _WINDOW, epoch_order
+from sdtp.pruning.schedule import PruningSchedule
+from sdtp.pruning.scorers import Learned
+from sdtp.training.examples import Example
+from sdtp.training.gradients import _WINDOW, batch_gradient, epoch_order
+from sdtp.training.objective import Weights
+from sdtp.training.optimizer import flat_gradients
+from sdtp.training.policy import MaskingPolicy
+from sdtp.training.processes import Processes
 
 
 def heavy_tailed(examples):
@@ -75,3 +82,34 @@ def test_batches_of_a_window_come_in_no_order_of_length():
     assert len(set(totals)) == _WINDOW
     rising = sum(before < after for before, after in itertools.pairwise(totals))
     assert 3 <= rising <= _WINDOW - 4
+
+
+@pytest.mark.parametrize(("states", "response"), [(1024, 64), (1, 8), (1 / 512, 1)])
+def test_float16_keeps_the_digits_it_has(tiny_model, states, response):
+    """Large states have small gradients, most of all of a long response and in a large batch: unscaled they leave
+    float16 few digits. Small states have large ones, which overflow as soon as they are scaled."""
+    model = tiny_model(initializer_range=0.02)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(states)
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.mul_(states)
+            layer.mlp.down_proj.weight.mul_(states)
+    torch.manual_seed(3)
+    schedule = PruningSchedule((1, 3), (0.7, 0.4), sinks=1, local=0.1, min_local=2)
+    scorer = Learned(32, 2, width=8)
+    examples = [
+        Example(f"e{place}", torch.randint(3, 128, (40,)), torch.randint(3, 128, (response,)), torch.rand(2, 40))
+        for place in range(16)
+    ]
+    gradients = flat_gradients(scorer)
+
+    def run(model):
+        batch_gradient(
+            gradients, model, MaskingPolicy(schedule, scorer, 0.5), examples, (40 + response,) * 16,
+            Weights(ce=1.0, mse=0.0, rank=0.0), step=0, batch_size=16, seed=0, processes=Processes(cpu=True),
+        )  # fmt: skip
+        return gradients.clone()
+
+    expected = run(model)
+    found = run(model.half())
+    assert (found - expected).norm() < 0.005 * expected.norm()

@@ -96,6 +96,19 @@ def test_a_loss_that_is_not_finite_names_example_and_stage(data, mse, rank):
     assert all(value.isfinite().all() for value in scorer.state_dict().values())
 
 
+def test_a_gradient_that_is_not_finite_names_the_example_and_changes_no_weight(data):
+    """Of a loss that is finite: what a scorer's own function makes of it on the way back."""
+    states, saliency = data
+    scorer = make_scorer()
+    before = {name: value.clone() for name, value in scorer.state_dict().items()}
+    scorer.mlps[1].register_forward_hook(
+        lambda module, args, output: output.register_hook(lambda gradient: gradient * torch.inf) and None
+    )
+    with pytest.raises(UserError, match=r"gradient of example 'e\d' in label epoch 1 has norm (inf|nan)"):
+        fit(scorer, states, saliency)
+    assert all(torch.equal(value, before[name]) for name, value in scorer.state_dict().items())
+
+
 def test_every_epoch_has_each_example_once_in_an_order_of_its_own_number(data, monkeypatch):
     """So that a run which goes on with a later epoch has the order that it would have had."""
     states, saliency = data

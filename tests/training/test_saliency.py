@@ -257,6 +257,28 @@ def test_float16_keeps_the_digits_it_has(tiny_model, states, response):
     assert ((found - expected).abs() / expected).median() < 0.005
 
 
+def test_a_row_that_overflows_float16_takes_no_digits_from_the_others(tiny_model):
+    """Each row is scaled as it is alone: one that cannot be scaled at all, beside one that has to be."""
+    model = tiny_model(initializer_range=0.02).half()
+    prompts, responses = [ids(60), ids(60)], [ids(64, seed=1), ids(64, seed=1)]
+
+    def overflow(module, args, output):
+        # Whatever the loss is multiplied by above 2^6 leaves float16's range in the last row.
+        output.register_hook(lambda gradient: torch.cat([gradient[:1], gradient[1:] * 2**11]))
+
+    alone = batch_saliency(model, prompts[:1], responses[:1], LAYERS, "l2")[0]
+    hook = model.model.layers[LAYERS[-1]].register_forward_hook(
+        lambda module, args, output: overflow(module, args, output) if len(output) > 1 else None
+    )
+    forwards = []
+    model.model.layers[0].register_forward_pre_hook(lambda module, args: forwards.append(len(args[0])))
+    together = batch_saliency(model, prompts, responses, LAYERS, "l2")[0]
+    hook.remove()
+    assert forwards[0] == 2
+    assert set(forwards[1:]) == {1}  # the other row, at the next scale
+    assert ((together - alone).abs() / alone).median() < 1e-3
+
+
 def weights_hash(model):
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():

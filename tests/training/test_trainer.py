@@ -227,6 +227,18 @@ def test_a_training_goes_on_recomputing_or_not_to_the_same_pruner(tiny_model, tm
     assert all(torch.equal(resumed[name], value) for name, value in weights.items())
 
 
+def test_how_often_to_checkpoint_can_be_changed_under_way(tiny_model, tmp_path):
+    model = tiny_model()
+    examples = make_examples(model, 4)
+    weights, log, _ = run(model, examples, options=dataclasses.replace(OPTIONS, steps=6))
+    run(model, examples, tmp_path, stop_at=5, options=dataclasses.replace(OPTIONS, steps=6, checkpoint_every=2))
+    often = dataclasses.replace(OPTIONS, steps=6, checkpoint_every=1)
+    resumed, again, seen = run(model, examples, tmp_path, options=often)
+    assert len(seen) == 2 * 2  # steps 5 and 6
+    assert again == log
+    assert all(torch.equal(resumed[name], value) for name, value in weights.items())
+
+
 SETTINGS = {"width": 8, "position": True, "question_rank": 8, "neighbours": 1, "recency": 0.25}
 
 
@@ -721,7 +733,7 @@ def test_a_training_says_once_that_labels_are_learned_from_a_part(
     assert said == ([words] if label_examples == 3 and main else [])
 
 
-def test_patience_stops_and_keeps_the_best_evaluations_scorer(tiny_model, tmp_path):
+def test_patience_stops_and_keeps_the_best_evaluations_scorer(tiny_model, tmp_path, caplog):
     """A rate far too high: the scorer it starts from is soon better than what training makes of it."""
     model = tiny_model()
     examples = make_examples(model, 4)
@@ -740,6 +752,7 @@ def test_patience_stops_and_keeps_the_best_evaluations_scorer(tiny_model, tmp_pa
     scorer.load_state_dict(weights)
     assert evaluated.evaluate(MaskingPolicy(SCHEDULE, scorer, options.temperature))["kl"] == min(divergences)[0]
 
+    assert f"stopped after step {last} of 40: 3 evaluations without a lower held-out kl" in caplog.text
     # A kill at any step changes nothing, nor does asking once more.
     for stop_at in (1, last - 1, last):
         folder = tmp_path / str(stop_at)
@@ -806,6 +819,13 @@ def test_the_pruner_of_a_checkpoint_is_the_one_its_callback_sees(tiny_model, tmp
     assert sorted(seen) == [0, 2, 4, 5]
     stored = load_file(only_state(tmp_path) / "step-00000004" / "state.safetensors")
     assert all(torch.equal(stored[f"module/{name}"], value) for name, value in seen[4].items())
+    # Who goes on from a checkpoint is told of it too: the one who made it may have been killed before.
+    last = seen.pop(5)
+    scorer.load_state_dict(make_scorer().state_dict())
+    seen.clear()
+    fit(model, scorer, SCHEDULE, make_examples(model, 4), [], options, Recorder(), tmp_path, on_checkpoint=keep)
+    assert sorted(seen) == [5]
+    assert all(torch.equal(last[name], value) for name, value in seen[5].items())
 
 
 @pytest.mark.parametrize(

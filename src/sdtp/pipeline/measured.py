@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from sdtp.errors import UserError
+from sdtp.evaluation.names import BASELINES
 from sdtp.evaluation.recommendation import UNPRUNED, Cost, Kept, kept_loss, kept_share
 from sdtp.pipeline.files import read_jsonl
 from sdtp.pipeline.results import read_latency
@@ -82,7 +83,8 @@ def _cells(run: Path, method: str, ratios: Sequence[float]) -> list[str]:
     """The evaluations that are needed; UserError where the method was never evaluated."""
     there = {path.stem.rpartition("-")[0] for path in (run / "evaluation").glob("*.jsonl")} - {UNPRUNED, "oracle"}
     if there and method not in there:
-        raise UserError(f"--method {method}: run {run} evaluated {', '.join(sorted(there))}; accepted: one of these")
+        known = [name for name in ("sdtp", *BASELINES) if name in there]
+        raise UserError(f"--method {method}: run {run} evaluated {', '.join(known)}; accepted: one of these")
     return [f"{UNPRUNED}-1.0", *(f"{method}-{ratio}" for ratio in ratios)]
 
 

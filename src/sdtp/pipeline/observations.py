@@ -1,7 +1,9 @@
 """The paper's two observations on saliency, as numbers: few tokens carry it, and early layers foretell late ones."""
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -10,17 +12,47 @@ from scipy import stats
 from sdtp.errors import UserError
 from sdtp.evaluation.stats import LEVEL
 
+logger = logging.getLogger(__name__)
+
 # Shares of the saliency whose tokens are counted.
 MASSES = (0.9, 0.8, 0.5)
 SPARSITY_COLUMNS = ["layer", "mass", "share", "ci_low", "ci_high", "q25", "q75", "n"]
 FORESIGHT_COLUMNS = ["layer", "later_layer", "correlation", "ci_low", "ci_high", "q25", "q75", "n"]
 
 
+def telling(scores: Mapping[str, np.ndarray], source: Path) -> dict[str, np.ndarray]:
+    """The examples that have something to say here; a warning counts the others and names the first.
+
+    These have at every stage two tokens whose magnitudes differ. A prompt of one token has not, nor one on which the
+    response does not depend.
+
+    Args:
+        scores: by id [stages, tokens].
+        source: where they were read, for messages.
+
+    Raises:
+        UserError: no example has.
+    """
+    found = {name: values for name, values in scores.items() if (np.ptp(np.abs(values), axis=1) > 0).all()}
+    if not found:
+        raise UserError(f"{source}: in no example does every stage's saliency differ between two tokens")
+    if len(found) < len(scores):
+        logger.warning(
+            "%s: %d of %d examples are in no figure, for a stage's saliency is the same for each of their tokens; the "
+            "first is %r",
+            source,
+            len(scores) - len(found),
+            len(scores),
+            next(name for name in scores if name not in found),
+        )
+    return found
+
+
 def sparsity_table(examples: Sequence[np.ndarray], layers: Sequence[int]) -> pd.DataFrame:
     """One row per layer and mass: the mean over the examples of `salient_share`, its 95% interval, and their quartiles.
 
     Args:
-        examples: each [stages, tokens] of saliency.
+        examples: each [stages, tokens] of saliency, as `telling` leaves them.
         layers: [stages], the decoder layer each stage's hidden states enter.
     """
     rows = []

@@ -12,7 +12,9 @@ from transformers import PreTrainedModel
 from sdtp.errors import UserError
 from sdtp.training.backbone import is_sharded
 from sdtp.training.examples import Example
+from sdtp.training.half import loss_scales
 from sdtp.training.objective import Weights, example_losses
+from sdtp.training.optimizer import flat_gradients
 from sdtp.training.policy import MaskingPolicy
 from sdtp.training.processes import Processes
 from sdtp.training.seeding import keyed_generator
@@ -68,7 +70,8 @@ def batch_gradient(
         for place, counts in processes.share(batch_size, lockstep):
             epoch, index = divmod(step * batch_size + place, len(examples))
             example = examples[epoch_order(seed, epoch, lengths, batch_size)[index]]
-            losses = _losses(model, policy, example, weights, (seed, epoch), batch_size if counts else None)
+            share = batch_size if counts else None
+            losses = _add_gradient(gradients, model, policy, example, weights, (seed, epoch), share, processes)
             # After each example: those before it in the share were found finite, so the fault is this one's.
             norm = gradients.norm()
             if not norm.isfinite():
@@ -108,31 +111,48 @@ def try_longest(
     """
     longest = max(range(len(lengths)), key=lambda index: sum(lengths[index]))
     answering = max(range(len(lengths)), key=lambda index: (lengths[index][1], lengths[index][0]))
+    gradients = flat_gradients(policy.scorer)
     with processes.together(is_sharded(model)):
         for index in dict.fromkeys((longest, answering)):
-            _losses(model, policy, examples[index], weights, (seed, 0), 1)
+            _add_gradient(gradients, model, policy, examples[index], weights, (seed, 0), 1, processes)
     policy.scorer.zero_grad()
 
 
-def _losses(
+def _add_gradient(
+    gradients: torch.Tensor,
     model: PreTrainedModel,
     policy: MaskingPolicy,
     example: Example,
     weights: Weights,
     noise_key: tuple[int, int],
     share: int | None,
+    processes: Processes,
 ) -> dict[str, torch.Tensor]:
-    """The losses of an example, whose gradient is added to the scorer's: of one in `share`, or zeros for None."""
+    """The losses of an example, whose gradient is added to `gradients`: of one in `share`, or zeros for None."""
+    scales = loss_scales(model.dtype)
+    earlier = gradients.clone() if len(scales) > 1 else None
     try:
-        losses = example_losses(model, policy, example, weights, noise_key)
-        (losses["loss"] / share if share else 0 * losses["loss"]).backward()
+        for scale in scales:
+            if earlier is not None:
+                gradients.zero_()
+            losses = example_losses(model, policy, example, weights, noise_key)
+            (losses["loss"] * scale / share if share else 0 * losses["loss"]).backward()
+            if earlier is None:
+                break
+            overflows = int(not gradients.div_(scale).isfinite().all())
+            # In lockstep all try again or none.
+            if not (processes.largest(overflows) if is_sharded(model) else overflows):
+                break
     except torch.OutOfMemoryError as error:
         tokens = f"{len(example.prompt_ids)} prompt and {len(example.response_ids)} response tokens"
+        less = "" if is_sharded(model) else "training.shard_model: true on several GPUs takes less, or "
         raise UserError(
             f"no memory was left on {model.device} for the forward and backward pass of example {example.id!r}, of "
             f"{tokens}: training.gradient_checkpointing: true takes a fraction of it; where that is set, "
-            "training.shard_model: true takes less, or a smaller data.max_tokens"
+            f"{less}a smaller data.max_tokens"
         ) from error
+    if earlier is not None:
+        gradients.add_(earlier)
     return losses
 
 

@@ -85,6 +85,9 @@ class HeldOut:
             examples whose prompt leaves a stage a choice. `ce`: cross-entropy of the response under pruning, nats a
             token; `kl`: divergence of the pruned model's prediction of the response from the unpruned one's,
             KL(unpruned || pruned), nats a token; both the mean over all examples.
+
+        Raises:
+            UserError: `ce` or `kl` of an example is not finite, naming it.
         """
         # A row an example, filled in by the process that has it: a sum with zeros is exact, whatever the shares.
         table = torch.zeros(len(self._examples), len(_METRICS), dtype=torch.float64)
@@ -101,6 +104,9 @@ class HeldOut:
                     response_cross_entropy(logits, example.response_ids).item(),
                     response_kl(logits, reference).item(),
                 )
+                for name, value in zip(_METRICS[2:], row[2:], strict=True):
+                    if not math.isfinite(value):
+                        raise UserError(f"{name} of held-out example {example.id!r} is {value}: training stopped")
                 if counts:
                     table[index] = torch.tensor(row, dtype=torch.float64)
         table = table.to(self._processes.device)
@@ -136,5 +142,5 @@ def best_evaluation(history: Sequence[tuple[dict[str, float], int, str]]) -> tup
     found = [(metrics["kl"], step) for metrics, step, split in history if split == "heldout"]
     if not found:
         return None, 0
-    best = min(range(len(found)), key=lambda place: (math.isnan(found[place][0]), found[place][0]))
+    best = min(range(len(found)), key=lambda place: found[place][0])
     return found[best][1], len(found) - 1 - best

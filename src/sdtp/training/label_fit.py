@@ -156,7 +156,7 @@ def fit_labels(
         processes: that hold the states.
 
     Raises:
-        UserError: a loss that is not finite, naming the example and the stage.
+        UserError: a loss that is not finite, naming the example and the stage; or a gradient, naming the example.
     """
     device = next(scorer.parameters()).device
     targets = {index: torch.stack([standardise(stage) for stage in examples[index].saliency]) for index in states}
@@ -180,7 +180,12 @@ def fit_labels(
                 loss = loss.detach()
                 processes.spread(gradients, index)
                 processes.spread(loss, index)
-                torch.nn.utils.clip_grad_norm_(scorer.parameters(), GRADIENT_CLIP)
+                norm = torch.nn.utils.clip_grad_norm_(scorer.parameters(), GRADIENT_CLIP)
+                if not norm.isfinite():
+                    raise UserError(
+                        f"the gradient of example {examples[index].id!r} in label epoch {epoch} has norm {norm}: "
+                        "training stopped"
+                    )
                 optimizer.step()
                 rates.step()
                 total += loss.item() / len(examples)

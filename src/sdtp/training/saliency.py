@@ -14,14 +14,11 @@ from transformers import PreTrainedModel
 
 from sdtp.errors import UserError
 from sdtp.pruning.adapter import decoder_layers
+from sdtp.training.half import loss_scales
 from sdtp.training.response import batch_logits, response_cross_entropy
 
 Reduction = Literal["abs", "signed", "l2"]
 Target = Literal["loss", "logit"]
-
-# What the objective is multiplied by, and the labels divided by again, in this order until nothing overflows. The mean
-# over a response leaves gradients in float16 among its least numbers, where digits are lost and nothing is said.
-_FLOAT16_SCALES = (2.0**12, 2.0**6, 1.0)
 
 
 class NotFiniteError(RuntimeError):
@@ -102,23 +99,26 @@ def batch_saliency(
     layer_count = len(decoder_layers(model))
     if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= layer_count:
         raise UserError(f"layers is {list(layers)}: ascending layers from 0 to {layer_count - 1} are accepted")
-    for scale in _FLOAT16_SCALES if model.dtype == torch.float16 else (1.0,):
-        labels = _labels(model, prompts, responses, layers, reduction, target, gradient_checkpointing, scale)
-        broken = _not_finite(labels)
-        if broken is None:
-            return labels
-    assert broken is not None
-    row, stage = broken
-    raise NotFiniteError(row, layers[stage], stage)
-
-
-def _not_finite(labels: Sequence[torch.Tensor]) -> tuple[int, int] | None:
-    """The first row and stage whose labels are not finite."""
-    for row, label in enumerate(labels):
-        finite = label.isfinite().all(dim=1).tolist()
-        if not all(finite):
-            return row, finite.index(False)
-    return None
+    found: dict[int, torch.Tensor] = {}
+    for scale in loss_scales(model.dtype):
+        rows = [row for row in range(len(prompts)) if row not in found]
+        labels = _labels(
+            model,
+            [prompts[row] for row in rows],
+            [responses[row] for row in rows],
+            layers,
+            reduction,
+            target,
+            gradient_checkpointing,
+            scale,
+        )
+        # Each row has the first scale at which it is finite, as it has alone, whatever its batch needs.
+        finite = [label.isfinite().all(dim=1) for label in labels]
+        found |= {row: label for row, label, stages in zip(rows, labels, finite, strict=True) if stages.all()}
+        if len(found) == len(prompts):
+            return [found[row] for row in range(len(prompts))]
+    row, stages = next((row, stages.tolist()) for row, stages in zip(rows, finite, strict=True) if not stages.all())
+    raise NotFiniteError(row, layers[stages.index(False)], stages.index(False))
 
 
 def _labels(

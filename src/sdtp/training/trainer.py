@@ -83,8 +83,9 @@ def fit(
         inputs: identifies the model, the examples with their labels, and the code; a checkpoint made with other inputs,
             options, schedule, settings of the scorer or library versions is ignored, and stays until a training with
             the same `checkpoints` has ended.
-        on_checkpoint: called with the step of every checkpoint once it is whole, while `scorer` is as it was saved; not
-            of those between label epochs.
+        on_checkpoint: called with the step of every checkpoint once it is whole, while `scorer` is as it was saved, and
+            with that of the one a run goes on from, whose maker may have been killed before; not of those between label
+            epochs.
         tracking_run: id of the run that `log` reports to; checkpoints hold it, and a run that goes on from one says
             whose work that was.
 
@@ -170,6 +171,9 @@ class _Training:
         if stepping is not None:
             self.best = restore(self.scorer, self.optimizer, self.rates, *stepping)
             self.step = stepping[1]["step"]
+            with self.processes.together():
+                if self.processes.main and on_checkpoint is not None:
+                    on_checkpoint(self.step)
         label_epochs = self._label_epochs(found)
         if label_epochs:
             prompts = [prompt for prompt, _ in self.lengths[: options.label_examples]]
@@ -216,6 +220,14 @@ class _Training:
         if not options.patience:
             return evaluations[max(evaluations)]
         logger.info("keeping the scorer of step %d, the best of %d evaluations", kept, len(evaluations))
+        if self.step < options.steps:
+            logger.warning(
+                "stopped after step %d of %d: %d evaluations without a lower held-out kl (training.patience); 0 takes "
+                "all steps and keeps the last",
+                self.step,
+                options.steps,
+                options.patience,
+            )
         self.scorer.load_state_dict(self.best)
         return evaluations[kept]
 
@@ -321,10 +333,10 @@ def _memory_is_fixed(device: torch.device) -> bool:
 
 
 def _fingerprint(options: Options, schedule: PruningSchedule, scorer: Learned, inputs: str) -> str:
-    # How often to evaluate and checkpoint changes the history's rows, hence counts as well. How many processes take
-    # part and what is recomputed does not: who runs out of memory goes on with more processes, or recomputing.
+    # How often to evaluate changes the history's rows, hence counts as well. How often to checkpoint, how many
+    # processes take part and what is recomputed does not: who runs out of memory goes on with more, or recomputing.
     decides = dataclasses.asdict(options)
-    del decides["gradient_checkpointing"]
+    del decides["checkpoint_every"], decides["gradient_checkpointing"]
     described = {
         "options": decides,
         "schedule": schedule.to_dict(),

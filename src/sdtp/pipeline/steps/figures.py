@@ -41,7 +41,8 @@ def main(argv: list[str]) -> None:
     with step("figures", args, outputs=[args.output, *drawn, args.sparsity, args.foresight]) as log:
         index, labels = read_json(args.saliency), Labels(args.saliency)
         scores = {example["id"]: labels[example["id"]].numpy() for example in index["examples"]}
-        examples, layers = list(scores.values()), index["layers"]
+        telling = observations.telling(scores, args.saliency)
+        examples, layers = list(telling.values()), index["layers"]
         sparsity = observations.sparsity_table(examples, layers)
         foresight = observations.foresight_table(examples, layers)
         for table, path in ((sparsity, args.sparsity), (foresight, args.foresight)):
@@ -49,9 +50,9 @@ def main(argv: list[str]) -> None:
             log.artifact(path)
         latency, quality = read_latency(args.latency), read_quality(args.quality)
         lengths = [len(ids) for ids in load_split(args.data, "test")["prompt_ids"]]
-        shown, tokens = shown_example(args.data, args.model, list(scores))
+        shown, tokens = shown_example(args.data, args.model, list(telling))
         figures = {
-            "saliency": plots.saliency(scores[shown], layers, tokens, index["reduction"]),
+            "saliency": plots.saliency(telling[shown], layers, tokens, index["reduction"]),
             "sparsity": plots.sparsity(sparsity, kept_shares(args.generations)),
             "foresight": plots.foresight(foresight, layers),
             "latency": plots.latency(latency),

@@ -159,7 +159,8 @@ def batch_labels(
     """Saliency of a batch of examples, on the CPU, by id.
 
     Raises:
-        UserError: it is not finite, naming example and stage.
+        UserError: it is not finite, naming example and stage; or no memory is left on the device, naming what needs
+            less.
         RuntimeError: what else went wrong, naming the examples.
     """
     rows = [examples[i] for i in batch]
@@ -177,6 +178,13 @@ def batch_labels(
     except NotFiniteError as error:
         weights = f"if it stays so, the weights of {model.name_or_path} are not finite themselves"
         raise UserError(f"example {rows[error.row]['id']!r}: {error}; {weights}") from error
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"no memory was left on {model.device} for the forward and backward pass of {len(rows)} examples, "
+            f"{rows[0]['id']!r} the first, of up to {max(len(row['prompt_ids']) for row in rows)} prompt tokens: "
+            "saliency.gradient_checkpointing: true takes a fraction of it; where that is set, a smaller "
+            "saliency.batch_tokens or data.max_tokens"
+        ) from error
     except RuntimeError as error:
         raise RuntimeError(f"examples {', '.join(repr(row['id']) for row in rows)}: {error}") from error
     return {row["id"]: label.cpu() for row, label in zip(rows, found, strict=True)}

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import csv
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -34,6 +35,8 @@ from sdtp.training.objective import Weights
 from sdtp.training.options import Options
 from sdtp.training.processes import FailedElsewhereError, Processes
 from sdtp.training.trainer import fit
+
+logger = logging.getLogger(__name__)
 
 # Where the tracker has the pruners of the last few checkpoints, each a folder that TokenPruner.from_pretrained takes.
 _TRACKED, _TRACKED_COUNT = "checkpoints", 3
@@ -100,6 +103,8 @@ def _train(args: argparse.Namespace, group: Processes, log: StepLog) -> None:
         )
         dtype = str(choose_dtype(settings.model.dtype, group.device)).removeprefix("torch.")
         sharded = training.shard_model and group.count > 1
+        if training.shard_model and not sharded and group.main:
+            logger.warning("training.shard_model has nothing to spread over: one process trains (training.gpus)")
         model = load_for(group, args.model, dtype, settings.model.attention, sharded)
         schedule = build_schedule(settings.pruning, model.config.num_hidden_layers, training.keep_ratio)
         labels = Labels(args.saliency)
@@ -122,10 +127,13 @@ def _train(args: argparse.Namespace, group: Processes, log: StepLog) -> None:
         log.metrics({f"{split}/{name}": value for name, value in metrics.items()}, step=at)
 
     def keep(at: int) -> None:
-        with TemporaryDirectory() as folder:
-            pruner = Path(folder, f"step-{at:08d}")
-            store.save(pruner, schedule, scorer, trained_for)
-            log.artifact(pruner, _TRACKED)
+        try:
+            with TemporaryDirectory() as folder:
+                pruner = Path(folder, f"step-{at:08d}")
+                store.save(pruner, schedule, scorer, trained_for)
+                log.artifact(pruner, _TRACKED)
+        except OSError as error:  # a full disk for temporary files: tracking is not what a training should end of
+            logger.warning("the scorers of step %d are not tracked: %s", at, error)
         log.latest_artifacts(_TRACKED, _TRACKED_COUNT)
 
     final = fit(
