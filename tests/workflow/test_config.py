@@ -175,14 +175,14 @@ def test_scorer_ablation_goes_from_the_papers_scorer_to_the_default() -> None:
     made = resolve_variants(resolved("ablations/scorer.yaml"), SCHEMA)
     keys = ("position", "question_rank", "neighbours", "recency")
     assert {name: tuple(one["training"][key] for key in keys) for name, one in made.items()} == {
-        "default": (True, 32, 3, 0.25),
+        "default": (True, 32, 3, 0.0),
         "paper": (False, 0, 0, 0.0),
         "state-alone": (False, 0, 0, 0.0),
         "position": (True, 0, 0, 0.0),
         "question": (False, 32, 0, 0.0),
         "position-question": (True, 32, 0, 0.0),
-        "without-neighbours": (True, 32, 0, 0.25),
-        "without-recency": (True, 32, 3, 0.0),
+        "recency": (True, 32, 3, 0.25),
+        "recency-without-neighbours": (True, 32, 0, 0.25),
     }
     published = resolved("paper/qwen2-7b.yaml")
     paper = made["paper"]

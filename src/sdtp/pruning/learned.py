@@ -38,7 +38,7 @@ class Learned(nn.Module):
 
     What the MLP says of a token is an estimate of its saliency, which knows each token by itself. Removal does not work
     token by token: what is left of a passage is worth more whole than in fragments, and the latest tokens are worth
-    more than their saliency. So two steps lead from the estimates to the scores that decide:
+    more than their saliency. So two steps can lead from the estimates to the scores that decide:
 
     - `neighbours`: an estimate is averaged with those of so many tokens present on each side, with weights that fall
       linearly with the distance: 4, 3, 2, 1 for three.
