@@ -44,7 +44,7 @@ OPTIONS = {
     "sampler": "gumbel_topk",
 }
 CE = Weights(ce=1.0, mse=0.0, rank=0.0)
-# The losses and the scorer of the default configuration, with fewer channels to compare.
+# The losses of the default configuration, and every part that a scorer can have, with fewer channels to compare.
 DEFAULT: dict[str, Any] = {
     "scorer": {"position": True, "question_rank": 8, "neighbours": 2, "recency": 0.25},
     "weights": Weights(ce=0.0, mse=0.1, rank=0.1, kl=1.0),

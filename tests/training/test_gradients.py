@@ -17,6 +17,7 @@ from sdtp.training.objective import Weights
 from sdtp.training.optimizer import flat_gradients
 from sdtp.training.policy import MaskingPolicy
 from sdtp.training.processes import Processes
+from tests.training.magnified import magnify
 
 
 def heavy_tailed(examples):
@@ -88,12 +89,7 @@ def test_batches_of_a_window_come_in_no_order_of_length():
 def test_float16_keeps_the_digits_it_has(tiny_model, states, response):
     """Large states have small gradients, most of all of a long response and in a large batch: unscaled they leave
     float16 few digits. Small states have large ones, which overflow as soon as they are scaled."""
-    model = tiny_model(initializer_range=0.02)
-    with torch.no_grad():
-        model.get_input_embeddings().weight.mul_(states)
-        for layer in model.model.layers:
-            layer.self_attn.o_proj.weight.mul_(states)
-            layer.mlp.down_proj.weight.mul_(states)
+    model = magnify(tiny_model(initializer_range=0.02), states)
     torch.manual_seed(3)
     schedule = PruningSchedule((1, 3), (0.7, 0.4), sinks=1, local=0.1, min_local=2)
     scorer = Learned(32, 2, width=8)

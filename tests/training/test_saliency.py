@@ -12,6 +12,7 @@ from sdtp.training import saliency as implementation
 from sdtp.training.saliency import NotFiniteError, batch_saliency, reduce, saliency
 from tests.conftest import FAMILIES
 from tests.pruning.tiny import float64
+from tests.training.magnified import magnify
 
 LAYERS = (1, 2, 3)
 
@@ -246,12 +247,7 @@ def test_reduction_of_bfloat16_is_summed_in_float32():
 # Small ones have large gradients, which overflow as soon as they are scaled.
 @pytest.mark.parametrize(("states", "response"), [(4096, 64), (1, 8), (1 / 512, 1)])
 def test_float16_keeps_the_digits_it_has(tiny_model, states, response):
-    model = tiny_model(initializer_range=0.02)
-    with torch.no_grad():
-        model.get_input_embeddings().weight.mul_(states)
-        for layer in model.model.layers:
-            layer.self_attn.o_proj.weight.mul_(states)
-            layer.mlp.down_proj.weight.mul_(states)
+    model = magnify(tiny_model(initializer_range=0.02), states)
     expected = saliency(model, ids(60), ids(response, seed=1), LAYERS, "l2")
     found = saliency(model.half(), ids(60), ids(response, seed=1), LAYERS, "l2")
     assert ((found - expected).abs() / expected).median() < 0.005
