@@ -184,12 +184,14 @@ def refusal() -> str:
 
 
 def failure(rank: int) -> str:
-    """What each process raises where the model of one of them gives NaN from the third forward on."""
+    """What each process raises where the model of one gives NaN from the second example of its first batch on."""
     forwards = []
+    # Two of each held-out example of its share, of which the first process has two and the other one; then the first.
+    sound = 2 * (2 - rank) + 1
 
     def spoil(module: Any, args: Any, output: Any) -> Any:
         forwards.append(None)
-        return output * torch.nan if len(forwards) > 3 else None
+        return output * torch.nan if len(forwards) > sound else None
 
     def change(model: Any, examples: list[Example]) -> None:
         if torch.distributed.get_rank() == rank:
