@@ -86,6 +86,13 @@ def test_train_writes_a_pruner_its_curves_and_metrics(run: Path) -> None:
     assert (metrics["label_updates"], metrics["optimizer_steps"], metrics["kept_step"]) == (2, 4, 4)
 
 
+def test_a_model_that_one_process_cannot_shard_is_told_of(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    index = index_of(run, [shard(run, 0), shard(run, 1)])
+    for sharded in (False, True):
+        fit(run, index, {**TRAIN, "training": {**TRAIN["training"], "shard_model": sharded}})
+        assert ("training.shard_model has nothing to spread over" in caplog.text) == sharded
+
+
 def test_no_room_for_what_is_tracked_ends_no_training(
     run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

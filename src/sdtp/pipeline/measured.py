@@ -22,6 +22,9 @@ from sdtp.pruning.scorer import Scorer
 
 ROW_KEYS = {"id", "task", "prompt_tokens", "kept_tokens", "correct", "loss", "kl", "top1", "method", "keep_ratio"}
 
+# What a setting can be recommended of: those that prune at the same stages, where `sdtp` was timed.
+METHODS = ("sdtp", *BASELINES)
+
 # Method and keep ratio.
 Arm = tuple[str, float]
 
@@ -83,7 +86,7 @@ def _cells(run: Path, method: str, ratios: Sequence[float]) -> list[str]:
     """The evaluations that are needed; UserError where the method was never evaluated."""
     there = {path.stem.rpartition("-")[0] for path in (run / "evaluation").glob("*.jsonl")} - {UNPRUNED, "oracle"}
     if there and method not in there:
-        known = [name for name in ("sdtp", *BASELINES) if name in there]
+        known = [name for name in METHODS if name in there]
         raise UserError(f"--method {method}: run {run} evaluated {', '.join(known)}; accepted: one of these")
     return [f"{UNPRUNED}-1.0", *(f"{method}-{ratio}" for ratio in ratios)]
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from sdtp.errors import UserError
-from sdtp.evaluation.methods import BASELINES, baseline_scorer
+from sdtp.evaluation.methods import baseline_scorer
 from sdtp.evaluation.recommendation import UNPRUNED, Recommendation, Setting, Target, cost_at, recommend
 from sdtp.pipeline.formats import memory, number
-from sdtp.pipeline.measured import Measured, command, read
+from sdtp.pipeline.measured import METHODS, Measured, command, read
 from sdtp.pipeline.results import few, smoke
 from sdtp.pipeline.steps.report import timed_on
 from sdtp.pipeline.tables import TASK_METRICS
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
     which.add_argument("--quality", type=float, metavar="KEPT", help="least share of the unpruned quality, up to 1")
     parser.add_argument("--prompt-tokens", type=int, metavar="N", help="prompt length; the longest timed unless given")
     parser.add_argument("--task", choices=TASK_METRICS, help="whose quality counts; every task's unless given")
-    parser.add_argument("--method", choices=("sdtp", *BASELINES), default="sdtp", help="what prunes; sdtp unless given")
+    parser.add_argument("--method", choices=METHODS, default="sdtp", help="what prunes; sdtp unless given")
     parser.add_argument("--json", action="store_true", help="print JSON, with every setting")
     args = parser.parse_args(argv)
     target = _target(parser, args)
