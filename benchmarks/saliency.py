@@ -91,42 +91,44 @@ def measure(
         seconds = watch.read() - start
         return Timing(seconds, seconds, 1)
 
-    passes: dict[str, Callable[[], Any]] = {}
-    for name, checkpointing in (("plain", False), ("checkpointing", True)):
-        passes[f"saliency, {name}"] = functools.partial(
-            batch_saliency, model, prompts, responses, layers, gradient_checkpointing=checkpointing
-        )
-        passes[f"reference, {name}"] = functools.partial(reference, model, prompts, responses, layers, checkpointing)
-    samples = interleave({name: functools.partial(timed, run) for name, run in passes.items()}, repeats, warmup=1)
     rows = []
-    for name in ("plain", "checkpointing"):
-        ours, other = f"saliency, {name}", f"reference, {name}"
-        pairs = zip(samples[ours].warm, samples[other].warm, strict=True)
+    # Each pair by itself: after passes of less memory an arm would pay for the pages that it gets anew.
+    for name, checkpointing in (("plain", False), ("checkpointing", True)):
+        passes: dict[str, Callable[[], Any]] = {
+            "saliency": functools.partial(
+                batch_saliency, model, prompts, responses, layers, gradient_checkpointing=checkpointing
+            ),
+            "reference": functools.partial(reference, model, prompts, responses, layers, checkpointing),
+        }
+        samples = interleave({arm: functools.partial(timed, run) for arm, run in passes.items()}, repeats, warmup=1)
+        ours, other = samples["saliency"].warm, samples["reference"].warm
+        pairs = zip(ours, other, strict=True)
         low, middle, high = statistics.quantiles([a.prefill_s / b.prefill_s for a, b in pairs], n=4, method="inclusive")
-        seconds = statistics.median(timing.prefill_s for timing in samples[ours].warm)
+        seconds = statistics.median(timing.prefill_s for timing in ours)
         peaks = {}
-        for arm in (ours, other):
-            with peak_memory(model.device) as peak:
-                passes[arm]()
-            peaks[arm] = peak.bytes
+        for arm, run in passes.items():
+            with peak_memory(model.device) as measured:
+                run()
+            peaks[arm] = measured.bytes
         rows.append(
             {
                 "tokens": tokens,
                 "batch": batch,
                 "response_tokens": response,
-                "checkpointing": name == "checkpointing",
+                "checkpointing": checkpointing,
                 "seconds": seconds,
                 "tokens_per_second": batch * tokens / seconds,
-                "reference_seconds": statistics.median(timing.prefill_s for timing in samples[other].warm),
+                "reference_seconds": statistics.median(timing.prefill_s for timing in other),
                 "ratio": {"median": middle, "q25": low, "q75": high},
-                "peak_bytes": peaks[ours],
-                "reference_peak_bytes": peaks[other],
+                "peak_bytes": peaks["saliency"],
+                "reference_peak_bytes": peaks["reference"],
             }
         )
         row = rows[-1]
+        peak = f"{gib(peaks['saliency'])} against {gib(peaks['reference'])} GiB"
         print(
             f"{tokens} tokens x {batch}, {name}: ratio {middle:.3f} ({low:.3f} to {high:.3f}), "
-            f"{row['tokens_per_second']:.0f} tokens/s, peak {gib(peaks[ours])} against {gib(peaks[other])} GiB",
+            f"{row['tokens_per_second']:.0f} tokens/s, peak {peak}",
             flush=True,
         )
     check(model, prompts, responses, layers)

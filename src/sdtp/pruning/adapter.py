@@ -62,7 +62,7 @@ class Architecture:
     @functools.cached_property
     def alibi(self) -> bool:
         """Whether layers may be handed ALiBi biases of their keys."""
-        return "alibi" in inspect.signature(self.layers[0].forward).parameters
+        return "alibi" in _forward_parameters(type(self.layers[0]))
 
     @property
     def maskless(self) -> bool:
@@ -110,8 +110,8 @@ def architecture(model: nn.Module) -> Architecture:
     reason = _reason_to_refuse(stack.config) or next(filter(None, reasons), None)
     if reason is not None:
         raise TypeError(f"{name} is not supported: {reason}")
-    takes = [set(inspect.signature(layer.forward).parameters) for layer in layers]
-    handed = all({"alibi", "position_embeddings"} & names for names in takes)
+    takes = [_forward_parameters(type(layer)) for layer in layers]
+    handed = all("alibi" in names or "position_embeddings" in names for names in takes)
     if not handed and not any(isinstance(getattr(stack, key, None), nn.Module) for key in _POSITION_EMBEDDINGS):
         raise TypeError(
             f"{name} is not supported: its layers take no rotary position_embeddings and no alibi, and its decoder "
@@ -147,20 +147,21 @@ def attention_of(layer: nn.Module) -> nn.Module | None:
 
 def _layer_reason(index: int, layer: nn.Module) -> str | None:
     """Why a decoder layer is not supported."""
-    if any(isinstance(module, nn.Conv1d) for module in layer.modules()):
+    modules = list(layer.modules())
+    if any(isinstance(module, nn.Conv1d) for module in modules):
         return "some of its layers are recurrent or convolutional"
     attention = attention_of(layer)
     if attention is None:
         return "some of its layers have no attention"
-    if {getattr(module, "layer_idx", index) for module in layer.modules()} - {index, None}:
+    if {getattr(module, "layer_idx", index) for module in modules} - {index, None}:
         return f"its layer {index} keeps keys and values under another number"
-    arguments = inspect.signature(layer.forward).parameters
+    arguments = _forward_parameters(type(layer))
     unknown = [name for name in arguments if name not in _LAYER_ARGUMENTS]
     if unknown:
         return f"its layers take {', '.join(unknown)}, which pruning does not know how to give them"
     if not set(CACHE_NAMES) & set(arguments):
         return "its layers take no KV cache"
-    position_ids = inspect.signature(attention.forward).parameters.get("position_ids")
+    position_ids = _forward_parameters(type(attention)).get("position_ids")
     if position_ids is not None and position_ids.default is inspect.Parameter.empty:
         return "its attention computes with position_ids"
     return None
@@ -175,14 +176,13 @@ def bound_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     """A forward's arguments by name, whichever way they were passed."""
     if not args:
         return kwargs
-    kind: Any = type(module)
-    return {**dict(zip(_argument_names(kind), args, strict=False)), **kwargs}
+    return {**dict(zip(_forward_parameters(type(module)), args, strict=False)), **kwargs}
 
 
 @functools.cache
-def _argument_names(kind: Any) -> tuple[str, ...]:
-    """Of a module's forward: asked for at every layer of every step, and slow to find out."""
-    return tuple(inspect.signature(kind.forward).parameters)[1:]
+def _forward_parameters(kind: Any) -> dict[str, inspect.Parameter]:
+    """Of a class of modules, without `self`: asked for at every layer of every step, and slow to find out."""
+    return dict(list(inspect.signature(kind.forward).parameters.items())[1:])
 
 
 def tensor_parallel_group(model: nn.Module) -> Any:

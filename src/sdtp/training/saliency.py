@@ -96,14 +96,15 @@ def batch_saliency(
         RuntimeError: no gradient reached a stage.
     """
     _check(model, prompts, responses, reduction, target)
-    layer_count = len(decoder_layers(model))
-    if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= layer_count:
-        raise UserError(f"layers is {list(layers)}: ascending layers from 0 to {layer_count - 1} are accepted")
+    modules = decoder_layers(model)
+    if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= len(modules):
+        raise UserError(f"layers is {list(layers)}: ascending layers from 0 to {len(modules) - 1} are accepted")
     found: dict[int, torch.Tensor] = {}
     for scale in loss_scales(model.dtype):
         rows = [row for row in range(len(prompts)) if row not in found]
         labels = _labels(
             model,
+            modules,
             [prompts[row] for row in rows],
             [responses[row] for row in rows],
             layers,
@@ -123,6 +124,7 @@ def batch_saliency(
 
 def _labels(
     model: PreTrainedModel,
+    modules: nn.ModuleList,
     prompts: Sequence[torch.Tensor],
     responses: Sequence[torch.Tensor],
     layers: Sequence[int],
@@ -132,8 +134,7 @@ def _labels(
     scale: float,
 ) -> list[torch.Tensor]:
     """What `batch_saliency` gives, finite or not, by the gradient of `scale` times what is differentiated."""
-    modules = decoder_layers(model)
-    found: dict[int, list[torch.Tensor]] = {}
+    found: dict[int, torch.Tensor] = {}  # by layer [examples, tokens]
     leaf: list[torch.Tensor] = []
 
     def enter(layer: int) -> Any:
@@ -153,11 +154,7 @@ def _labels(
         return hook
 
     def keep(layer: int, gradient: torch.Tensor, hidden: torch.Tensor) -> None:
-        # Row by row: no padding is reduced, and the products of one row are in memory at a time.
-        found[layer] = [
-            reduce(gradient[row, : len(prompt)], hidden[row, : len(prompt)], reduction) / scale
-            for row, prompt in enumerate(prompts)
-        ]
+        found[layer] = reduce(gradient, hidden, reduction)
 
     hooks = [modules[layer].register_forward_pre_hook(enter(layer)) for layer in layers]
     try:
@@ -175,7 +172,8 @@ def _labels(
     for stage, layer in enumerate(layers):
         if layer not in found:
             raise RuntimeError(f"no gradient reaches the states entering layer {layer} (stage {stage})")
-    return [torch.stack([found[layer][row] for layer in layers]) for row in range(len(prompts))]
+    labels = torch.stack([found[layer] for layer in layers]) / scale  # [stages, examples, tokens]
+    return [labels[:, row, : len(prompt)].clone() for row, prompt in enumerate(prompts)]
 
 
 def _objective(logits: torch.Tensor, response_ids: torch.Tensor, target: Target) -> torch.Tensor:
