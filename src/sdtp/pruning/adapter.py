@@ -62,7 +62,7 @@ class Architecture:
     @functools.cached_property
     def alibi(self) -> bool:
         """Whether layers may be handed ALiBi biases of their keys."""
-        return "alibi" in _forward_parameters(type(self.layers[0]))
+        return "alibi" in _forward_parameters(self.layers[0])
 
     @property
     def maskless(self) -> bool:
@@ -110,7 +110,7 @@ def architecture(model: nn.Module) -> Architecture:
     reason = _reason_to_refuse(stack.config) or next(filter(None, reasons), None)
     if reason is not None:
         raise TypeError(f"{name} is not supported: {reason}")
-    takes = [_forward_parameters(type(layer)) for layer in layers]
+    takes = [_forward_parameters(layer) for layer in layers]
     handed = all("alibi" in names or "position_embeddings" in names for names in takes)
     if not handed and not any(isinstance(getattr(stack, key, None), nn.Module) for key in _POSITION_EMBEDDINGS):
         raise TypeError(
@@ -155,13 +155,13 @@ def _layer_reason(index: int, layer: nn.Module) -> str | None:
         return "some of its layers have no attention"
     if {getattr(module, "layer_idx", index) for module in modules} - {index, None}:
         return f"its layer {index} keeps keys and values under another number"
-    arguments = _forward_parameters(type(layer))
+    arguments = _forward_parameters(layer)
     unknown = [name for name in arguments if name not in _LAYER_ARGUMENTS]
     if unknown:
         return f"its layers take {', '.join(unknown)}, which pruning does not know how to give them"
     if not set(CACHE_NAMES) & set(arguments):
         return "its layers take no KV cache"
-    position_ids = _forward_parameters(type(attention)).get("position_ids")
+    position_ids = _forward_parameters(attention).get("position_ids")
     if position_ids is not None and position_ids.default is inspect.Parameter.empty:
         return "its attention computes with position_ids"
     return None
@@ -176,13 +176,19 @@ def bound_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     """A forward's arguments by name, whichever way they were passed."""
     if not args:
         return kwargs
-    return {**dict(zip(_forward_parameters(type(module)), args, strict=False)), **kwargs}
+    return {**dict(zip(_forward_parameters(module), args, strict=False)), **kwargs}
+
+
+def _forward_parameters(module: Any) -> Mapping[str, inspect.Parameter]:
+    """What a module's forward takes; one that stands in for it, as on several devices, takes what it wraps."""
+    forward = inspect.unwrap(module.forward, stop=inspect.ismethod)
+    return _parameters(forward.__func__) if inspect.ismethod(forward) else inspect.signature(forward).parameters
 
 
 @functools.cache
-def _forward_parameters(kind: Any) -> dict[str, inspect.Parameter]:
-    """Of a class of modules, without `self`: asked for at every layer of every step, and slow to find out."""
-    return dict(list(inspect.signature(kind.forward).parameters.items())[1:])
+def _parameters(method: Any) -> dict[str, inspect.Parameter]:
+    """Of a class's method, without `self`: asked for at every layer of every step, and slow to find out."""
+    return dict(list(inspect.signature(method).parameters.items())[1:])
 
 
 def tensor_parallel_group(model: nn.Module) -> Any:
