@@ -114,9 +114,28 @@ def costs(family: str, layers: int, hidden: int, tokens: int, recompute: bool) -
     )  # fmt: skip
 
 
+def llama(shape: Costs) -> LlamaConfig:
+    """Of a model of this shape, its embeddings and head apart."""
+    return LlamaConfig(
+        vocab_size=shape.V,
+        hidden_size=shape.h,
+        intermediate_size=shape.f,
+        num_hidden_layers=shape.L,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=max(1, shape.heads // 4),
+        attn_implementation="sdpa",
+    )
+
+
 def make_schedule(layers: int) -> PruningSchedule:
     """Stages before every third layer from layer 1 on."""
     return PruningSchedule.geometric(layers, start=1, step=3, ratio=0.8, sinks=4, local=0.1, min_local=16)
+
+
+def sharded_weights(whole: float, embeddings: float, layers: int, processes: int) -> tuple[float, float]:
+    """Bytes of weights that each process keeps, of a model of `whole` bytes, and those of the layers it gathers."""
+    spread = whole - embeddings
+    return embeddings + spread / processes, 2 * spread / layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +153,7 @@ class Estimated:
         shape = self.costs
         scorer = 16 * sum(weight.numel() for weight in Learned(shape.h, shape.S, shape.w).parameters())
         whole, embeddings = shape.b * self.weights, shape.b * self.embeddings
-        sharded = embeddings + (whole - embeddings) / gpus + 2 * (whole - embeddings) / shape.L
+        sharded = sum(sharded_weights(whole, embeddings, shape.L, gpus))
         lines = []
         for tokens in self.prompts:
             for recompute in (False, True):
@@ -214,6 +233,16 @@ def saved_by(loss: Callable[[], torch.Tensor], model: PreTrainedModel, scorer: L
     return sum(found.values())
 
 
+def backward(loss: Callable[[], torch.Tensor]) -> tuple[int, int]:
+    """Resident bytes before a forward and backward pass, and the most in it."""
+    with peak_memory(torch.device("cpu")) as peak:
+        before = resident()
+        loss().backward()
+    if peak.bytes is None:
+        raise SystemExit("this system does not tell the peak of its resident memory: Linux does")
+    return before, peak.bytes
+
+
 def measure(shape: Costs) -> tuple[int, int]:
     """Bytes saved by a forward pass, and the growth of the resident memory in a step."""
     torch.manual_seed(0)
@@ -222,26 +251,13 @@ def measure(shape: Costs) -> tuple[int, int]:
         config = BloomConfig(vocab_size=VOCABULARY, hidden_size=shape.h, n_layer=shape.L, n_head=shape.heads)
         model = BloomForCausalLM(config)
     else:
-        config = LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=shape.h,
-            intermediate_size=shape.f,
-            num_hidden_layers=shape.L,
-            num_attention_heads=shape.heads,
-            num_key_value_heads=max(1, shape.heads // 4),
-            attn_implementation="sdpa",
-        )
-        model = LlamaForCausalLM(config)
+        model = LlamaForCausalLM(llama(shape))
     model = model.eval().requires_grad_(False)
     scorer = Learned(shape.h, shape.S, shape.w)
     with training_step(model, scorer, schedule, shape) as loss:
         saved = saved_by(loss, model, scorer)
-        with peak_memory(torch.device("cpu")) as peak:
-            before = resident()
-            loss().backward()
-    if peak.bytes is None:
-        raise SystemExit("this system does not tell the peak of its resident memory: Linux does")
-    return saved, peak.bytes - before
+        before, peak = backward(loss)
+    return saved, peak - before
 
 
 def main() -> None:

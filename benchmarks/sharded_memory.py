@@ -22,15 +22,13 @@ from pathlib import Path
 import memory
 import torch
 import transformers
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
-from sdtp.evaluation.memory import peak_memory
 from sdtp.pipeline.steps.train import load_for
 from sdtp.pruning.scorers import Learned
 from sdtp.training.backbone import shard
 from sdtp.training.processes import Processes
 
-CPU = torch.device("cpu")
 COLUMNS = (
     "processes", "layers", "hidden", "tokens", "recomputing",
     "weights, MB", "formula", "ratio", "step, MB", "formula", "ratio", "whole model, MB",
@@ -38,17 +36,9 @@ COLUMNS = (
 
 
 def write_model(shape: memory.Costs, folder: Path) -> None:
-    """A Llama of this shape with random weights, its embeddings and head apart."""
+    """A Llama of this shape with random weights."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=shape.V,
-        hidden_size=shape.h,
-        intermediate_size=shape.f,
-        num_hidden_layers=shape.L,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=max(1, shape.heads // 4),
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    LlamaForCausalLM(memory.llama(shape)).save_pretrained(folder)
     (folder / "manifest.json").write_text(json.dumps({"trust_remote_code": False}), "utf-8")
 
 
@@ -65,24 +55,19 @@ def measure(shapes: list[memory.Costs], processes: Processes) -> list[list[str]]
         model = load_for(processes, folder, "float32", "sdpa", sharded=True)
         shard(model, processes)
         loaded = processes.largest(memory.resident() - start)
-    every = sum(weight.numel() for weight in model.parameters())
-    embeddings = 2 * first.V * first.h
-    whole, layers = 4 * every, 4 * (every - embeddings)
-    sharded = 4 * embeddings + layers / processes.count
+    whole = sum(weight.nbytes for weight in model.parameters())
+    kept, gathered = memory.sharded_weights(whole, 2 * 4 * first.V * first.h, first.L, processes.count)
     rows = []
     for shape in shapes:
         scorer = Learned(shape.h, shape.S, shape.w)
         with memory.training_step(model, scorer, memory.make_schedule(shape.L), shape) as loss:
             torch.distributed.barrier()
-            with peak_memory(CPU) as peak:
-                loss().backward()
-        if peak.bytes is None:
-            raise SystemExit("this system does not tell the peak of its resident memory: Linux does")
-        step = processes.largest(peak.bytes - start)
+            _, peak = memory.backward(loss)
+        step = processes.largest(peak - start)
         weights = sum(weight.numel() for weight in scorer.parameters())
-        expected = sharded + 2 * layers / shape.L + 16 * weights + shape.peak()
+        expected = kept + gathered + 16 * weights + shape.peak()
         row = [f"{processes.count}", f"{shape.L}", f"{shape.h}", f"{shape.N}", "yes" if shape.recompute else "no"]
-        for found, formula in ((loaded, sharded), (step, expected)):
+        for found, formula in ((loaded, kept), (step, expected)):
             row += [f"{found / 1e6:.0f}", f"{formula / 1e6:.0f}", f"{found / formula:.2f}"]
         rows.append([*row, f"{whole / 1e6:.0f}"])
     return rows

@@ -173,6 +173,7 @@ def _labels(
         if layer not in found:
             raise RuntimeError(f"no gradient reaches the states entering layer {layer} (stage {stage})")
     labels = torch.stack([found[layer] for layer in layers]) / scale  # [stages, examples, tokens]
+    # Copies: whoever keeps one example's labels does not hold the batch's.
     return [labels[:, row, : len(prompt)].clone() for row, prompt in enumerate(prompts)]
 
 
