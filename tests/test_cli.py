@@ -18,6 +18,7 @@ from sdtp.errors import UserError
 STEPS = [
     "ablation",
     "benchmark",
+    "benchmark-text",
     "budgets",
     "check",
     "compare",
@@ -49,6 +50,7 @@ STEPS = [
     "sweep-table",
     "sweep-train",
     "tables",
+    "test-data",
     "throughput",
     "time-methods",
     "time-shortened",

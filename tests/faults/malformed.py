@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from tests.faults.forking import SITE
 
 CANARY = "canary"
+TEST_DATA, TEXT = "results/tiny/test-data", "results/tiny/benchmark-text.json"
 REFERENCE = "results/tiny/evaluation/reference.safetensors"
 MODEL, DATA, PRUNER, SALIENCY = (
     "results/tiny/model",
@@ -482,9 +483,9 @@ def data_rows_cut_off(folder: Path) -> None:
     truncate(next((folder / DATA / "train").glob("*.arrow")))
 
 
-@case("evaluate/unpruned-1.0", f"{DATA}/test")
+@case("evaluate/unpruned-1.0", f"{TEST_DATA}/test")
 def data_rows_pickle(folder: Path) -> None:
-    next((folder / DATA / "test").glob("*.arrow")).write_bytes(pickle.dumps(Evil()))
+    next((folder / TEST_DATA / "test").glob("*.arrow")).write_bytes(pickle.dumps(Evil()))
 
 
 @case("evaluate/random-0.8", "evaluation/reference.safetensors")
@@ -503,9 +504,9 @@ def reference_with_a_changed_bit(folder: Path) -> None:
     (folder / REFERENCE).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
 
 
-@case("benchmark/0.8", f"{DATA}/benchmark.json")
+@case("benchmark/0.8", TEXT)
 def benchmark_text_cut_off(folder: Path) -> None:
-    truncate(folder / DATA / "benchmark.json")
+    truncate(folder / TEXT)
 
 
 @case("saliency-index", "shard-1.safetensors", "not a whole file of labels")

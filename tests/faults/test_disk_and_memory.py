@@ -168,7 +168,7 @@ VANISHED = {
     "saliency/0": "results/tiny/data/manifest.json",
     "train": "results/tiny/saliency/shard-1.safetensors",
     "generate/0.5": "results/tiny/pruner/pruner.safetensors",
-    "benchmark/0.8": "results/tiny/data/benchmark.json",
+    "benchmark/0.8": "results/tiny/benchmark-text.json",
     "evaluate/sdtp-0.5": "results/tiny/pruner/pruner.json",
     "tables": "results/tiny/evaluation/random-0.8.jsonl",
     "report": "results/tiny/tables/comparisons.csv",

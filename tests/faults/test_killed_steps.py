@@ -20,8 +20,8 @@ KILLS = 3
 TRIES = 6
 # One job of each step of the default run.
 JOBS = (
-    "model", "check", "data", "saliency/0", "saliency-index", "train", "generate/0.8", "benchmark/0.5",
-    "reference", "evaluate/sdtp-0.8", "tables", "figures", "report", "register",
+    "model", "check", "data", "test-data", "benchmark-text", "saliency/0", "saliency-index", "train", "generate/0.8",
+    "benchmark/0.5", "reference", "evaluate/sdtp-0.8", "tables", "figures", "report", "register",
 )  # fmt: skip
 
 

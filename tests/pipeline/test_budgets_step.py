@@ -34,13 +34,19 @@ def test_entries_are_the_mean_over_layers_of_what_a_schedule_leaves(tmp_path: Pa
 
 
 def test_prompts_that_are_timed_have_no_response(tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "benchmark.json").write_text(json.dumps({"source": "text", "ids": list(range(200))}))
+    (tmp_path / "text.json").write_text(json.dumps({"source": "text", "ids": list(range(200))}))
     (tmp_path / "manifest.json").write_text(json.dumps({"num_layers": 4}))
     output = tmp_path / "budgets.jsonl"
-    folders = ["--model", str(tmp_path), "--data", str(tmp_path / "data"), "--metrics", str(tmp_path / "metrics.json")]
+    folders = [
+        "--model",
+        str(tmp_path),
+        "--text",
+        str(tmp_path / "text.json"),
+        "--metrics",
+        str(tmp_path / "metrics.json"),
+    ]
     settings = ["--settings", json.dumps(SETTINGS | {"peers": {"prompt_tokens": [100, 12]}}), "--keep-ratio", "0.5"]
-    budgets.main([*settings, *folders, "--timed", "--output", str(output)])
+    budgets.main([*settings, *folders, "--output", str(output)])
     assert [json.loads(line) for line in output.read_text().splitlines()] == [
         {"id": "100", "task": None, "prompt_ids": list(range(100)), "response_ids": [], "entries": 47},
         {"id": "12", "task": None, "prompt_ids": list(range(12)), "response_ids": [], "entries": 12},

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sdtp.errors import UserError
 from sdtp.pipeline.config import DataSettings, Settings
-from sdtp.pipeline.data import benchmark_prompt, build_dataset
+from sdtp.pipeline.data import benchmark_prompt, write_benchmark_text
 from sdtp.pipeline.steps import check
 
 pytestmark = pytest.mark.usefixtures("no_tracking")
@@ -94,21 +94,16 @@ def test_lengths_beyond_the_text_of_the_data_step_are_refused(
     tokens = run_step(model, 32)["benchmark_tokens"]
     assert "left out" not in caplog.text  # that is for the data step to say
     rows = {"kind": "jsonl", "ref": str(model.parent / "rows.jsonl"), "revision": None, "sha256": None}
-    data = {
-        "max_tokens": 384,
-        "malformed": "skip",
-        "distractors": 2,
-        "train": {"source": rows, "examples": 6, "heldout": 2},
-        "test": {"source": rows, "examples": 4},
-    }
-    build_dataset(make_tokenizer(adds_bos=True), DataSettings.from_mapping(data), 0, model.parent / "data")
+    data = DataSettings.from_mapping({"malformed": "skip", "test": {"source": rows}})
+    text = model.parent / "text.json"
+    assert write_benchmark_text(make_tokenizer(adds_bos=True), data, text) == tokens
     # All of the text is a prompt, and no more than that.
-    assert run_step(model, 32, tokens)["benchmark_tokens"] == len(benchmark_prompt(model.parent / "data", tokens))
+    assert run_step(model, 32, tokens)["benchmark_tokens"] == len(benchmark_prompt(text, tokens))
     (model.parent / "run" / "checked.json").unlink()
     with pytest.raises(UserError, match=rf"^benchmark\.prompt_tokens: {tokens + 1} is not in 1\.\.{tokens}, "):
         run_step(model, 32, tokens + 1)
     with pytest.raises(UserError, match=rf"benchmark\.prompt_tokens: {tokens + 1} is not in 1\.\.{tokens}, the tokens"):
-        benchmark_prompt(model.parent / "data", tokens + 1)
+        benchmark_prompt(text, tokens + 1)
     assert not (model.parent / "run" / "checked.json").exists()
 
 

@@ -9,21 +9,33 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
+from datasets import Dataset
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from sdtp.errors import UserError
 from sdtp.pipeline.config import DataSettings
 from sdtp.pipeline.corpus import read_corpus, split_documents
-from sdtp.pipeline.data import benchmark_prompt, build_dataset, load_split, split_hash
+from sdtp.pipeline.data import (
+    TRAINING,
+    benchmark_prompt,
+    build_test_data,
+    build_training_data,
+    load_split,
+    split_hash,
+    write_benchmark_text,
+)
+from sdtp.pipeline.data_steps import RECORD_COUNTS
 from sdtp.pipeline.facts import TEST, TRAIN
 from sdtp.pipeline.files import canonical_json
 from sdtp.pipeline.instructions import MAX_RESPONSE_TOKENS
 from sdtp.pipeline.prompts import encode, render
 from sdtp.pipeline.steps import data as step
+from sdtp.pipeline.steps import test_data as test_step
 from tests.pipeline.conftest import TURNS
 from tests.pipeline.hub import COMMIT, serve
 from tests.pipeline.test_tasks import documents
@@ -69,6 +81,19 @@ def settings(train: dict[str, Any], test: dict[str, Any], **fields: Any) -> Data
     )
 
 
+def build(tokenizer: PreTrainedTokenizerBase, chosen: DataSettings, seed: int, folder: Path) -> dict[str, Any]:
+    """Makes both data folders as a run has them; returns the manifest of what is learned from, with all splits."""
+    manifest = build_training_data(tokenizer, chosen, seed, folder / "data")
+    of_records = chosen.test.source.kind != "package"
+    learned_from = [folder / "data"] if of_records else []
+    tested = build_test_data(tokenizer, chosen, seed, folder / "test-data", learned_from)
+    return {**manifest, "splits": {**manifest["splits"], **tested["splits"]}}
+
+
+def load(folder: Path, split: str) -> Dataset:
+    return load_split(folder / ("data" if split in TRAINING else "test-data"), split)
+
+
 def write_rows(path: Path, count: int, **fields: str) -> Path:
     rows = [{"id": f"r{n}", "prompt": f"question {n}", "response": f"answer {n}", **fields} for n in range(count)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -78,8 +103,8 @@ def write_rows(path: Path, count: int, **fields: str) -> Path:
 def test_corpus_gives_both_tasks_from_different_documents(
     tokenizer: PreTrainedTokenizerBase, speeches: dict[str, Any], tmp_path: Path
 ) -> None:
-    manifest = build_dataset(tokenizer, settings(speeches, speeches), 0, tmp_path / "data")
-    splits = {name: load_split(tmp_path / "data", name).to_list() for name in ("train", "heldout", "test")}
+    manifest = build(tokenizer, settings(speeches, speeches), 0, tmp_path / "data")
+    splits = {name: load(tmp_path / "data", name).to_list() for name in ("train", "heldout", "test")}
     tasks = {name: [row["task"] for row in rows] for name, rows in splits.items()}
     assert tasks["train"] == ["retrieval", "continuation"] * 3
     assert tasks["heldout"] == ["retrieval", "continuation", "retrieval"]
@@ -101,8 +126,8 @@ def test_corpus_gives_both_tasks_from_different_documents(
 def test_columns_are_int32_and_text(
     tokenizer: PreTrainedTokenizerBase, speeches: dict[str, Any], tmp_path: Path
 ) -> None:
-    build_dataset(tokenizer, settings(speeches, speeches), 0, tmp_path / "data")
-    features = load_split(tmp_path / "data", "test").features
+    build(tokenizer, settings(speeches, speeches), 0, tmp_path / "data")
+    features = load(tmp_path / "data", "test").features
     assert features["prompt_ids"].feature.dtype == features["response_ids"].feature.dtype == "int32"
     assert {features[name].dtype for name in ("id", "task", "prompt", "response", "source")} == {"string"}
 
@@ -110,53 +135,68 @@ def test_columns_are_int32_and_text(
 def test_content_hash_is_over_rows_in_order_and_repeats(
     tokenizer: PreTrainedTokenizerBase, speeches: dict[str, Any], tmp_path: Path
 ) -> None:
-    manifest = build_dataset(tokenizer, settings(speeches, speeches), 0, tmp_path / "a")
+    manifest = build(tokenizer, settings(speeches, speeches), 0, tmp_path / "a")
     digest = hashlib.sha256()
-    for row in load_split(tmp_path / "a", "train"):
+    for row in load(tmp_path / "a", "train"):
         digest.update(canonical_json(row).encode() + b"\n")
     assert manifest["splits"]["train"]["content_sha256"] == digest.hexdigest()
-    assert split_hash(tmp_path / "a", "train") == digest.hexdigest()
-    assert build_dataset(tokenizer, settings(speeches, speeches), 0, tmp_path / "b") == manifest
-    assert json.loads((tmp_path / "b" / "manifest.json").read_text()) == manifest
-    other = build_dataset(tokenizer, settings(speeches, speeches), 1, tmp_path / "c")
+    assert split_hash(tmp_path / "a" / "data", "train") == digest.hexdigest()
+    assert build(tokenizer, settings(speeches, speeches), 0, tmp_path / "b") == manifest
+    for part in ("data", "test-data"):
+        written = json.loads((tmp_path / "b" / part / "manifest.json").read_text())
+        assert written["splits"].items() <= manifest["splits"].items()
+    other = build(tokenizer, settings(speeches, speeches), 1, tmp_path / "c")
     assert other["content_sha256"] != manifest["content_sha256"]
 
 
 def test_more_examples_leave_the_first_ones_as_they_were(
     tokenizer: PreTrainedTokenizerBase, speeches: dict[str, Any], tmp_path: Path
 ) -> None:
-    build_dataset(tokenizer, settings(speeches, speeches, tests=3), 0, tmp_path / "few")
-    build_dataset(tokenizer, settings(speeches, speeches, tests=5), 0, tmp_path / "more")
-    few, more = (load_split(tmp_path / name, "test").to_list() for name in ("few", "more"))
+    build(tokenizer, settings(speeches, speeches, tests=3), 0, tmp_path / "few")
+    build(tokenizer, settings(speeches, speeches, tests=5), 0, tmp_path / "more")
+    few, more = (load(tmp_path / name, "test").to_list() for name in ("few", "more"))
     assert more[: len(few)] == few
+
+
+def test_test_examples_of_a_corpus_are_the_same_whatever_is_learned_from(
+    tokenizer: PreTrainedTokenizerBase, speeches: dict[str, Any], tmp_path: Path
+) -> None:
+    rows = source("jsonl", write_rows(tmp_path / "rows.jsonl", 9))
+    chosen = {name: settings(learned, speeches) for name, learned in (("speeches", speeches), ("rows", rows))}
+    made = {name: build(tokenizer, one, 0, tmp_path / name) for name, one in chosen.items()}
+    assert made["speeches"]["content_sha256"] != made["rows"]["content_sha256"]
+    assert made["speeches"]["splits"]["test"] == made["rows"]["splits"]["test"]
 
 
 def test_benchmark_text_is_the_test_documents(
     tokenizer: PreTrainedTokenizerBase, speeches: dict[str, Any], tmp_path: Path
 ) -> None:
-    build_dataset(tokenizer, settings(speeches, speeches), 0, tmp_path / "data")
+    text = tmp_path / "text.json"
+    tokens = write_benchmark_text(tokenizer, settings(speeches, speeches), text)
     first = split_documents(read_corpus("speeches").documents)["test"][0]
-    beginning = str(tokenizer.decode(benchmark_prompt(tmp_path / "data", 300))).strip()
+    beginning = str(tokenizer.decode(benchmark_prompt(text, 300))).strip()
     assert len(beginning) > 500
     assert first.text.startswith(beginning)
-    assert len(benchmark_prompt(tmp_path / "data", 2048)) == 2048
-    with pytest.raises(UserError, match=r"benchmark\.prompt_tokens: 200000 is not in 1\.\."):
-        benchmark_prompt(tmp_path / "data", 200000)
+    assert len(benchmark_prompt(text, tokens)) == tokens > 2048
+    with pytest.raises(
+        UserError, match=rf"benchmark\.prompt_tokens: {tokens + 1} is not in 1\.\.{tokens}, the tokens of"
+    ):
+        benchmark_prompt(text, tokens + 1)
 
 
 def test_records_of_one_source_are_disjoint_between_splits(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     rows = source("jsonl", write_rows(tmp_path / "rows.jsonl", 13))
-    build_dataset(tokenizer, settings(rows, rows), 0, tmp_path / "data")
-    prompts = [row["prompt"] for name in ("train", "heldout", "test") for row in load_split(tmp_path / "data", name)]
+    build(tokenizer, settings(rows, rows), 0, tmp_path / "data")
+    prompts = [row["prompt"] for name in ("train", "heldout", "test") for row in load(tmp_path / "data", name)]
     assert sorted(prompts) == sorted(f"question {n}" for n in range(13))
     with pytest.raises(UserError, match=r"data\.test\.examples: 5 .* 4 are left: 13 of 13 are usable, and 9 of these"):
-        build_dataset(tokenizer, settings(rows, rows, tests=5), 0, tmp_path / "more")
+        build(tokenizer, settings(rows, rows, tests=5), 0, tmp_path / "more")
     with pytest.raises(UserError, match=r"data\.train\.heldout: 8 .* 7 are left: 13 of 13 are usable, and 6 of these"):
-        build_dataset(tokenizer, settings(rows, rows, heldout=8), 0, tmp_path / "more")
+        build(tokenizer, settings(rows, rows, heldout=8), 0, tmp_path / "more")
 
 
 def prompts(folder: Path, *splits: str) -> set[str]:
-    return {row["prompt"] for split in splits for row in load_split(folder, split)}
+    return {row["prompt"] for split in splits for row in load(folder, split)}
 
 
 def test_another_spelling_of_the_training_file_gives_no_training_prompt(
@@ -165,7 +205,7 @@ def test_another_spelling_of_the_training_file_gives_no_training_prompt(
     write_rows(tmp_path / "rows.jsonl", 13)
     monkeypatch.chdir(tmp_path)
     chosen = settings(source("jsonl", "rows.jsonl"), {**source("jsonl", ""), "ref": "./rows.jsonl"})
-    manifest = build_dataset(tokenizer, chosen, 0, tmp_path / "data")
+    manifest = build(tokenizer, chosen, 0, tmp_path / "data")
     assert len(prompts(tmp_path / "data", "train", "heldout", "test")) == 13
     left_out = {split: part["in_training"] for split, part in manifest["splits"].items()}
     assert left_out == {"train": 0, "heldout": 6, "test": 9}
@@ -178,12 +218,12 @@ def test_prompts_that_overlap_with_training_are_left_out_however_they_are_writte
     path = tmp_path / "other.jsonl"
     written = ["QUESTION  0", "question\n1", "question 2", "question 20", "question 21"]
     path.write_text("".join(json.dumps({"prompt": prompt, "response": "another"}) + "\n" for prompt in written))
-    manifest = build_dataset(tokenizer, settings(trained, source("jsonl", path), tests=2), 0, tmp_path / "data")
+    manifest = build(tokenizer, settings(trained, source("jsonl", path), tests=2), 0, tmp_path / "data")
     assert prompts(tmp_path / "data", "test") == {"question 20", "question 21"}
     assert manifest["splits"]["test"]["in_training"] == 3
     assert manifest["splits"]["test"]["rows"] == {"n_total": 5, "n_skipped": 0, "n_used": 2, "n_left": 3}
     with pytest.raises(UserError, match=r"data\.test\.examples: 3 records .* 2 are left: 5 of 5 .* 3 of these"):
-        build_dataset(tokenizer, settings(trained, source("jsonl", path), tests=3), 0, tmp_path / "more")
+        build(tokenizer, settings(trained, source("jsonl", path), tests=3), 0, tmp_path / "more")
 
 
 def test_prompt_with_two_responses_is_in_one_split(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
@@ -191,7 +231,7 @@ def test_prompt_with_two_responses_is_in_one_split(tokenizer: PreTrainedTokenize
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     both = source("jsonl", path)
-    build_dataset(tokenizer, settings(both, both), 0, tmp_path / "data")
+    build(tokenizer, settings(both, both), 0, tmp_path / "data")
     trained, heldout, tested = (prompts(tmp_path / "data", split) for split in ("train", "heldout", "test"))
     assert not trained & heldout
     assert not (trained | heldout) & tested
@@ -206,32 +246,34 @@ def test_step_refuses_prompts_that_leave_no_room_for_the_response(
     (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
     manifest = {"trust_remote_code": False, "context_length": 931}
     (tmp_path / "model" / "manifest.json").write_text(json.dumps(manifest))
-    source_of = {"train": speeches, "test": speeches}
+    parts = {step: {"train": {"examples": 2, "heldout": 1}}, test_step: {"test": {"examples": 2}}}
 
-    def run() -> None:
-        data: dict[str, Any] = {"max_tokens": 900, "malformed": "skip", "distractors": 8}
-        data |= {"train": {"source": source_of["train"], "examples": 2, "heldout": 1}}
-        data |= {"test": {"source": source_of["test"], "examples": 2}}
+    def run(which: ModuleType, of: dict[str, Any]) -> None:
+        data = {"max_tokens": 900, "malformed": "skip", "distractors": 8}
+        data |= {name: {**part, "source": of} for name, part in parts[which].items()}
         files = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "data")]
-        step.main(
+        which.main(
             ["--settings", json.dumps({"seed": 0, "data": data}), *files, "--metrics", str(tmp_path / "metrics.json")]
         )
 
-    with pytest.raises(UserError, match=r"^900 \(data\.max_tokens\) \+ 32 \(longest response\) = 932 .* has 931$"):
-        run()
-    (tmp_path / "model" / "manifest.json").write_text(json.dumps(manifest | {"context_length": 932}))
-    run()
-    source_of["train"] = source("jsonl", write_rows(tmp_path / "rows.jsonl", 3))
-    with pytest.raises(UserError, match=r"\+ 256 \(longest response\) = 1156 tokens: the model's context has 932"):
-        run()
+    rows = source("jsonl", write_rows(tmp_path / "rows.jsonl", 3))
+    for which in parts:
+        (tmp_path / "model" / "manifest.json").write_text(json.dumps(manifest))
+        error = r"^900 \(data\.max_tokens\) \+ 32 \(longest response\) = 932 .* has 931$"
+        with pytest.raises(UserError, match=error):
+            run(which, speeches)
+        (tmp_path / "model" / "manifest.json").write_text(json.dumps(manifest | {"context_length": 932}))
+        run(which, speeches)
+        with pytest.raises(UserError, match=r"\+ 256 \(longest response\) = 1156 tokens: the model's context has 932"):
+            run(which, rows)
 
 
 def test_records_become_instructions_in_the_chat_template(
     tokenizer: PreTrainedTokenizerBase, speeches: dict[str, Any], tmp_path: Path
 ) -> None:
     rows = source("jsonl", write_rows(tmp_path / "rows.jsonl", 9))
-    manifest = build_dataset(tokenizer, settings(rows, speeches), 0, tmp_path / "data")
-    row = load_split(tmp_path / "data", "train")[0]
+    manifest = build(tokenizer, settings(rows, speeches), 0, tmp_path / "data")
+    row = load(tmp_path / "data", "train")[0]
     assert row["task"] == "instruction"
     assert row["prompt_ids"] == encode(tokenizer, render(tokenizer, row["prompt"]))
     assert row["response_ids"] == encode(tokenizer, row["response"])
@@ -257,7 +299,7 @@ def test_cut_and_skipped_records_are_counted_and_named(
     tokenizer: PreTrainedTokenizerBase, faulty: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     wanted = settings(faulty, faulty, max_tokens=200, examples=3, heldout=0, tests=0)
-    described = build_dataset(tokenizer, wanted, 0, tmp_path / "data")["splits"]["train"]
+    described = build_training_data(tokenizer, wanted, 0, tmp_path / "data")["splits"]["train"]
     long = max(load_split(tmp_path / "data", "train"), key=lambda row: len(row["prompt_ids"]))
     assert described["rows"] == {"n_total": 8, "n_skipped": 5, "n_used": 3, "n_left": 0}
     reasons = ("empty_response", "duplicate", "duplicate_id", "empty_prompt", "not_utf8")
@@ -272,7 +314,6 @@ def test_cut_and_skipped_records_are_counted_and_named(
         "crlf": ["rows.jsonl, line 6"],
     }
     assert described["first_malformed"] == named
-    # Once, although train and test read the same source.
     assert [record.getMessage() for record in caplog.records if record.name == "sdtp.pipeline.data"] == [
         f"data.train.source: 1 of 8 rows {'repaired' if reason == 'crlf' else 'left out'}, {reason}: {place}"
         for reason, (place,) in named.items()
@@ -281,7 +322,7 @@ def test_cut_and_skipped_records_are_counted_and_named(
     unused = len(encode(tokenizer, long["response"])) - MAX_RESPONSE_TOKENS
     assert len(long["prompt_ids"]) == 200
     assert len(long["response_ids"]) == MAX_RESPONSE_TOKENS
-    counts = {name: described[name] for name in step.RECORD_COUNTS}
+    counts = {name: described[name] for name in RECORD_COUNTS}
     assert counts == {
         "in_training": 0, "prompts_cut": 1, "prompt_tokens_cut": cut, "responses_cut": 1, "response_tokens_cut": unused
     }  # fmt: skip
@@ -300,18 +341,18 @@ def test_what_is_too_long_is_cut_or_fatal_as_the_rule_says(tokenizer: PreTrained
     for name, row in zip(("prompt", "response"), rows, strict=True):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
 
-    def build(name: str, max_tokens: int, malformed: str) -> dict[str, Any]:
+    def one_row(name: str, max_tokens: int, malformed: str) -> dict[str, Any]:
         one = source("jsonl", tmp_path / f"{name}.jsonl")
         chosen = settings(one, one, max_tokens=max_tokens, malformed=malformed, examples=1, heldout=0, tests=0)
-        return build_dataset(tokenizer, chosen, 0, tmp_path / "data")["splits"]["train"]
+        return build_training_data(tokenizer, chosen, 0, tmp_path / "data")["splits"]["train"]
 
-    excess = build("prompt", 200, "skip")["prompt_tokens_cut"]
+    excess = one_row("prompt", 200, "skip")["prompt_tokens_cut"]
     error = rf"^prompt\.jsonl, line 1: the prompt is {excess} tokens too long for data\.max_tokens 200; data\.malformed"
     with pytest.raises(UserError, match=error):
-        build("prompt", 200, "fail")
-    assert build("prompt", 200 + excess, "fail")["prompts_cut"] == 0
+        one_row("prompt", 200, "fail")
+    assert one_row("prompt", 200 + excess, "fail")["prompts_cut"] == 0
     # A response is read up to a fixed token whatever the rule: what lies past it is no fault of the row.
-    assert build("response", 200, "fail")["responses_cut"] == 1
+    assert one_row("response", 200, "fail")["responses_cut"] == 1
 
 
 def test_text_without_tokens_is_refused_by_file_and_line(tmp_path: Path) -> None:
@@ -323,20 +364,20 @@ def test_text_without_tokens_is_refused_by_file_and_line(tmp_path: Path) -> None
     one = source("jsonl", path)
     chosen = settings(one, one, examples=1, heldout=0, tests=0)
     with pytest.raises(UserError, match=r"rows\.jsonl, line 1: the tokenizer makes no token of the prompt"):
-        build_dataset(letters, chosen, 0, tmp_path / "data")
+        build_training_data(letters, chosen, 0, tmp_path / "data")
 
 
 def test_rows_add_up_in_every_split(
     tokenizer: PreTrainedTokenizerBase, faulty: dict[str, Any], speeches: dict[str, Any], tmp_path: Path
 ) -> None:
     chosen = settings(faulty, speeches, max_tokens=900, examples=1, heldout=1)
-    parts = build_dataset(tokenizer, chosen, 0, tmp_path / "data")["splits"]
+    parts = build(tokenizer, chosen, 0, tmp_path / "data")["splits"]
     assert {name: part["rows"] for name, part in parts.items()} == {
         "train": {"n_total": 8, "n_skipped": 5, "n_used": 1, "n_left": 2},
         "heldout": {"n_total": 8, "n_skipped": 5, "n_used": 1, "n_left": 2},
         "test": {"n_total": 8, "n_skipped": 0, "n_used": 8, "n_left": 0},
     }
-    assert [len(load_split(tmp_path / "data", name)) for name in parts] == [1, 1, 8]
+    assert [len(load(tmp_path / "data", name)) for name in parts] == [1, 1, 8]
 
 
 @pytest.mark.parametrize("part", ["train", "test"])
@@ -345,8 +386,8 @@ def test_malformed_row_of_either_source_is_fatal_where_the_rule_says(
 ) -> None:
     sources = (faulty, speeches) if part == "train" else (speeches, faulty)
     with pytest.raises(UserError, match=r"^rows\.jsonl, line 4: the response is empty; data\.malformed"):
-        build_dataset(tokenizer, settings(*sources, malformed="fail"), 0, tmp_path / "data")
-    assert not (tmp_path / "data").exists()
+        build(tokenizer, settings(*sources, malformed="fail"), 0, tmp_path / "data")
+    assert not (tmp_path / "data" / ("data" if part == "train" else "test-data")).exists()
 
 
 def test_step_logs_what_was_skipped_repaired_and_cut(
@@ -363,20 +404,27 @@ def test_step_logs_what_was_skipped_repaired_and_cut(
     (tmp_path / "model" / "manifest.json").write_text('{"trust_remote_code": false, "context_length": null}')
     data: dict[str, Any] = {"max_tokens": 200, "malformed": "skip", "distractors": 0}
     data |= {"train": {"source": faulty, "examples": 2, "heldout": 1}, "test": {"source": speeches, "examples": 2}}
-    files = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "data")]
     metrics = tmp_path / "metrics.json"
-    step.main(["--settings", json.dumps({"seed": 0, "data": data}), *files, "--metrics", str(metrics)])
-    logged = json.loads(metrics.read_text())
-    described = json.loads((tmp_path / "data" / "manifest.json").read_text())["splits"]
-    assert {name for name in logged if name.startswith("test/")} == {
+
+    def run(which: ModuleType, output: str) -> dict[str, float]:
+        files = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / output), "--metrics", str(metrics)]
+        which.main(["--settings", json.dumps({"seed": 0, "data": data}), *files])
+        numbers: dict[str, float] = json.loads(metrics.read_text())
+        return numbers
+
+    tested = run(test_step, "test-data")
+    assert {name for name in tested if "/" in name} == {
         f"test/{count}" for count in ("examples", "n_total", "n_skipped", "n_used", "n_left")
     }
+    logged = run(step, "data")
+    assert not any(name.startswith("test/") for name in logged)
+    described = json.loads((tmp_path / "data" / "manifest.json").read_text())["splits"]
     found = {name.partition("/")[2]: value for name, value in logged.items() if name.startswith("train/")}
     reasons = ("not_utf8", "duplicate_id", "empty_prompt", "empty_response", "duplicate")
     assert found == {
         "examples": 2, "n_total": 8, "n_skipped": 5, "n_used": 2, "n_left": 1,
         **{f"skipped_{reason}": 1 for reason in reasons}, "repaired_byte_order_mark": 0, "repaired_crlf": 1,
-        **{count: described["train"][count] for count in step.RECORD_COUNTS},
+        **{count: described["train"][count] for count in RECORD_COUNTS},
     }  # fmt: skip
     assert logged["train/prompts_cut"] + logged["heldout/prompts_cut"] == 1
     assert logged["train/prompt_tokens_cut"] + logged["heldout/prompt_tokens_cut"] > 100
@@ -390,9 +438,9 @@ def test_pinned_checksum_of_a_source_is_verified(
     pinned = {**speeches, "sha256": "0" * 64}
     chosen = settings(pinned, speeches) if part == "train" else settings(speeches, pinned)
     with pytest.raises(UserError, match=rf"data\.{part}\.source\.sha256: expected 0+, found {found} for speeches"):
-        build_dataset(tokenizer, chosen, 0, tmp_path / "data")
+        build(tokenizer, chosen, 0, tmp_path / "data")
     right = {**speeches, "sha256": found}
-    build_dataset(tokenizer, settings(right, right), 0, tmp_path / "data")
+    build(tokenizer, settings(right, right), 0, tmp_path / "data")
 
 
 def test_pinned_checksum_of_another_test_source_is_verified(
@@ -400,14 +448,14 @@ def test_pinned_checksum_of_another_test_source_is_verified(
 ) -> None:
     path = write_rows(tmp_path / "rows.jsonl", 4)
     right = hashlib.sha256(path.read_bytes()).hexdigest()
-    manifest = build_dataset(tokenizer, settings(speeches, source("jsonl", path, sha256=right)), 0, tmp_path / "data")
+    manifest = build(tokenizer, settings(speeches, source("jsonl", path, sha256=right)), 0, tmp_path / "data")
     assert manifest["splits"]["test"]["source"]["sha256"] == right
     with pytest.raises(UserError, match=rf"data\.test\.source\.sha256: expected 1+, found {right}"):
-        build_dataset(tokenizer, settings(speeches, source("jsonl", path, sha256="1" * 64)), 0, tmp_path / "other")
+        build(tokenizer, settings(speeches, source("jsonl", path, sha256="1" * 64)), 0, tmp_path / "other")
 
 
 def test_unknown_split_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="has train, heldout, test"):
+    with pytest.raises(UserError, match="has train and heldout, one of `sdtp test-data` has test"):
         load_split(tmp_path, "validation")
 
 
@@ -425,18 +473,25 @@ def test_data_step_reads_a_hub_dataset_at_its_commit(
     data: dict[str, Any] = {"max_tokens": 300, "malformed": "skip", "distractors": 8}
     data |= {"train": {"source": hub, "examples": 6, "heldout": 2}, "test": {"source": hub, "examples": 4}}
     arguments = ["--settings", json.dumps({"seed": 0, "data": data}), "--model", str(model)]
-    arguments += ["--output", str(tmp_path / "data"), "--metrics", str(tmp_path / "metrics.json")]
+    steps = {"data": [], "test-data": ["--learned-from", str(tmp_path / "data")]}
     with serve("someone/rows", repository, "datasets") as (endpoint, _):
-        done = subprocess.run(
-            [sys.executable, "-m", "sdtp.cli", "data", *arguments],
-            env={**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home")},
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-    assert done.returncode == 0, done.stderr
-    manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
-    assert manifest["splits"]["test"]["source"]["revision"] == COMMIT
-    assert [len(load_split(tmp_path / "data", name)) for name in ("train", "heldout", "test")] == [6, 2, 4]
-    assert json.loads((tmp_path / "metrics.json").read_text())["train/examples"] == 6
+        for name, options in steps.items():
+            files = ["--output", str(tmp_path / name), "--metrics", str(tmp_path / f"{name}.json")]
+            done = subprocess.run(
+                [sys.executable, "-m", "sdtp.cli", name, *arguments, *options, *files],
+                env={**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home")},
+                cwd=tmp_path,
+                capture_output=True,
+                text=True,
+                timeout=240,
+            )
+            assert done.returncode == 0, done.stderr
+            (revision,) = {
+                part["source"]["revision"]
+                for part in json.loads((tmp_path / name / "manifest.json").read_text())["splits"].values()
+            }
+            assert revision == COMMIT
+    parts = {name: load(tmp_path, name)["prompt"] for name in ("train", "heldout", "test")}
+    assert {name: len(part) for name, part in parts.items()} == {"train": 6, "heldout": 2, "test": 4}
+    assert len({prompt for part in parts.values() for prompt in part}) == 12
+    assert json.loads((tmp_path / "data.json").read_text())["train/examples"] == 6

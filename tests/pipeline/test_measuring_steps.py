@@ -30,22 +30,24 @@ pytestmark = pytest.mark.usefixtures("no_tracking")
 
 
 @pytest.mark.parametrize(
-    ("main", "settings", "message"),
+    ("main", "option", "settings", "message"),
     [
         (
             benchmark.main,
+            "--text",
             {"benchmark": {"prompt_tokens": [40], "new_tokens": 3}},
             r"^40 \(benchmark\.prompt_tokens\) \+ 3 \(benchmark\.new_tokens\) = 43 tokens: the model's context has 42$",
         ),
         (
             generate.main,
+            "--data",
             {"generation": {"examples": 2, "max_new_tokens": 4}},
             r"^39 \(longest prompt\) \+ 4 \(generation\.max_new_tokens\) = 43 tokens: the model's context has 42$",
         ),
     ],
 )
 def test_tokens_beyond_the_context_are_refused_before_the_model_is_loaded(
-    tmp_path: Path, main: Callable[[list[str]], None], settings: dict[str, Any], message: str
+    tmp_path: Path, main: Callable[[list[str]], None], option: str, settings: dict[str, Any], message: str
 ) -> None:
     model, data = tmp_path / "model", tmp_path / "data"
     model.mkdir()
@@ -53,7 +55,7 @@ def test_tokens_beyond_the_context_are_refused_before_the_model_is_loaded(
     rows = [{"task": "retrieval", "prompt_ids": [1] * length} for length in (39, 20, 60)]  # the third is not shown
     Dataset.from_list(rows).save_to_disk(data / "test")
     (data / "manifest.json").write_text(json.dumps({"splits": {"test": {"content_sha256": "d" * 64}}}))
-    files = ["--model", str(model), "--data", str(data), "--pruner", str(tmp_path / "pruner")]
+    files = ["--model", str(model), option, str(data), "--pruner", str(tmp_path / "pruner")]
     files += ["--output", str(tmp_path / "output"), "--metrics", str(tmp_path / "metrics")]
     with pytest.raises(UserError, match=message):
         main(["--settings", json.dumps(settings), *files, "--keep-ratio", "0.5"])

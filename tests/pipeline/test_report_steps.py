@@ -51,10 +51,10 @@ def folder(tmp_path: Path) -> Path:
                  "prompt": "", "response": "", "source": ""}
                 for name, task in rows
             ]
-        ).save_to_disk(tmp_path / "data" / split)  # fmt: skip
+        ).save_to_disk(tmp_path / ("test-data" if split == "test" else "data") / split)  # fmt: skip
     counts = {"n_total": 2, "n_skipped": 0, "n_left": 0, "n_used": 2}
-    data_manifest = {"content_sha256": "1", "splits": {"test": {"rows": counts}}}
-    (tmp_path / "data" / "manifest.json").write_text(json.dumps(data_manifest))
+    for name, splits in (("data", {"train": {"rows": counts}}), ("test-data", {"test": {"rows": counts}})):
+        (tmp_path / name / "manifest.json").write_text(json.dumps({"content_sha256": "1", "splits": splits}))
 
     (tmp_path / "saliency").mkdir()
     scores = [torch.tensor(score) for score in synthetic_run.saliency(3, PROMPT)]
@@ -97,6 +97,7 @@ def common(folder: Path) -> list[str]:
     generations = [str(folder / "generations" / f"ratio-{ratio}.jsonl") for ratio in synthetic_run.RATIOS]
     return [
         "--settings", json.dumps({"run": "tiny"}), "--model", str(folder / "model"), "--data", str(folder / "data"),
+        "--test-data", str(folder / "test-data"),
         "--history", str(folder / "training" / "history.csv"), "--generations", *generations,
         "--latency", str(folder / "tables" / "latency.csv"), "--quality", str(folder / "tables" / "quality.csv"),
         "--saliency", str(folder / "saliency" / "index.json"),

@@ -47,6 +47,11 @@ MADE_OF = {
 }
 
 
+# Prompt tokens of `long_run`'s examples as they are run: the longest, then the batch of the most response tokens, which
+# is the only one of three examples; 16, 17 and 7 of them are a chunk.
+RUN_ORDER = [49, 13, 12, 11, *range(48, 13, -1), 10]
+
+
 @pytest.fixture
 def run(tmp_path: Path, tiny_model: Callable[..., PreTrainedModel]) -> Path:
     """Five examples of 20 to 24 prompt tokens."""
@@ -65,6 +70,14 @@ def data_rows(run: Path) -> list[dict[str, Any]]:
     return [
         row for split in ("train", "heldout") for row in Dataset.load_from_disk(str(run / "data" / split)).to_list()
     ]
+
+
+def answer(run: Path, response_tokens: list[int]) -> None:
+    """Gives the examples of a run other responses, of these lengths."""
+    rows = [{**row, "response_ids": [5] * count} for row, count in zip(data_rows(run), response_tokens, strict=True)]
+    for split, part in (("train", rows[:-1]), ("heldout", rows[-1:])):
+        shutil.rmtree(run / "data" / split)
+        Dataset.from_list(part).save_to_disk(run / "data" / split)
 
 
 def metrics(run: Path, index: int = 0) -> dict[str, Any]:
@@ -195,9 +208,30 @@ print(anonymous() - before, (folder / "shard.safetensors").stat().st_size)
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
         monkeypatch.setattr("sdtp.pipeline.steps.saliency.batch_saliency", full)
-        with pytest.raises(UserError, match=r"no memory was left on cpu .* saliency\.gradient_checkpointing: true"):
+        answer(run, [3, 3, 9, 3, 4])
+        # Of 23, 22 and 20 prompt tokens; the second, the longest with its response, runs alone and after the others.
+        expected = (
+            r"no memory was left on cpu .* 2 examples, 'e3' the first, of up to 23 prompt and 3 response tokens: "
+            r"saliency\.gradient_checkpointing: true .* logits of 6 response tokens, a smaller saliency\.batch_tokens"
+        )
+        with pytest.raises(UserError, match=expected):
             shard(run, 0)
         assert not output(run, 0).exists()
+
+    def test_batches_of_the_longest_example_and_of_the_most_response_tokens_run_first(
+        self, tmp_path: Path, tiny_model: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        make_run(tmp_path, tiny_model(), [34, 10, 40, 38, 36])
+        answer(tmp_path, [3, 20, 3, 3, 3])  # 29 tokens run of the second example, fewer than of any other
+        true, ran = saliency.batch_saliency, []
+
+        def watched(model: Any, prompts: Any, responses: Any, *others: Any) -> Any:
+            ran.append([(len(prompt), len(response)) for prompt, response in zip(prompts, responses, strict=True)])
+            return true(model, prompts, responses, *others)
+
+        monkeypatch.setattr(saliency, "batch_saliency", watched)
+        shard(tmp_path, 0, 1)
+        assert ran == [[(40, 3)], [(10, 20)], [(38, 3)], [(36, 3)], [(34, 3)]]
 
 
 class TestChunks:
@@ -224,10 +258,10 @@ class TestChunks:
         assert not checkpoints(run, 0).exists()
         return int(resumed)
 
-    def test_hold_the_longest_examples_first(self, killed: Path) -> None:
-        tokens = [[label.shape[1] for label in map_labels(path)[1].values()] for path in chunks(killed, 0)]
-        assert [len(chunk) for chunk in tokens] == [CHUNK_EXAMPLES, 16, 8]
-        assert min(tokens[0]) > max(tokens[1]) > min(tokens[1]) > max(tokens[2])
+    def test_hold_the_most_demanding_examples_first(self, killed: Path) -> None:
+        tokens = [sorted(label.shape[1] for label in map_labels(path)[1].values()) for path in chunks(killed, 0)]
+        assert len(tokens[0]) == CHUNK_EXAMPLES
+        assert tokens == [sorted(RUN_ORDER[:16]), sorted(RUN_ORDER[16:33]), sorted(RUN_ORDER[33:])]
 
     def test_all_are_taken(self, killed: Path, caplog: pytest.LogCaptureFixture) -> None:
         with caplog.at_level(logging.INFO, logger="sdtp"):
@@ -256,7 +290,7 @@ class TestChunks:
                     second.write_bytes(b"")
                 case "another's place":
                     shutil.copyfile(first, second)
-            assert self.again(killed) == 40 - 16
+            assert self.again(killed) == 40 - 17
         if damage in ("truncated", "empty"):
             assert f"{second} is not a whole file of labels" in caplog.text
         elif damage == "edited byte":
@@ -268,7 +302,6 @@ class TestChunks:
             {"settings": {**SETTINGS, "saliency": {**SETTINGS["saliency"], "reduction": "abs"}}},
             {"settings": {**SETTINGS, "saliency": {**SETTINGS["saliency"], "target": "logit"}}},
             {"settings": {**SETTINGS, "saliency": {**SETTINGS["saliency"], "batch_tokens": 60}}},
-            {"settings": {**SETTINGS, "saliency": {**SETTINGS["saliency"], "gradient_checkpointing": True}}},
             {"settings": {**SETTINGS, "pruning": {"start": 1, "step": 1}}},
             {"settings": {**SETTINGS, "model": {**SETTINGS["model"], "dtype": "bfloat16"}}},
             {"settings": {**SETTINGS, "model": {**SETTINGS["model"], "attention": "eager"}}},
@@ -282,6 +315,16 @@ class TestChunks:
         with caplog.at_level(logging.INFO, logger="sdtp"):
             assert self.again(killed, **change) == 0
         assert f"{checkpoints(killed, 0)} has chunks of other settings" in caplog.text
+
+    def test_those_of_a_run_that_had_too_little_memory_are_taken_when_it_recomputes(self, killed: Path) -> None:
+        chunks(killed, 0)[1].unlink()
+        recomputing = {
+            **SETTINGS["saliency"],
+            "gradient_checkpointing": not SETTINGS["saliency"]["gradient_checkpointing"],
+        }
+        assert self.again(killed, settings={**SETTINGS, "saliency": recomputing}) == 40 - 17
+        # The labels computed so are the others' to the bit, so the setting need not be the same throughout a shard.
+        assert output(killed, 0).read_bytes() == (killed / "expected").read_bytes()
 
     def test_those_of_other_code_are_kept_until_the_shard_is_whole(
         self, killed: Path, monkeypatch: pytest.MonkeyPatch
@@ -323,7 +366,7 @@ class TestChunks:
         shown = capsys.readouterr().err
         bars = [line for line in shown.replace("\n", "\r").split("\r") if line.startswith("saliency, shard 0")]
         total = sum(range(10, 50)) + 40 * 2
-        assert f"{100 * tokens // total}%|" in bars[0]
+        assert f"{100 * tokens / total:.0f}%|" in bars[0]
         assert f"| {tokens}/{total / 1000:.2f}k [00:00<" in bars[0]  # the time that is left stands behind <
         assert "100%|" in bars[-1]
         assert "40/40 examples" in bars[-1]
@@ -331,12 +374,12 @@ class TestChunks:
 
 @pytest.mark.slow
 def test_killed_anywhere_it_ends_with_the_same_bytes_and_computes_nothing_twice(long_run: Path) -> None:
-    """A real process, killed in each phase and started again. Its chunks have 16, 16 and 8 examples, longest first."""
+    """A real process, killed in each phase and started again. Its chunks have 16, 17 and 7 examples."""
     phases = {
         # phase: (how often it is reached before the kill, examples in whole chunks then, examples computed by then)
-        "compute": (20, 16, 19),
-        "write": (2, 16, 32),
-        "rename": (2, 16, 32),
+        "compute": (20, 16, 21),
+        "write": (2, 16, 33),
+        "rename": (2, 16, 33),
         "assembly": (1, 40, 40),
         "finish": (1, 40, 40),
     }
@@ -365,9 +408,9 @@ def test_killed_anywhere_it_ends_with_the_same_bytes_and_computes_nothing_twice(
         log = (run / "whole.log").read_text()
         assert f"{saved} of 40 examples are taken from chunks of an interrupted run" in log, name
         assert metrics(run)["examples_resumed"] == saved
-        # The first run's examples that were in no whole chunk, and those it had not come to; the longest are run first.
-        assert len(computed(run / "killed.txt")) == before, name
-        assert computed(run / "whole.txt") == every[: 40 - saved], name
+        # The first run's examples that were in no whole chunk, and those it had not come to.
+        assert computed(run / "killed.txt") == sorted(RUN_ORDER[:before]), name
+        assert computed(run / "whole.txt") == sorted(RUN_ORDER[saved:]), name
         assert not checkpoints(run, 0).exists(), name
         assert not list((run / "saliency").glob(".tmp-*")), name
 

@@ -49,8 +49,7 @@ def run(tmp_path: Path, tiny_model: Callable[..., PreTrainedModel]) -> Path:
     context = model.config.max_position_embeddings
     manifest = {"trust_remote_code": False, "context_length": context}
     (tmp_path / "model" / "manifest.json").write_text(json.dumps(manifest))
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "benchmark.json").write_text(json.dumps({"ids": [3 + n % 100 for n in range(150)]}))
+    (tmp_path / "text.json").write_text(json.dumps({"ids": [3 + n % 100 for n in range(150)]}))
     schedule = PruningSchedule((1, 3), (0.5, 0.25), sinks=1, local=0.1, min_local=2)
     TokenPruner(schedule, scorers.Learned(32, 2, width=8)).save_pretrained(tmp_path / "pruner")
     return tmp_path
@@ -58,7 +57,7 @@ def run(tmp_path: Path, tiny_model: Callable[..., PreTrainedModel]) -> Path:
 
 def arguments(run: Path, name: str, **serving: Any) -> list[str]:
     settings = {**SETTINGS, "serving": {**SERVING, **serving}}
-    given = ["--settings", json.dumps(settings), "--model", str(run / "model"), "--data", str(run / "data")]
+    given = ["--settings", json.dumps(settings), "--model", str(run / "model"), "--text", str(run / "text.json")]
     files = ["--output", str(run / f"{name}.json"), "--metrics", str(run / f"{name}-metrics.json")]
     return [*given, "--pruner", str(run / "pruner"), *files]
 

@@ -104,7 +104,7 @@ def test_refusals(tmp_path: Path, arguments: list[str], message: str) -> None:
     model.mkdir()
     (model / "manifest.json").write_text(json.dumps({"context_length": 42}))
     settings = {"benchmark": {"new_tokens": 3}, "peers": {"prompt_tokens": [40]}}
-    files = ["--settings", json.dumps(settings), "--model", str(model), "--data", str(tmp_path / "data")]
+    files = ["--settings", json.dumps(settings), "--model", str(model), "--text", str(tmp_path / "text.json")]
     files += ["--output", str(tmp_path / "timings"), "--metrics", str(tmp_path / "metrics")]
     with pytest.raises(UserError, match=message):
         time_methods.main([*files, *arguments, "--keep-ratio", "0.5"])
@@ -112,7 +112,7 @@ def test_refusals(tmp_path: Path, arguments: list[str], message: str) -> None:
 
 @pytest.mark.parametrize("method", ["unpruned", "oracle", "kvpress-KnormPress"])
 def test_what_cannot_be_timed_is_no_choice(method: str, capsys: pytest.CaptureFixture[str]) -> None:
-    files = ["--settings", "{}", "--model", "m", "--data", "d", "--output", "o", "--metrics", "f"]
+    files = ["--settings", "{}", "--model", "m", "--text", "t", "--output", "o", "--metrics", "f"]
     with pytest.raises(SystemExit):
         time_methods.main([*files, "--methods", method, "--keep-ratio", "1.0"])
     assert f"invalid choice: '{method}'" in capsys.readouterr().err

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from sdtp.training.batching import length_batches
+from sdtp.training.batching import demanding_first, length_batches
 
 
 def test_batches_are_filled_longest_first():
@@ -37,3 +37,20 @@ def test_every_example_is_in_one_batch_within_the_limits(seed):
     assert len(batches) < 80  # 0.4 of the examples: two or three a batch at these lengths
     longest = [lengths[batch[0]] for batch in batches]
     assert longest == sorted(longest, reverse=True)
+
+
+def test_batches_that_may_need_most_memory_come_first():
+    lengths = [6, 6, 5, 20, 7, 8]
+    batches = [(3,), (5, 4, 0), (1, 2)]
+    # 20, 24 and 12 tokens with padding; 20, 8 and 6 in the longest; 1, 3 and 9 of responses, counted over the batch.
+    assert demanding_first(batches, lengths, [1, 4, 5, 1, 1, 1]) == [(5, 4, 0), (3,), (1, 2)]
+    batches = [(3,), (5,), (4,), (0,), (1, 2)]
+    assert demanding_first(batches, lengths, [6, 4, 5, 1, 1, 1]) == [(3,), (1, 2), (5,), (4,), (0,)]
+    assert demanding_first(batches, lengths, [10, 4, 5, 1, 1, 1]) == [(3,), (0,), (5,), (4,), (1, 2)]
+
+
+def test_batches_of_which_the_first_needs_most_of_all_stay_in_order():
+    lengths, batches = [6, 5, 5, 20, 5], [(3,), (0, 2), (4, 1)]
+    assert demanding_first(batches, lengths, [1, 1, 1, 9, 1]) == batches
+    assert demanding_first(batches, lengths, [1, 1, 1, 2, 1]) == batches  # as many in each: the first of them
+    assert demanding_first([], [], []) == []

@@ -1,11 +1,15 @@
 """Saliency against an independent autograd reference, and what it must leave alone."""
 
+import collections
 import functools
 import gc
 import hashlib
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdtp.errors import UserError
 from sdtp.training import saliency as implementation
@@ -94,14 +98,77 @@ def test_a_batch_in_float32_gives_what_its_examples_give_alone(tiny_model, famil
         assert (found - alone).abs().max() <= 1e-5 * alone.abs().max()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_checkpointing_changes_nothing_in_a_batch(tiny_model, family):
-    model = tiny_model(family)
+def test_checkpointing_changes_no_bit_of_a_batch(tiny_model, family, dtype):
+    """Labels of a run that recomputes stand beside those of one that did not, in one shard."""
+    model = tiny_model(family, dtype)
     layers = (2, 4) if family == "gemma3" else (1, 3)
     plain = batch_saliency(model, *batch_of(), layers)
     checkpointed = batch_saliency(model, *batch_of(), layers, gradient_checkpointing=True)
     for expected, found in zip(plain, checkpointed, strict=True):
-        assert (found - expected).abs().max() <= 1e-6 * expected.max()
+        assert torch.equal(found, expected)
+        assert expected.max() > 1e-4
+
+
+class AliveLogits(TorchDispatchMode):
+    """Bytes of tensors as wide as the model's vocabulary that operations made inside the block, while they are held.
+
+    Attributes:
+        most: by dtype the most at once since `most` was last set to {}.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.width = model.config.vocab_size
+        self.weights = {weight.untyped_storage()._cdata for weight in model.parameters()}  # the head's, transposed
+        self.made = {}  # by storage, which views share: a reference that does not keep it, dtype and bytes
+        self.most = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.ndim and tensor.shape[-1] == self.width:
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.weights:
+                    self.made[storage._cdata] = (StorageWeakRef(storage), tensor.dtype, storage.nbytes())
+        for dtype, size in self.now().items():
+            self.most[dtype] = max(size, self.most.get(dtype, 0))
+        return result
+
+    def now(self):
+        """Bytes by dtype."""
+        self.made = {place: entry for place, entry in self.made.items() if not entry[0].expired()}
+        sizes = collections.Counter()
+        for _, dtype, size in self.made.values():
+            sizes[dtype] += size
+        return sizes
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("target", ["loss", "logit"])
+def test_logits_of_one_example_at_a_time_are_in_float32(tiny_model, target, checkpointing):
+    """What a batch with short prompts and a large vocabulary takes: its logits twice, and one example's in float32."""
+    model = tiny_model(dtype=torch.bfloat16, vocab_size=499)  # as wide as nothing else is
+    prompts, responses = batch_of(((6, 8), (5, 11), (6, 9), (4, 10)))
+    logits = (8 + 11 + 9 + 10) * 499 * 2
+    held = []
+    with AliveLogits(model) as alive:
+        batch_saliency(model, [prompts[1]], [responses[1]], LAYERS, "abs", target, checkpointing)
+        alone = alive.most
+        alive.most = {}
+        model.model.layers[3].register_forward_hook(
+            lambda module, args, output: output.register_hook(lambda gradient: held.append(alive.now())) and None
+        )
+        batch_saliency(model, prompts, responses, LAYERS, "abs", target, checkpointing)
+    if target == "loss":
+        assert alone[torch.float32] >= 2 * 11 * 499 * 4  # a copy, and its log-softmax
+        assert alone[torch.bfloat16] == 2 * 11 * 499 * 2  # logits and gradients: those of one example are not copied
+    assert alive.most.get(torch.float32, 0) == alone.get(torch.float32, 0)
+    # Logits and their gradients, and one example's before it is among them.
+    assert alive.most[torch.bfloat16] <= 2 * logits + 2 * 11 * 499 * 2
+    # When the backward pass comes to the layers, nothing but the gradients is left.
+    assert held == [{torch.bfloat16: logits}]
 
 
 def test_a_batch_is_one_forward_without_a_mask_and_logits_of_response_tokens_only(tiny_model):

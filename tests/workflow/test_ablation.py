@@ -71,6 +71,7 @@ def test_shipped_comparison_plans_each_variant_once(
         "model": 1,
         "check": 1,
         "data": 1,
+        "test_data": 1,
         "reference": 1,
         "evaluate": references,
         "variant_saliency": 2 * labels,

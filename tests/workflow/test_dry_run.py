@@ -14,6 +14,8 @@ DEFAULT = {
     "model": 1,
     "check": 1,
     "data": 1,
+    "test_data": 1,
+    "benchmark_text": 1,
     "saliency": 2,
     "saliency_index": 1,
     "train": 1,
@@ -40,7 +42,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_empty_clone_plans_every_step(clone: Path, snakefile: str) -> None:
     output = snakemake(clone, "--dry-run", "--snakefile", snakefile).stdout
     assert job_counts(output) == DEFAULT
-    assert f"Checking the 14 steps of run default: {', '.join(DEFAULT)}" in output
+    assert f"Checking the 16 steps of run default: {', '.join(DEFAULT)}" in output
 
 
 def leased(output: str) -> list[tuple[int, str]]:

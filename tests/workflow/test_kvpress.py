@@ -158,7 +158,9 @@ def rows(folder: Path, press: str) -> list[dict[str, Any]]:
 def test_each_press_is_planned_by_the_name_of_its_file_and_others_are_not(tmp_path: Path) -> None:
     folder = copy_project(tmp_path / "sdtp")
     output = snakemake(folder, "--dry-run", *results(*SCRIPT.PRESSES)).stdout
-    assert job_counts(output) == {"model": 1, "data": 1, "budgets": 1, "reference": 1, "kvpress": len(SCRIPT.PRESSES)}
+    assert job_counts(output) == {
+        "model": 1, "test_data": 1, "budgets": 1, "reference": 1, "kvpress": len(SCRIPT.PRESSES)
+    }  # fmt: skip
     assert "Missing input files" not in output
     refused = snakemake(folder, "--dry-run", *results("RandomPress"), check=False)
     assert refused.returncode != 0

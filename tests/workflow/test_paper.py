@@ -21,7 +21,8 @@ ENVIRONMENT = ROOT / ".venv-llmlingua"
 
 # What the default run plans: everything beyond its own steps is of the paper.
 DEFAULT = {
-    "model": 1, "check": 1, "data": 1, "saliency": 2, "saliency_index": 1, "train": 1, "benchmark": 3, "tables": 1,
+    "model": 1, "check": 1, "data": 1, "test_data": 1, "benchmark_text": 1, "saliency": 2, "saliency_index": 1,
+    "train": 1, "benchmark": 3, "tables": 1,
     "evaluate": 32,  # unpruned, 4 methods and 6 peers at 3 ratios, and H2O on the unpruned model
     "reference": 1, "time_methods": 3, "time_compression": 1, "tradeoff_tables": 1, "tradeoff_suites": 1,
     "ruler_data": 1, "predict": 4, "score": 4, "ruler_table": 1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from sdtp.pipeline.data import load_split
 from tests.workflow.project import changed_tiny, overlay, planned, snakemake
 
 pytestmark = pytest.mark.slow
@@ -21,8 +23,9 @@ RANDOM = {"evaluate/random-0.8", "evaluate/random-0.5"}
 UNPRUNED = {"evaluate/unpruned-1.0"}
 FROM_TRAIN = {"train"} | BENCHMARKS | GENERATIONS | SDTP | GATHERED
 FROM_SALIENCY = {"saliency/0", "saliency/1", "saliency-index"} | FROM_TRAIN
-FROM_DATA = {"data", "reference"} | FROM_SALIENCY | RANDOM | UNPRUNED
-ALL = {"model", "check"} | FROM_DATA
+FROM_TEST = {"test-data", "reference"} | GENERATIONS | SDTP | RANDOM | UNPRUNED | GATHERED
+FROM_DATA = {"data"} | FROM_SALIENCY | FROM_TEST
+ALL = {"model", "check", "benchmark-text"} | FROM_DATA
 
 CHANGES: list[tuple[dict[str, Any], set[str]]] = [
     ({"seed": 1}, FROM_DATA),
@@ -30,7 +33,8 @@ CHANGES: list[tuple[dict[str, Any], set[str]]] = [
     ({"model": {"dtype": "float16"}}, {"reference"} | FROM_SALIENCY | RANDOM | UNPRUNED),
     ({"data": {"max_tokens": 300}}, FROM_DATA | {"check"}),
     ({"data": {"distractors": 3}}, FROM_DATA),
-    ({"data": {"test": {"examples": 3}}}, FROM_DATA),
+    ({"data": {"train": {"examples": 9}}}, {"data"} | FROM_SALIENCY),
+    ({"data": {"test": {"examples": 3}}}, FROM_TEST),
     ({"pruning": {"step": 2}}, FROM_SALIENCY | RANDOM | {"check"}),
     ({"pruning": {"sinks": 5}}, FROM_TRAIN | RANDOM),
     (
@@ -57,12 +61,12 @@ CHANGES: list[tuple[dict[str, Any], set[str]]] = [
 
 def test_whole_workflow_ran(finished_run: Path) -> None:
     results = finished_run / "results" / "tiny"
-    assert "22 of 22 steps (100%) done" in (finished_run / "snakemake.txt").read_text(encoding="utf-8")
+    assert "24 of 24 steps (100%) done" in (finished_run / "snakemake.txt").read_text(encoding="utf-8")
     assert (results / "report.html").stat().st_size > 10_000
-    assert len(list((results / "metrics").iterdir())) == 20  # figures has no number to tell
-    assert len(list((results / "resources").iterdir())) == 21
+    assert len(list((results / "metrics").iterdir())) == 22  # figures has no number to tell
+    assert len(list((results / "resources").iterdir())) == 23
     logs = {path.relative_to(finished_run / "logs" / "tiny"): path for path in (finished_run / "logs").rglob("*.log")}
-    assert len(logs) == 21
+    assert len(logs) == 23
     for path in logs.values():
         assert re.search(r"^[a-z-]+: done in \d+\.\d s$", path.read_text(encoding="utf-8"), flags=re.MULTILINE), path
 
@@ -74,11 +78,28 @@ def test_changed_setting_reruns_what_uses_it(
     assert planned(finished_run, "--configfile", overlay(tmp_path / "changed.yaml", change)) == jobs
 
 
+def test_of_records_another_training_set_makes_another_test_set(project: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"question {number}", "response": "answer"} for number in range(20)]
+    (project / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"kind": "jsonl", "ref": "rows.jsonl", "revision": None, "sha256": None}
+    data = {"train": {"source": source, "examples": 10, "heldout": 4}, "test": {"source": source, "examples": 6}}
+    few = overlay(tmp_path / "few.yaml", {"run": "records", "data": data})
+    target = "results/records/test-data"
+    snakemake(project, target, "--configfile", few)
+    folders = {"train": "data", "heldout": "data", "test": "test-data"}
+    splits = [load_split(project / "results" / "records" / folder, split) for split, folder in folders.items()]
+    assert sorted(prompt for split in splits for prompt in split["prompt"]) == sorted(row["prompt"] for row in rows)
+    fewer = overlay(
+        tmp_path / "fewer.yaml", {"run": "records", "data": data | {"train": data["train"] | {"examples": 9}}}
+    )
+    assert planned(project, target, "--configfile", fewer) == {"data", "test-data"}
+
+
 @pytest.mark.parametrize("seed", ["1", "2", "3"])
 def test_nothing_to_do_whatever_the_hash_seed(finished_run: Path, seed: str) -> None:
     output = snakemake(finished_run, "--configfile", "tiny.yaml", PYTHONHASHSEED=seed).stdout
     assert "Nothing to be done" in output
-    assert "Checking the 14 steps of run tiny: model, check, data, saliency, saliency_index, train, generate" in output
+    assert "Checking the 16 steps of run tiny: model, check, data, test_data, benchmark_text, saliency" in output
 
 
 def test_nothing_to_do_with_keys_in_another_order_and_numbers_written_otherwise(

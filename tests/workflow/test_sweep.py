@@ -36,6 +36,7 @@ def test_default_plans_the_papers_layers_ratios_and_counts_and_the_cell_they_sha
     assert job_counts(output) == {
         "model": 1,
         "data": 1,
+        "test_data": 1,
         "check": 1,
         "reference": 1,
         "evaluate": 1,  # the unpruned model

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from sdtp.pipeline.data import split_hash
 from sdtp.pipeline.files import sha256_file
 
 READ = {
-    "data": {"train", "heldout", "test"},
+    "data": {"train", "heldout"},
+    "test-data": {"test"},
     "saliency": {"train", "heldout"},
     "train": {"train", "heldout"},
     "generate": {"test"},
@@ -23,10 +25,10 @@ pytestmark = pytest.mark.slow
 
 
 def test_runs_name_the_data_they_read(project: Path) -> None:
-    data = project / "results" / "tiny" / "data"
-    splits = json.loads((data / "manifest.json").read_text(encoding="utf-8"))["splits"]
-    hashes = {split: described["content_sha256"] for split, described in splits.items()}
-    hashes["benchmark"] = sha256_file(data / "benchmark.json")
+    results = project / "results" / "tiny"
+    folders = {"train": "data", "heldout": "data", "test": "test-data"}
+    hashes = {split: split_hash(results / folder, split) for split, folder in folders.items()}
+    hashes["benchmark"] = sha256_file(results / "benchmark-text.json")
     client = MlflowClient(f"sqlite:///{project / 'results' / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("sdtp")
     assert experiment is not None

@@ -30,7 +30,8 @@ def compared(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def test_default_plan(tmp_path: Path) -> None:
     folder = copy_project(tmp_path / "sdtp")
     counts = job_counts(snakemake(folder, "--dry-run", "tradeoff").stdout)
-    run = {"model": 1, "check": 1, "data": 1, "saliency": 2, "saliency_index": 1, "train": 1}
+    data = {"data": 1, "test_data": 1, "benchmark_text": 1}
+    run = {"model": 1, "check": 1, **data, "saliency": 2, "saliency_index": 1, "train": 1}
     # Unpruned, 4 methods of the run and 6 peers at 3 ratios, and H2O on the whole prompt.
     own = {"reference": 1, "evaluate": 1 + 10 * 3 + 1, "time_methods": 3, "time_compression": 1, "tradeoff_tables": 1}
     assert counts == run | own

@@ -39,7 +39,7 @@ if VARIANTS:
 
     rule ablation_table:
         input:
-            data="<data>",
+            data="<test_data>",
             references=evaluations(REFERENCES),
             variants=expand(
                 "<results>/variants/{variant}/evaluation/sdtp-{keep_ratio}.jsonl",

@@ -2,7 +2,7 @@
 rule benchmark:
     input:
         model="<results>/model",
-        data="<results>/data",
+        text="<text>",
         pruner="<results>/pruner",
     output:
         timings=ensure("<results>/benchmark/ratio-{keep_ratio}.json", non_empty=True),
@@ -24,6 +24,6 @@ rule benchmark:
         "Timing prefill and decoding, keep ratio {wildcards.keep_ratio}"
     shell:
         "sdtp lease --gpus {resources.gpu} --"
-        " sdtp --log {log} benchmark --settings {params.settings:q} --model {input.model} --data {input.data}"
+        " sdtp --log {log} benchmark --settings {params.settings:q} --model {input.model} --text {input.text}"
         " --pruner {input.pruner} --keep-ratio {wildcards.keep_ratio} --output {output.timings}"
         " --metrics {output.metrics}"

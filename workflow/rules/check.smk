@@ -1,10 +1,10 @@
 # Only the model says how many layers and positions it has, and its tokenizer how many tokens the benchmark's text: that
-# is made here as the data step will make it. No rule takes this file as input, so that other benchmark lengths train
+# is made here as step `benchmark_text` makes it. No rule takes this file as input, so that other benchmark lengths train
 # nothing again (`ancient` would hide a rule's own changes and train again after a refusal); the check comes first by its
 # priority, and alone by taking every core. On a cluster it may run beside others, for seconds.
 rule check:
     input:
-        local(own_files(config["data"]["test"]["source"], "data.test.source")),
+        local(TEST_FILES),
         model="<results>/model",
     output:
         checked=ensure("<results>/checked.json", non_empty=True),
@@ -14,7 +14,7 @@ rule check:
     benchmark:
         "<benchmarks>/check.tsv"
     priority: 1
-    retries: DATA_RETRIES
+    retries: TEST_RETRIES
     conda:
         "../../envs/sdtp.yaml"
     threads: ALL_CORES

@@ -45,11 +45,8 @@ try:
     LOGS = f"logs/{config['run']}"
     tracking_uri(Path(RESULTS), config["tracking"]["uri"])
     MODEL_FILES = own_files(config["model"]["source"], "model.source")
-    DATA_FILES = [
-        file
-        for split in ("train", "test")
-        for file in own_files(config["data"][split]["source"], f"data.{split}.source")
-    ]
+    TRAIN_FILES = own_files(config["data"]["train"]["source"], "data.train.source")
+    TEST_FILES = own_files(config["data"]["test"]["source"], "data.test.source")
     RULER_FILES = [
         *own_files(config["suites"]["ruler"]["source"], "suites.ruler.source"),
         *filter(None, [config["suites"]["ruler"]["passages"]]),
@@ -103,7 +100,8 @@ GPU_SHARE = max(1, ALL_CORES // max(1, GPUS))
 # The network fails now and then; a file on this machine does not.
 MODEL_RETRIES = 2 if config["model"]["source"]["kind"] == "hub" else 0
 LONGBENCH_RETRIES = 2 if (LONGBENCH["source"] or {}).get("kind") == "hub" else 0
-DATA_RETRIES = 2 if "hub" in [config["data"][split]["source"]["kind"] for split in ("train", "test")] else 0
+TRAIN_RETRIES = 2 if config["data"]["train"]["source"]["kind"] == "hub" else 0
+TEST_RETRIES = 2 if config["data"]["test"]["source"]["kind"] == "hub" else 0
 
 # Read by every step (sdtp.pipeline.tracking); in the environment, since nothing about tracking may rerun a step.
 PARENT_RUN_FILE = f"{RESULTS}/{tracking.PARENT_FILE}"

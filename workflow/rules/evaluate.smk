@@ -1,7 +1,7 @@
 rule evaluate:
     input:
         model="<model>",
-        data="<data>",
+        data="<test_data>",
         reference="<reference>",
         pruner=evaluated_pruner,
     output:

@@ -1,7 +1,7 @@
 rule generate:
     input:
         model="<results>/model",
-        data="<results>/data",
+        data="<test_data>",
         pruner="<results>/pruner",
     output:
         generations=ensure("<results>/generations/ratio-{keep_ratio}.jsonl", non_empty=True),

@@ -8,7 +8,7 @@ KNOWN_PRESSES = "SnapKVPress|ExpectedAttentionPress|KnormPress|StreamingLLMPress
 rule budgets:
     input:
         model="<model>",
-        data="<data>",
+        prompts="<test_data>",
     output:
         examples=ensure("<results>/budgets/ratio-{keep_ratio}.jsonl", non_empty=True),
         metrics="<results>/metrics/budgets-{keep_ratio}.json",
@@ -23,13 +23,13 @@ rule budgets:
         gpu=0,
     params:
         settings=settings(*SCHEDULE),
-        option="",
+        option="--data",
         code=code_hash("sdtp.pipeline.steps.budgets"),
     message:
         "Counting what a cache may hold, keep ratio {wildcards.keep_ratio}"
     shell:
-        "sdtp --log {log} budgets --settings {params.settings:q} --model {input.model} --data {input.data}"
-        " --keep-ratio {wildcards.keep_ratio} {params.option} --output {output.examples} --metrics {output.metrics}"
+        "sdtp --log {log} budgets --settings {params.settings:q} --model {input.model} {params.option} {input.prompts}"
+        " --keep-ratio {wildcards.keep_ratio} --output {output.examples} --metrics {output.metrics}"
 
 
 rule kvpress:
@@ -68,6 +68,9 @@ rule kvpress:
 
 # The prompts that methods are timed on, under their own budgets: other lengths evaluate nothing again.
 use rule budgets as timed_budgets with:
+    input:
+        model="<model>",
+        prompts="<text>",
     output:
         examples=ensure("<results>/budgets/timed-{keep_ratio}.jsonl", non_empty=True),
         metrics="<results>/metrics/timed-budgets-{keep_ratio}.json",
@@ -80,7 +83,7 @@ use rule budgets as timed_budgets with:
         keep_ratio=one_of([*KEEP_RATIOS, *map(str, config["suites"]["keep_ratios"])]),
     params:
         settings=settings(*SCHEDULE, "peers.prompt_tokens"),
-        option="--timed",
+        option="--text",
         code=code_hash("sdtp.pipeline.steps.budgets"),
     message:
         "Counting what a cache may hold where it is timed, keep ratio {wildcards.keep_ratio}"

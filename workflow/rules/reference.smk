@@ -1,7 +1,7 @@
 rule reference:
     input:
         model="<model>",
-        data="<data>",
+        data="<test_data>",
     output:
         states=ensure("<reference>", non_empty=True),
         metrics="<results>/metrics/reference.json",

@@ -1,7 +1,7 @@
 rule register:
     input:
         model="<model>",
-        data="<data>",
+        data="<test_data>",
         pruner="<results>/pruner",
         latency="<results>/tables/latency.csv",
         quality="<results>/tables/quality.csv",

@@ -1,6 +1,6 @@
 rule tables:
     input:
-        data="<results>/data",
+        data="<test_data>",
         benchmarks=expand("<results>/benchmark/ratio-{keep_ratio}.json", keep_ratio=KEEP_RATIOS),
         evaluations=evaluations(METHODS),
     output:
@@ -48,7 +48,8 @@ rule tables:
 rule figures:
     input:
         model="<results>/model",
-        data="<results>/data",
+        data="<data>",
+        test_data="<test_data>",
         index="<results>/saliency/index.json",
         shards=expand("<results>/saliency/shard-{shard}.safetensors", shard=SHARDS),
         history="<results>/training/history.csv",
@@ -90,6 +91,7 @@ rule figures:
         "Drawing the figures"
     shell:
         "sdtp --log {log} figures --settings {params.settings:q} --model {input.model} --data {input.data}"
+        " --test-data {input.test_data}"
         " --saliency {input.index} --history {input.history} --generations {input.generations}"
         " --latency {input.latency} --quality {input.quality} --sparsity {output.sparsity}"
         " --foresight {output.foresight} --output {params.results}/figures"
@@ -98,7 +100,8 @@ rule figures:
 rule report:
     input:
         model="<results>/model",
-        data="<results>/data",
+        data="<data>",
+        test_data="<test_data>",
         index="<results>/saliency/index.json",
         pruner="<results>/pruner",
         history="<results>/training/history.csv",
@@ -128,6 +131,7 @@ rule report:
         "Writing the report"
     shell:
         "sdtp --log {log} report --settings {params.settings:q} --model {input.model} --data {input.data}"
+        " --test-data {input.test_data}"
         " --saliency {input.index} --pruner {input.pruner} --history {input.history} --generations {input.generations}"
         " --latency {input.latency} --quality {input.quality} --comparisons {input.comparisons}"
         " --benchmarks {input.benchmarks} --figures {params.results}/figures --output {output.html} --metrics {output.metrics}"

@@ -3,7 +3,7 @@
 rule throughput:
     input:
         model="<results>/model",
-        data="<results>/data",
+        text="<text>",
         pruner="<results>/pruner",
     output:
         timings=ensure("<results>/throughput/{placement}.json", non_empty=True),
@@ -36,7 +36,7 @@ rule throughput:
         "Timing many requests, placement {wildcards.placement}"
     shell:
         "sdtp lease --gpus {resources.gpu} --"
-        " sdtp --log {log} throughput --settings {params.settings:q} --model {input.model} --data {input.data}"
+        " sdtp --log {log} throughput --settings {params.settings:q} --model {input.model} --text {input.text}"
         " --pruner {input.pruner} --placement {wildcards.placement} --output {output.timings}"
         " --metrics {output.metrics}"
 
@@ -44,7 +44,7 @@ rule throughput:
 rule longest_prompt:
     input:
         model="<results>/model",
-        data="<results>/data",
+        text="<text>",
         pruner="<results>/pruner",
     output:
         found=ensure("<results>/longest-prompt.json", non_empty=True),
@@ -73,7 +73,7 @@ rule longest_prompt:
         "Looking for the longest prompt that fits"
     shell:
         "sdtp lease --gpus {resources.gpu} --"
-        " sdtp --log {log} longest-prompt --settings {params.settings:q} --model {input.model} --data {input.data}"
+        " sdtp --log {log} longest-prompt --settings {params.settings:q} --model {input.model} --text {input.text}"
         " --pruner {input.pruner} --output {output.found} --metrics {output.metrics}"
 
 

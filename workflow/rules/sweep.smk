@@ -32,7 +32,7 @@ rule sweep_train:
 rule sweep_evaluate:
     input:
         model="<model>",
-        data="<data>",
+        data="<test_data>",
         reference="<reference>",
         pruner="<results>/sweep/pruner",
     output:
@@ -65,7 +65,7 @@ rule sweep_evaluate:
 
 rule sweep_table:
     input:
-        data="<data>",
+        data="<test_data>",
         # The run's own: the unpruned model is not evaluated again.
         unpruned=f"<results>/evaluation/unpruned-{UNPRUNED_RATIO}.jsonl",
         evaluations=swept(POSITIONS + COUNTS),

@@ -3,7 +3,7 @@
 rule time_methods:
     input:
         model="<results>/model",
-        data="<results>/data",
+        text="<text>",
         pruner="<results>/pruner" if any("pruner" in names.needs(method) for method in TIMED) else [],
         tuned="<results>/tuned/{keep_ratio}" if names.TUNED in TIMED else [],
     output:
@@ -32,7 +32,7 @@ rule time_methods:
         "Timing methods side by side, keep ratio {wildcards.keep_ratio}"
     shell:
         "sdtp lease --gpus {resources.gpu} --"
-        " sdtp --log {log} time-methods --settings {params.settings:q} --model {input.model} --data {input.data}"
+        " sdtp --log {log} time-methods --settings {params.settings:q} --model {input.model} --text {input.text}"
         " {params.pruner} {params.tuned} --methods {params.methods} --keep-ratio {wildcards.keep_ratio}"
         " --output {params.results}/timings --metrics {output.metrics}"
 
@@ -42,7 +42,7 @@ if COMPRESSING:
     use rule time_methods as time_compression with:
         input:
             model="<results>/model",
-            data="<results>/data",
+            text="<text>",
         output:
             timings=expand("<results>/timings/{method}-{{keep_ratio}}.json", method=COMPRESSING),
             metrics="<results>/metrics/time-methods-{keep_ratio}.json",

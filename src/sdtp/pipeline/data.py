@@ -1,4 +1,4 @@
-"""Examples (prompt, response) to a tokenised dataset on disk, with a manifest that says what is in it."""
+"""Examples (prompt, response) to tokenised datasets on disk, each with a manifest that says what is in it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import itertools
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from sdtp.pipeline.block import Source
 from sdtp.pipeline.config import DataSettings
 from sdtp.pipeline.corpus import Corpus, read_corpus, split_documents
 from sdtp.pipeline.facts import TEST, TRAIN
-from sdtp.pipeline.files import atomic_folder, canonical_json
+from sdtp.pipeline.files import atomic_folder, canonical_json, write_atomically
 from sdtp.pipeline.instructions import MAX_RESPONSE_TOKENS, instruction_examples, normal
 from sdtp.pipeline.prompts import beginning, encode_after
 from sdtp.pipeline.reading import read_json
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SPLITS = ("train", "heldout", "test")
+# What a pruner learns from, and by what it is seen how well; what its quality is measured on.
+TRAINING, TEST_SPLIT = ("train", "heldout"), "test"
+SPLITS = (*TRAINING, TEST_SPLIT)
 # Longest prompt any table of ours reports: the benchmark cuts its prompts from one text of at most this many tokens.
 BENCHMARK_TOKENS = 131_072
-# The file of a data folder that holds the text benchmark prompts are cut from.
-BENCHMARK_FILE = "benchmark.json"
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,13 @@ class _Split:
     origin: dict[str, Any]
 
 
-def build_dataset(
+def build_training_data(
     tokenizer: PreTrainedTokenizerBase, settings: DataSettings, seed: int, output: str | Path
 ) -> dict[str, Any]:
-    """Writes `train`, `heldout` and `test` (save_to_disk), manifest.json and benchmark.json into folder `output`.
+    """Writes `train` and `heldout` (save_to_disk) and manifest.json into folder `output`.
 
-    A `package` source is a corpus: training gets half retrieval, half continuation, testing `examples` of each, from
-    different documents, phrasings and kinds of value. Other sources hold records, which become task `instruction`; one
-    whose prompt is in an earlier split is left out, whatever files the two come from. Malformed rows are left out or
+    A `package` source is a corpus: half the examples are retrieval, half continuation. Other sources hold records,
+    which become task `instruction`; one whose prompt is in an earlier split is left out. Malformed rows are left out or
     refused as `settings.malformed` says (see `read_records`).
 
     The manifest has for each split `rows`: of `n_total` rows of its source (examples made, for a corpus) `n_skipped`
@@ -63,7 +62,7 @@ def build_dataset(
 
     Args:
         tokenizer: the model's; its chat template shapes the prompts.
-        settings: the config block `data`; `max_tokens` limits prompt tokens, template included.
+        settings: the config block `data`, without `test`; `max_tokens` limits prompt tokens, template included.
         seed: of every random choice; the split of a corpus' documents does not depend on it.
         output: the folder, replaced as a whole.
 
@@ -71,21 +70,73 @@ def build_dataset(
         The manifest.
 
     Raises:
-        UserError: a source is missing, malformed, too small, or not what its pinned sha256 says.
+        UserError: the source is missing, malformed, too small, or not what its pinned sha256 says.
     """
-    trained = _read_and_tell(settings.train.source, "data.train.source", settings.malformed)
-    same = settings.test.source == settings.train.source
-    tested = trained if same else _read_and_tell(settings.test.source, "data.test.source", settings.malformed)
-    counts = {"train": settings.train.examples, "heldout": settings.train.heldout, "test": settings.test.examples}
+    content = _read_and_tell(settings.train.source, "data.train.source", settings.malformed)
+    counts = {"train": settings.train.examples, "heldout": settings.train.heldout}
     splits: dict[str, _Split] = {}
     used: set[str] = set()
-    for split in SPLITS:
-        content, source = (tested, settings.test.source) if split == "test" else (trained, settings.train.source)
-        if isinstance(content, Corpus):
-            splits[split] = _corpus_split(tokenizer, content, source, split, counts[split], settings, seed)
-        else:
-            splits[split] = _record_split(tokenizer, content, source, split, counts[split], settings, seed, used)
+    for split in TRAINING:
+        splits[split] = _split(tokenizer, content, settings.train.source, split, counts[split], settings, seed, used)
         used |= {normal(example.prompt) for example in splits[split].examples}
+    return _write(tokenizer, splits, settings, seed, output)
+
+
+def build_test_data(
+    tokenizer: PreTrainedTokenizerBase,
+    settings: DataSettings,
+    seed: int,
+    output: str | Path,
+    learned_from: Sequence[str | Path] = (),
+) -> dict[str, Any]:
+    """Writes `test` and manifest.json into folder `output`, as `build_training_data` does.
+
+    Of a corpus, `settings.test.examples` of retrieval and as many of continuation, from other documents, phrasings and
+    kinds of value than those of training; of records, those whose prompt is in no split of `learned_from`, whatever
+    files the two come from.
+
+    Args:
+        tokenizer, seed, output: see `build_training_data`.
+        settings: the config block `data`, without `train`.
+        learned_from: folders that `build_training_data` made; what corpora give does not depend on them.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        UserError: see `build_training_data`.
+    """
+    source = settings.test.source
+    content = _read_and_tell(source, "data.test.source", settings.malformed)
+    learned = (load_split(data, split)["prompt"] for data in learned_from for split in TRAINING)
+    used = {normal(prompt) for prompts in learned for prompt in prompts}
+    made = _split(tokenizer, content, source, TEST_SPLIT, settings.test.examples, settings, seed, used)
+    return _write(tokenizer, {TEST_SPLIT: made}, settings, seed, output)
+
+
+def _split(
+    tokenizer: PreTrainedTokenizerBase,
+    content: Corpus | Records,
+    source: Source,
+    split: str,
+    count: int,
+    settings: DataSettings,
+    seed: int,
+    used: Set[str],
+) -> _Split:
+    if isinstance(content, Corpus):
+        return _corpus_split(tokenizer, content, source, split, count, settings, seed)
+    return _record_split(tokenizer, content, source, split, count, settings, seed, used)
+
+
+def _write(
+    tokenizer: PreTrainedTokenizerBase,
+    splits: dict[str, _Split],
+    settings: DataSettings,
+    seed: int,
+    output: str | Path,
+) -> dict[str, Any]:
+    """Write a data folder; returns its manifest."""
     described = {split: _describe(part) for split, part in splits.items()}
     manifest = {
         "seed": seed,
@@ -96,11 +147,9 @@ def build_dataset(
         "content_sha256": _sha256_text("".join(part["content_sha256"] for part in described.values())),
         "splits": described,
     }
-    benchmark = _benchmark_ids(tokenizer, tested)
     with atomic_folder(output) as folder:
         for split, part in splits.items():
             _to_dataset(part.examples).save_to_disk(str(folder / split))
-        (folder / BENCHMARK_FILE).write_text(canonical_json({"source": settings.test.source.ref, "ids": benchmark}))
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
     return manifest
 
@@ -109,11 +158,14 @@ def load_split(data_dir: str | Path, split: str) -> Dataset:
     """One split of a data folder: columns id, task, prompt_ids, response_ids, prompt, response, source.
 
     Raises:
-        UserError: no such split, or the folder is not one `build_dataset` made.
+        UserError: the folder has no such split.
     """
     folder = Path(data_dir) / split
     if split not in SPLITS or not folder.is_dir():
-        raise UserError(f"{folder}: no such split; a folder made by `sdtp data` has {', '.join(SPLITS)}")
+        raise UserError(
+            f"{folder}: no such split; a folder of `sdtp data` has {' and '.join(TRAINING)}, one of `sdtp test-data` "
+            f"has {TEST_SPLIT}"
+        )
     return read_saved(folder)
 
 
@@ -122,25 +174,44 @@ def split_hash(data_dir: str | Path, split: str) -> str:
     return str(read_json(Path(data_dir) / "manifest.json")["splits"][split]["content_sha256"])
 
 
-def longest_response(settings: DataSettings) -> int:
+def longest_response(source: Source) -> int:
     """Most tokens that an example's response adds to its prompt; a planted value is shorter than a continuation."""
-    kinds = {settings.train.source.kind, settings.test.source.kind}
-    return CONTINUATION_TOKENS if kinds == {"package"} else MAX_RESPONSE_TOKENS
+    return CONTINUATION_TOKENS if source.kind == "package" else MAX_RESPONSE_TOKENS
 
 
-def check_benchmark_text(tokenizer: PreTrainedTokenizerBase, settings: DataSettings, lengths: Iterable[int]) -> int:
-    """Checks benchmarked lengths against the text that `build_dataset` will cut their prompts from.
+def write_benchmark_text(tokenizer: PreTrainedTokenizerBase, settings: DataSettings, output: str | Path) -> int:
+    """Writes the text that benchmarks cut their prompts from: documents of the test split, one after the other.
 
     Args:
         tokenizer: the model's.
         settings: `test.source`, and `malformed` for records.
+        output: a JSON file.
+
+    Returns:
+        Its tokens, at most `BENCHMARK_TOKENS`.
+
+    Raises:
+        UserError: the source is missing, malformed, or not what its pinned sha256 says.
+    """
+    source = settings.test.source
+    ids = _benchmark_ids(tokenizer, _read(source, "data.test.source", settings.malformed))
+    with write_atomically(Path(output)) as temporary:
+        temporary.write_text(canonical_json({"source": source.ref, "ids": ids}), encoding="utf-8")
+    return len(ids)
+
+
+def check_benchmark_text(tokenizer: PreTrainedTokenizerBase, settings: DataSettings, lengths: Iterable[int]) -> int:
+    """Checks benchmarked lengths against the text that `write_benchmark_text` will write.
+
+    Args:
+        tokenizer, settings: as it takes them.
         lengths: of `benchmark.prompt_tokens`.
 
     Returns:
         The text's tokens, of which no more than `BENCHMARK_TOKENS` are kept.
 
     Raises:
-        UserError: the text is shorter than one of the lengths, or its source is not what `build_dataset` takes.
+        UserError: the text is shorter than one of the lengths, or see `write_benchmark_text`.
     """
     source = settings.test.source
     available = len(_benchmark_ids(tokenizer, _read(source, "data.test.source", settings.malformed)))
@@ -149,15 +220,14 @@ def check_benchmark_text(tokenizer: PreTrainedTokenizerBase, settings: DataSetti
     return available
 
 
-def benchmark_prompt(data_dir: str | Path, tokens: int) -> list[int]:
-    """The first `tokens` ids of the benchmark's text: documents of the test split, one after the other.
+def benchmark_prompt(text: str | Path, tokens: int) -> list[int]:
+    """The first `tokens` ids of the benchmark's text, a file of `write_benchmark_text`.
 
     Raises:
         UserError: the text is shorter.
     """
-    path = Path(data_dir) / BENCHMARK_FILE
-    ids = read_json(path)["ids"]
-    _check_length(tokens, len(ids), str(path))
+    ids = read_json(Path(text))["ids"]
+    _check_length(tokens, len(ids), str(text))
     return list(ids[:tokens])
 
 
@@ -166,9 +236,9 @@ def _check_length(tokens: int, available: int, text: str) -> None:
         raise UserError(f"benchmark.prompt_tokens: {tokens} is not in 1..{available}, the tokens of {text}")
 
 
-def request_prompts(data_dir: str | Path, tokens: int, count: int) -> list[list[int]]:
+def request_prompts(text: str | Path, tokens: int, count: int) -> list[list[int]]:
     """`count` prompts of `tokens` ids: consecutive pieces of the benchmark's text, which starts over where it ends."""
-    ids = itertools.cycle(read_json(Path(data_dir) / BENCHMARK_FILE)["ids"])
+    ids = itertools.cycle(read_json(Path(text))["ids"])
     return [list(itertools.islice(ids, tokens)) for _ in range(count)]
 
 

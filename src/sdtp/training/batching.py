@@ -1,4 +1,4 @@
-"""Which examples run together: batches of similar length, so that little of them is padding."""
+"""Which examples run together, and when: batches of similar length, and those that need most memory first."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def length_batches(
 ) -> list[tuple[int, ...]]:
     """Every example in one batch, a function of the lengths alone.
 
-    Longest first, so that what does not fit into memory fails at the start and not after hours.
+    Longest first; which batch needs most memory is another matter, see `demanding_first`.
 
     Args:
         lengths: tokens of each example, at least one.
@@ -35,3 +35,25 @@ def length_batches(
         batch.append(index)
         real += lengths[index]
     return [*found, tuple(batch)] if batch else found
+
+
+def demanding_first(
+    batches: Sequence[tuple[int, ...]], lengths: Sequence[int], responses: Sequence[int]
+) -> list[tuple[int, ...]]:
+    """The batches of `length_batches`, those that may need most memory before all others, whose order stays.
+
+    What does not fit into memory then fails at the start and not after hours. What layers keep grows with a batch's
+    tokens, padding included, and what attention takes with the longest example; logits, with the response tokens.
+
+    Args:
+        batches: of examples' places in `lengths` and `responses`, each batch's longest example first.
+        lengths: tokens of each example.
+        responses: response tokens of each example.
+    """
+    if not batches:
+        return []
+    padded = [len(batch) * lengths[batch[0]] for batch in batches]
+    longest = [lengths[batch[0]] for batch in batches]
+    predicted = [sum(responses[index] for index in batch) for batch in batches]
+    most = [values.index(max(values)) for values in (padded, longest, predicted)]
+    return [batches[place] for place in dict.fromkeys([*most, *range(len(batches))])]

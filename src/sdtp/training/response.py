@@ -34,6 +34,17 @@ def response_logits(model: PreTrainedModel, prompt_ids: torch.Tensor, response_i
 def batch_logits(
     model: PreTrainedModel, prompts: Sequence[torch.Tensor], responses: Sequence[torch.Tensor]
 ) -> tuple[torch.Tensor, ...]:
+    """`stacked_logits` row by row.
+
+    Returns:
+        For each row [response_tokens, vocabulary], the logits that predict each response token.
+    """
+    return stacked_logits(model, prompts, responses).split([len(response) for response in responses])
+
+
+def stacked_logits(
+    model: PreTrainedModel, prompts: Sequence[torch.Tensor], responses: Sequence[torch.Tensor]
+) -> torch.Tensor:
     """One forward over several prompts with their responses, without a cache; each row is what it is alone.
 
     Shorter rows are padded on the right and no mask tells so: attention is causal, so no real token sees what comes
@@ -46,7 +57,7 @@ def batch_logits(
         responses: LongTensors [response_tokens], at least one token each, in the order of the prompts.
 
     Returns:
-        For each row [response_tokens, vocabulary], the logits that predict each response token.
+        [response tokens of all rows, vocabulary], the logits that predict each response token, row after row.
 
     Raises:
         UserError: rows differ in length, and the model is one that cannot be padded (see `pads_exactly`).
@@ -80,7 +91,7 @@ def batch_logits(
             f"{type(model).__name__} gives logits {tuple(logits.shape)} where (1, {sum(counts)}, vocabulary) were "
             "asked for: it does not call its output embeddings"
         )
-    return logits[0].split(counts)
+    return logits[0]
 
 
 def pads_exactly(model: nn.Module) -> bool:

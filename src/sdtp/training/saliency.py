@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from sdtp.errors import UserError
 from sdtp.pruning.adapter import decoder_layers
 from sdtp.training.half import loss_scales
-from sdtp.training.response import batch_logits, response_cross_entropy
+from sdtp.training.response import response_cross_entropy, stacked_logits
 
 Reduction = Literal["abs", "signed", "l2"]
 Target = Literal["loss", "logit"]
@@ -84,7 +84,7 @@ def batch_saliency(
         target: what is differentiated: "loss", the mean cross-entropy of the response, or "logit", the mean logit of
             the response tokens.
         gradient_checkpointing: recompute each layer in the backward pass; the same saliency for one more forward, in a
-            fraction of the memory.
+            fraction of the memory that layers keep. The response's logits take as much.
 
     Returns:
         For each example [stages, prompt_tokens] float32 on the model's device, detached.
@@ -159,11 +159,14 @@ def _labels(
     hooks = [modules[layer].register_forward_pre_hook(enter(layer)) for layer in layers]
     try:
         with _frozen(model), _checkpointing(list(modules)[layers[0] :], gradient_checkpointing):
-            logits = batch_logits(model, prompts, responses)
-            if not logits[0].requires_grad:
+            logits = stacked_logits(model, prompts, responses)
+            if not logits.requires_grad:
                 raise RuntimeError("no gradient reaches the hidden states: is this called under torch.no_grad()?")
-            objective = torch.stack([_objective(*pair, target) for pair in zip(logits, responses, strict=True)]).sum()
-            (gradient,) = torch.autograd.grad(scale * objective, leaf, allow_unused=True)
+            outer = _logit_gradients(logits.detach(), responses, target, scale)
+            # Where the graph ends, without the values there: they go before the backward pass fills the memory.
+            end = torch.autograd.graph.get_gradient_edge(logits)
+            del logits
+            (gradient,) = torch.autograd.grad(end, leaf, outer, allow_unused=True)
             if gradient is not None:
                 keep(layers[0], gradient, leaf[0].detach())
     finally:
@@ -175,6 +178,36 @@ def _labels(
     labels = torch.stack([found[layer] for layer in layers]) / scale  # [stages, examples, tokens]
     # Copies: whoever keeps one example's labels does not hold the batch's.
     return [labels[:, row, : len(prompt)].clone() for row, prompt in enumerate(prompts)]
+
+
+def _logit_gradients(
+    logits: torch.Tensor, responses: Sequence[torch.Tensor], target: Target, scale: float
+) -> torch.Tensor:
+    """The gradient of `scale` times what is differentiated, with respect to the logits and in their dtype.
+
+    An example at a time: what the loss makes of logits in float32 takes several times their own bytes, and where
+    prompts are short and the vocabulary is large, the logits of a batch are most of what it takes already.
+
+    Args:
+        logits: [response tokens of all examples, vocabulary], on no graph.
+        responses: LongTensors [response_tokens], in the order of the logits.
+
+    Returns:
+        As `logits`.
+    """
+
+    def gradient(own: torch.Tensor, response_ids: torch.Tensor) -> torch.Tensor:
+        leaf = own.detach().requires_grad_(True)
+        return torch.autograd.grad(scale * _objective(leaf, response_ids, target), leaf)[0]
+
+    if len(responses) == 1:
+        return gradient(logits, responses[0])  # no copy
+    # Not a list that is put together at the end, which would hold all of them twice.
+    gradients = torch.empty_like(logits)
+    counts = [len(response) for response in responses]
+    for own, place, response in zip(logits.split(counts), gradients.split(counts), responses, strict=True):
+        place.copy_(gradient(own, response))
+    return gradients
 
 
 def _objective(logits: torch.Tensor, response_ids: torch.Tensor, target: Target) -> torch.Tensor:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from sdtp.evaluation import latency
 from sdtp.evaluation.stats import paired_ratios, quartiles
 from sdtp.pipeline.config import BenchmarkSettings, Settings
-from sdtp.pipeline.data import BENCHMARK_FILE, benchmark_prompt
+from sdtp.pipeline.data import benchmark_prompt
 from sdtp.pipeline.devices import choose_device
 from sdtp.pipeline.files import sha256_file
 from sdtp.pipeline.limits import check_benchmark
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="sdtp benchmark", description=__doc__)
     parser.add_argument("--settings", required=True, metavar="JSON", help="model, pruning and benchmark settings")
     parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="model folder")
-    parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="data folder: benchmark.json is used")
+    parser.add_argument("--text", required=True, type=Path, metavar="JSON", help="the benchmark's text")
     parser.add_argument("--pruner", required=True, type=Path, metavar="DIR", help="trained pruner")
     parser.add_argument("--keep-ratio", required=True, type=float, help="fraction of tokens each stage keeps")
     parser.add_argument("--output", required=True, type=Path, metavar="JSON", help="measurements to write")
@@ -38,10 +38,10 @@ def main(argv: list[str]) -> None:
     settings = Settings.from_json(args.settings)
     with step("benchmark", args, outputs=[args.output], wildcards={"keep_ratio": args.keep_ratio}, times=True) as log:
         check_benchmark(settings.benchmark, read_manifest(args.model)["context_length"])
-        log.dataset("benchmark", args.data / BENCHMARK_FILE, sha256_file(args.data / BENCHMARK_FILE))
+        log.dataset("benchmark", args.text, sha256_file(args.text))
         model = load_model(args.model, settings.model.dtype, settings.model.attention, choose_device())
         pruner = read_pruner_at(args.pruner, settings.pruning, model.config.num_hidden_layers, args.keep_ratio)
-        prompts = [benchmark_prompt(args.data, length) for length in settings.benchmark.prompt_tokens]
+        prompts = [benchmark_prompt(args.text, length) for length in settings.benchmark.prompt_tokens]
         rows: list[dict[str, Any]] = []
         for prompt_ids in tqdm(prompts, desc="benchmarking", unit="length"):
             unpruned, pruned = measure(model, pruner, prompt_ids, settings.benchmark)

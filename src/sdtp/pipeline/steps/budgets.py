@@ -7,7 +7,7 @@ from typing import Any
 
 from sdtp.evaluation.peers.budgets import Budget, kept, mean_entries
 from sdtp.pipeline.config import Settings
-from sdtp.pipeline.data import BENCHMARK_FILE, benchmark_prompt, load_split, split_hash
+from sdtp.pipeline.data import benchmark_prompt, load_split, split_hash
 from sdtp.pipeline.files import read_jsonl, sha256_file, write_jsonl
 from sdtp.pipeline.models import read_manifest
 from sdtp.pipeline.schedules import build_schedule
@@ -23,17 +23,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--settings", required=True, metavar="JSON", help="pruning settings")
     parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="model folder, for its manifest")
     prompts = parser.add_mutually_exclusive_group(required=True)
-    prompts.add_argument("--data", type=Path, metavar="DIR", help="data folder: its test split is used")
+    prompts.add_argument("--data", type=Path, metavar="DIR", help="folder of the test examples")
+    prompts.add_argument("--text", type=Path, metavar="JSON", help="the benchmark's text: prompts that are timed")
     prompts.add_argument("--suite", type=Path, metavar="JSONL", help="prompts of a suite, whose rows stay whole")
     parser.add_argument("--keep-ratio", required=True, type=float, help="fraction of tokens each stage keeps")
-    parser.add_argument(
-        "--timed", action="store_true", help="of the data, the prompts that methods are timed on, not the test split"
-    )
     parser.add_argument("--output", required=True, type=Path, metavar="JSONL", help="one row an example")
     parser.add_argument("--metrics", required=True, type=Path, metavar="FILE", help="metrics to write")
     args = parser.parse_args(argv)
-    if args.suite and args.timed:
-        parser.error("--timed is of --data: a suite's prompts are not timed")
     settings = Settings.from_json(args.settings)
     with step("budgets", args, outputs=[args.output], wildcards={"keep_ratio": args.keep_ratio}) as log:
         layers = read_manifest(args.model)["num_layers"]
@@ -41,9 +37,9 @@ def main(argv: list[str]) -> None:
         if args.suite:
             examples = read_jsonl(args.suite)
             log.dataset("suite", args.suite, sha256_file(args.suite))
-        elif args.timed:
-            examples = timed_examples(args.data, settings.peers.prompt_tokens)
-            log.dataset("benchmark", args.data / BENCHMARK_FILE, sha256_file(args.data / BENCHMARK_FILE))
+        elif args.text:
+            examples = timed_examples(args.text, settings.peers.prompt_tokens)
+            log.dataset("benchmark", args.text, sha256_file(args.text))
         else:
             examples = load_split(args.data, "test").select_columns(TEST_COLUMNS).to_list()
             log.dataset("test", args.data / "test", split_hash(args.data, "test"))
@@ -52,14 +48,14 @@ def main(argv: list[str]) -> None:
         log.metric("kept_share", sum(row["entries"] / len(row["prompt_ids"]) for row in rows) / len(rows))
 
 
-def timed_examples(data: Path, lengths: Sequence[int]) -> list[dict[str, Any]]:
+def timed_examples(text: Path, lengths: Sequence[int]) -> list[dict[str, Any]]:
     """The benchmark's prompts in the form of test examples, without a task or a response.
 
     Raises:
         UserError: the benchmark's text is shorter than a length.
     """
     return [
-        {"id": str(length), "task": None, "prompt_ids": benchmark_prompt(data, length), "response_ids": []}
+        {"id": str(length), "task": None, "prompt_ids": benchmark_prompt(text, length), "response_ids": []}
         for length in lengths
     ]
 

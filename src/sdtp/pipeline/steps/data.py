@@ -1,17 +1,12 @@
-"""Makes the tokenised splits: training, held-out and test examples, and the benchmark's text."""
+"""Makes the tokenised examples that a pruner learns from, training and held-out."""
 
 import argparse
 from pathlib import Path
 
 from sdtp.pipeline.config import Settings
-from sdtp.pipeline.data import SPLITS, build_dataset, longest_response
-from sdtp.pipeline.limits import check_context
-from sdtp.pipeline.models import check_template, load_tokenizer, read_manifest
-from sdtp.pipeline.records import REPAIRED, SKIPPED
+from sdtp.pipeline.data import build_training_data
+from sdtp.pipeline.data_steps import checked_tokenizer, log_data
 from sdtp.pipeline.step import step
-
-# Of a split made of records, what its manifest counts beside rows.
-RECORD_COUNTS = ("in_training", "prompts_cut", "prompt_tokens_cut", "responses_cut", "response_tokens_cut")
 
 
 def main(argv: list[str]) -> None:
@@ -24,20 +19,6 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     settings = Settings.from_json(args.settings)
     with step("data", args, outputs=[args.output]) as log:
-        # Saliency and training run over prompt and response together.
-        tokens = {"data.max_tokens": settings.data.max_tokens, "longest response": longest_response(settings.data)}
-        check_context(tokens, read_manifest(args.model)["context_length"])
-        tokenizer = load_tokenizer(args.model)
-        check_template(tokenizer, args.model)
-        manifest = build_dataset(tokenizer, settings.data, settings.seed, args.output)
-        for split in SPLITS:
-            described = manifest["splits"][split]
-            log.metric(f"{split}/examples", described["examples"])
-            log.metrics({f"{split}/{count}": number for count, number in described["rows"].items()})
-            if "skipped" in described:  # made of records
-                log.metrics({f"{split}/skipped_{reason}": described["skipped"].get(reason, 0) for reason in SKIPPED})
-                log.metrics({f"{split}/repaired_{what}": described["repaired"].get(what, 0) for what in REPAIRED})
-                log.metrics({f"{split}/{count}": described[count] for count in RECORD_COUNTS})
-            revision = described["source"].get("revision") or described["source"].get("version")
-            log.dataset(split, args.output / split, described["content_sha256"], revision)
-        log.artifact(args.output / "manifest.json")
+        tokenizer = checked_tokenizer(args.model, settings.data.max_tokens, settings.data.train.source)
+        manifest = build_training_data(tokenizer, settings.data, settings.seed, args.output)
+        log_data(log, args.output, manifest)

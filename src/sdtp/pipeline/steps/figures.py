@@ -27,6 +27,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--settings", required=True, metavar="JSON", help="logged; figures depend on no setting")
     parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="model folder, for its tokenizer")
     parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="data folder")
+    parser.add_argument("--test-data", required=True, type=Path, metavar="DIR", help="test examples")
     parser.add_argument("--saliency", required=True, type=Path, metavar="JSON", help="index of the saliency shards")
     parser.add_argument("--history", required=True, type=Path, metavar="CSV", help="learning curves")
     parser.add_argument("--generations", required=True, nargs="+", type=Path, metavar="JSONL", help="one a keep ratio")
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> None:
             write_csv(table, path)
             log.artifact(path)
         latency, quality = read_latency(args.latency), read_quality(args.quality)
-        lengths = [len(ids) for ids in load_split(args.data, "test")["prompt_ids"]]
+        lengths = [len(ids) for ids in load_split(args.test_data, "test")["prompt_ids"]]
         shown, tokens = shown_example(args.data, args.model, list(telling))
         figures = {
             "saliency": plots.saliency(telling[shown], layers, tokens, index["reduction"]),

@@ -15,7 +15,7 @@ from sdtp.evaluation.latency import Context, Stopwatch, timed_pass
 from sdtp.evaluation.memory import give_back_freed_memory, peak_memory
 from sdtp.evaluation.serving import longest
 from sdtp.pipeline.config import Settings
-from sdtp.pipeline.data import BENCHMARK_FILE, request_prompts
+from sdtp.pipeline.data import request_prompts
 from sdtp.pipeline.devices import choose_device
 from sdtp.pipeline.files import sha256_file
 from sdtp.pipeline.limits import check_context
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="sdtp longest-prompt", description=__doc__)
     parser.add_argument("--settings", required=True, metavar="JSON", help="model, pruning and serving settings")
     parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="model folder")
-    parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="data folder: benchmark.json is used")
+    parser.add_argument("--text", required=True, type=Path, metavar="JSON", help="the benchmark's text")
     parser.add_argument("--pruner", required=True, type=Path, metavar="DIR", help="trained pruner")
     parser.add_argument("--output", required=True, type=Path, metavar="JSON", help="measurements to write")
     parser.add_argument("--metrics", required=True, type=Path, metavar="FILE", help="metrics to write")
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
     serving, device = settings.serving, choose_device()
     with step("longest-prompt", args, outputs=[args.output]) as log:
         lengths = lengths_to_try(serving.length_step, serving.new_tokens, read_manifest(args.model)["context_length"])
-        log.dataset("benchmark", args.data / BENCHMARK_FILE, sha256_file(args.data / BENCHMARK_FILE))
+        log.dataset("benchmark", args.text, sha256_file(args.text))
         model = load_model(args.model, settings.model.dtype, settings.model.attention, device)
         limit = serving.memory_limit or default_limit(model)
         arms: dict[tuple[str, float], Context] = {("unpruned", 1.0): contextlib.nullcontext}
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
         for ratio in settings.pruning.keep_ratios:
             pruner = at_ratio(trained, args.pruner, settings.pruning, layers, ratio)
             arms["sdtp", ratio] = functools.partial(pruner, model)
-        [ids] = request_prompts(args.data, lengths[-1], 1)
+        [ids] = request_prompts(args.text, lengths[-1], 1)
         rows = []
         give_back_freed_memory()  # or the arms' order would count
         for (method, ratio), context in tqdm(arms.items(), desc="looking for the longest prompt", unit="arm"):

@@ -12,6 +12,7 @@ import pandas as pd
 
 from sdtp.errors import UserError
 from sdtp.pipeline.config import Settings
+from sdtp.pipeline.data import split_hash
 from sdtp.pipeline.files import sha256_files, write_atomically
 from sdtp.pipeline.models import read_manifest
 from sdtp.pipeline.packaging import save_model
@@ -25,7 +26,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="sdtp register", description=__doc__)
     parser.add_argument("--settings", required=True, metavar="JSON", help="model and training settings")
     parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="model folder")
-    parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="data folder, for its manifest")
+    parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="test examples, for their manifest")
     parser.add_argument("--pruner", required=True, type=Path, metavar="DIR", help="trained pruner")
     parser.add_argument("--latency", required=True, type=Path, metavar="CSV", help="latency table")
     parser.add_argument("--quality", required=True, type=Path, metavar="CSV", help="quality table")
@@ -36,12 +37,11 @@ def main(argv: list[str]) -> None:
     settings = Settings.from_json(args.settings)
     with step("register", args, outputs=[args.output]) as log:
         manifest = read_manifest(args.model)
-        data = read_json(args.data / "manifest.json")
         files = [path for path in args.pruner.iterdir() if path.is_file()]
         evidence = {
             "pruner_sha256": sha256_files(args.pruner, files),
             "weights_sha256": manifest["weights_sha256"],
-            "test_sha256": data["splits"]["test"]["content_sha256"],
+            "test_sha256": split_hash(args.data, "test"),
             **measured(read_quality(args.quality), read_latency(args.latency), settings.training.keep_ratio),
             "timed_on": timed_on(args.benchmarks),
         }

@@ -28,6 +28,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--settings", required=True, metavar="JSON", help="settings to show; run names the report")
     parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="model folder")
     parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="data folder")
+    parser.add_argument("--test-data", required=True, type=Path, metavar="DIR", help="test examples")
     parser.add_argument("--saliency", required=True, type=Path, metavar="JSON", help="index of the saliency shards")
     parser.add_argument("--pruner", required=True, type=Path, metavar="DIR", help="trained pruner")
     parser.add_argument("--history", required=True, type=Path, metavar="CSV", help="learning curves")
@@ -53,7 +54,7 @@ def read_run(args: argparse.Namespace) -> Run:
     generations = [row for path in args.generations for row in read_jsonl(path)]
     if not generations:
         raise UserError(f"{', '.join(map(str, args.generations))}: no rows; accepted: at least one generation")
-    test = load_split(args.data, "test").to_list()
+    test = load_split(args.test_data, "test").to_list()
     tests: dict[str, list[int]] = {}
     for row in test:
         tests.setdefault(row["task"], []).append(len(row["prompt_ids"]))
@@ -61,13 +62,16 @@ def read_run(args: argparse.Namespace) -> Run:
     shown = min(generations, key=lambda row: row["prompt_tokens"])["id"]
     ids = next((row["prompt_ids"] for row in test if row["id"] == shown), None)
     if ids is None:
-        raise UserError(f"{args.data}: no test example {shown}, which was generated from; accepted: ids of test")
+        raise UserError(f"{args.test_data}: no test example {shown}, which was generated from; accepted: ids of test")
     quality = read_quality(args.quality)
     machine, warmup = timed_on(args.benchmarks)
+    # What both folders say of their splits.
+    data, tested = (read_json(folder / "manifest.json") for folder in (args.data, args.test_data))
+    data["splits"] |= tested["splits"]
     return Run(
         settings=json.loads(args.settings),
         model=read_json(args.model / "manifest.json"),
-        data=read_json(args.data / "manifest.json"),
+        data=data,
         layers=read_pruner(args.pruner).schedule.layers,
         tests=tests,
         latency=read_latency(args.latency),

@@ -23,7 +23,7 @@ from sdtp.pipeline.models import load_model
 from sdtp.pipeline.schedules import stage_layers
 from sdtp.pipeline.shards import SPLITS, metadata, write_shard
 from sdtp.pipeline.step import step
-from sdtp.training.batching import MOST_PADDING, length_batches
+from sdtp.training.batching import MOST_PADDING, demanding_first, length_batches
 from sdtp.training.response import pads_exactly
 from sdtp.training.saliency import NotFiniteError, Reduction, Target, batch_saliency
 
@@ -61,15 +61,16 @@ def main(argv: list[str]) -> None:
         description = metadata(args.model, args.data, layers, settings.saliency.reduction, settings.saliency.target)
         most_padding = MOST_PADDING if pads_exactly(model) else 0.0
         batches = length_batches(lengths, settings.saliency.batch_tokens, most_padding)
+        batches = demanding_first(batches, lengths, response_tokens)
         planned = list(chunked(batches))
         names = list(examples["id"])
+        # Batches do, in a label's last bits. What is recomputed does not: who runs out of memory goes on recomputing.
         decides = {
             "labels": description,
             "shard": [args.shard, args.shards],
             "batches": batches,
             "dtype": str(model.dtype),
             "attention": settings.model.attention,
-            "gradient_checkpointing": settings.saliency.gradient_checkpointing,
             "code": args.code,
             "libraries": LIBRARIES,
         }
@@ -164,6 +165,7 @@ def batch_labels(
         RuntimeError: what else went wrong, naming the examples.
     """
     rows = [examples[i] for i in batch]
+    responses = [len(row["response_ids"]) for row in rows]
     try:
         found = batch_saliency(
             model,
@@ -181,9 +183,10 @@ def batch_labels(
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"no memory was left on {model.device} for the forward and backward pass of {len(rows)} examples, "
-            f"{rows[0]['id']!r} the first, of up to {max(len(row['prompt_ids']) for row in rows)} prompt tokens: "
-            "saliency.gradient_checkpointing: true takes a fraction of it; where that is set, a smaller "
-            "saliency.batch_tokens or data.max_tokens"
+            f"{rows[0]['id']!r} the first, of up to {max(len(row['prompt_ids']) for row in rows)} prompt and "
+            f"{max(responses)} response tokens: saliency.gradient_checkpointing: true takes a fraction of what the "
+            f"layers keep; where that is set, or most of it are the logits of {sum(responses)} response tokens, a "
+            "smaller saliency.batch_tokens; for one example alone a smaller data.max_tokens"
         ) from error
     except RuntimeError as error:
         raise RuntimeError(f"examples {', '.join(repr(row['id']) for row in rows)}: {error}") from error

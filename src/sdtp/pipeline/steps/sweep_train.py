@@ -22,7 +22,7 @@ from sdtp.pipeline.sweep_cells import swept_layers
 from sdtp.pruning import store
 from sdtp.pruning.fingerprint import fingerprint
 from sdtp.pruning.schedule import PruningSchedule
-from sdtp.training.batching import MOST_PADDING, length_batches
+from sdtp.training.batching import MOST_PADDING, demanding_first, length_batches
 from sdtp.training.examples import Example, check_examples
 from sdtp.training.label_fit import check_states_fit, fit_labels, stored_states
 from sdtp.training.optimizer import adamw
@@ -106,7 +106,8 @@ def _labelled(model: PreTrainedModel, split: Dataset, layers: Sequence[int], set
     labels: dict[str, torch.Tensor] = {}
     with tqdm(total=len(rows), desc="saliency", unit="example") as progress:
         most_padding = MOST_PADDING if pads_exactly(model) else 0.0
-        for batch in length_batches(lengths, settings.saliency.batch_tokens, most_padding):
+        batches = length_batches(lengths, settings.saliency.batch_tokens, most_padding)
+        for batch in demanding_first(batches, lengths, [len(row["response_ids"]) for row in rows]):
             labels |= batch_labels(model, split, batch, layers, settings.saliency)
             progress.update(len(batch))
     return [

@@ -15,7 +15,7 @@ from sdtp.errors import UserError
 from sdtp.evaluation.latency import Context, Stopwatch, Timing, interleave
 from sdtp.evaluation.serving import answer
 from sdtp.pipeline.config import Settings
-from sdtp.pipeline.data import BENCHMARK_FILE, request_prompts
+from sdtp.pipeline.data import request_prompts
 from sdtp.pipeline.devices import choose_device
 from sdtp.pipeline.files import sha256_file
 from sdtp.pipeline.launch import end_with_launcher, launch, launched
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="sdtp throughput", description=__doc__)
     parser.add_argument("--settings", required=True, metavar="JSON", help="model, pruning, benchmark, serving settings")
     parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="model folder")
-    parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="data folder: benchmark.json is used")
+    parser.add_argument("--text", required=True, type=Path, metavar="JSON", help="the benchmark's text")
     parser.add_argument("--pruner", required=True, type=Path, metavar="DIR", help="trained pruner")
     parser.add_argument("--placement", required=True, help="one, split-K, tensor-K or replicas-K")
     parser.add_argument("--output", required=True, type=Path, metavar="JSON", help="measurements to write")
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
         return
     with step("throughput", args, outputs=[args.output], wildcards={"placement": args.placement}, times=True) as log:
         check_serving(settings.serving, read_manifest(args.model)["context_length"])
-        log.dataset("benchmark", args.data / BENCHMARK_FILE, sha256_file(args.data / BENCHMARK_FILE))
+        log.dataset("benchmark", args.text, sha256_file(args.text))
         result = {"placement": args.placement, "devices": placement.devices, "not_run": refused, "rows": []}
         if refused is None:
             result |= _measured(args, settings, placement, group)
@@ -69,7 +69,7 @@ def _measured(args: argparse.Namespace, settings: Settings, placement: Placement
     """What every process does; the main one's answer counts."""
     with group.together():
         dtype = str(choose_dtype(settings.model.dtype, group.device)).removeprefix("torch.")
-        requests = _batches(args.data, settings, placement, group.device)
+        requests = _batches(args.text, settings, placement, group.device)
     with group.together(lockstep=placement.kind == "tensor"):
         model, alone = place(placement, args.model, dtype, settings.model.attention, group)
     layers = model.config.num_hidden_layers
@@ -83,7 +83,7 @@ def _measured(args: argparse.Namespace, settings: Settings, placement: Placement
     return {**measured_on(model, settings.model), "warmup": settings.benchmark.warmup, "rows": rows}
 
 
-def _batches(data: Path, settings: Settings, placement: Placement, device: torch.device) -> list[list[torch.Tensor]]:
+def _batches(text: Path, settings: Settings, placement: Placement, device: torch.device) -> list[list[torch.Tensor]]:
     """For each batch size all requests, LongTensors [batch, tokens] on the device."""
     serving, replicas = settings.serving, placement.devices if placement.kind == "replicas" else 1
     for size in serving.batch_sizes:
@@ -92,7 +92,7 @@ def _batches(data: Path, settings: Settings, placement: Placement, device: torch
                 f"serving.requests: {serving.requests} requests in batches of {size} cannot be shared evenly by "
                 f"{replicas} replicas; a multiple of {size * replicas} is accepted"
             )
-    prompts = torch.tensor(request_prompts(data, serving.prompt_tokens, serving.requests), device=device)
+    prompts = torch.tensor(request_prompts(text, serving.prompt_tokens, serving.requests), device=device)
     return [list(prompts.split(size)) for size in serving.batch_sizes]
 
 

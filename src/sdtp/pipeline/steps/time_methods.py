@@ -15,7 +15,7 @@ from sdtp.evaluation.peers.peer import Peer
 from sdtp.evaluation.stats import paired_ratios
 from sdtp.pipeline.chosen import check_method, chosen_method
 from sdtp.pipeline.config import BenchmarkSettings, Settings
-from sdtp.pipeline.data import BENCHMARK_FILE, benchmark_prompt
+from sdtp.pipeline.data import benchmark_prompt
 from sdtp.pipeline.devices import choose_device
 from sdtp.pipeline.files import sha256_file
 from sdtp.pipeline.limits import check_context
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="sdtp time-methods", description=__doc__)
     parser.add_argument("--settings", required=True, metavar="JSON", help="model, benchmark and the methods' settings")
     parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="model folder")
-    parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="data folder: benchmark.json is used")
+    parser.add_argument("--text", required=True, type=Path, metavar="JSON", help="the benchmark's text")
     parser.add_argument("--pruner", type=Path, metavar="DIR", help="trained pruner, for what uses it")
     parser.add_argument("--tuned", type=Path, metavar="DIR", help="pruner tuned for the keep ratio, for sdtp-tuned")
     parser.add_argument("--methods", required=True, nargs="+", choices=TIMED, help="what is timed")
@@ -57,9 +57,9 @@ def main(argv: list[str]) -> None:
         for length in settings.peers.prompt_tokens:
             tokens = {"peers.prompt_tokens": length, "benchmark.new_tokens": settings.benchmark.new_tokens}
             check_context(tokens, read_manifest(args.model)["context_length"])
-        log.dataset("benchmark", args.data / BENCHMARK_FILE, sha256_file(args.data / BENCHMARK_FILE))
+        log.dataset("benchmark", args.text, sha256_file(args.text))
         model = load_model(args.model, settings.model.dtype, settings.model.attention, choose_device())
-        prompts = [benchmark_prompt(args.data, length) for length in settings.peers.prompt_tokens]
+        prompts = [benchmark_prompt(args.text, length) for length in settings.peers.prompt_tokens]
         attached = {
             method: _attached(chosen_method(method, settings, model, args.keep_ratio, pruners[method])(prompts[0], []))
             for method in args.methods

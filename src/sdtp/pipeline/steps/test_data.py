@@ -1,0 +1,27 @@
+"""Makes the tokenised examples that quality is measured on."""
+
+import argparse
+from pathlib import Path
+
+from sdtp.pipeline.config import Settings
+from sdtp.pipeline.data import build_test_data
+from sdtp.pipeline.data_steps import checked_tokenizer, log_data
+from sdtp.pipeline.step import step
+
+
+def main(argv: list[str]) -> None:
+    """Run the step; `argv` are its arguments."""
+    parser = argparse.ArgumentParser(prog="sdtp test-data", description=__doc__)
+    parser.add_argument("--settings", required=True, metavar="JSON", help="seed and data settings")
+    parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="model folder, for its tokenizer")
+    parser.add_argument(
+        "--learned-from", nargs="*", default=[], type=Path, metavar="DIR", help="data whose prompts are left out"
+    )
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="data folder to write")
+    parser.add_argument("--metrics", required=True, type=Path, metavar="FILE", help="metrics to write")
+    args = parser.parse_args(argv)
+    settings = Settings.from_json(args.settings)
+    with step("test-data", args, outputs=[args.output]) as log:
+        tokenizer = checked_tokenizer(args.model, settings.data.max_tokens, settings.data.test.source)
+        manifest = build_test_data(tokenizer, settings.data, settings.seed, args.output, args.learned_from)
+        log_data(log, args.output, manifest)
