@@ -133,7 +133,7 @@ def test_results_that_cannot_be_written(
 
 
 @root_only
-@pytest.mark.parametrize("part", ["results/tiny", "logs", "results/tiny/data"])
+@pytest.mark.parametrize("part", ["results/tiny", "logs", "results/tiny/test-data"])
 def test_no_permission(part: str, undisturbed: Run, forking: Forking, tmp_path: Path, table: Table) -> None:
     tmp_path.chmod(0o755)
     for parent in tmp_path.parents:
