@@ -11,8 +11,8 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from sdtp.errors import UserError
+from sdtp.pipeline.benchmark_text import benchmark_prompt, write_benchmark_text
 from sdtp.pipeline.config import DataSettings, Settings
-from sdtp.pipeline.data import benchmark_prompt, write_benchmark_text
 from sdtp.pipeline.steps import check
 
 pytestmark = pytest.mark.usefixtures("no_tracking")

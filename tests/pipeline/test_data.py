@@ -18,17 +18,11 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from sdtp.errors import UserError
+from sdtp.pipeline.benchmark_text import benchmark_prompt, write_benchmark_text
 from sdtp.pipeline.config import DataSettings
 from sdtp.pipeline.corpus import read_corpus, split_documents
-from sdtp.pipeline.data import (
-    TRAINING,
-    benchmark_prompt,
-    build_test_data,
-    build_training_data,
-    load_split,
-    split_hash,
-    write_benchmark_text,
-)
+from sdtp.pipeline.data import build_test_data, build_training_data
+from sdtp.pipeline.data_folder import TRAINING, load_split, split_hash
 from sdtp.pipeline.data_steps import RECORD_COUNTS
 from sdtp.pipeline.facts import TEST, TRAIN
 from sdtp.pipeline.files import canonical_json
@@ -314,7 +308,7 @@ def test_cut_and_skipped_records_are_counted_and_named(
         "crlf": ["rows.jsonl, line 6"],
     }
     assert described["first_malformed"] == named
-    assert [record.getMessage() for record in caplog.records if record.name == "sdtp.pipeline.data"] == [
+    assert [record.getMessage() for record in caplog.records if record.name == "sdtp.pipeline.data_source"] == [
         f"data.train.source: 1 of 8 rows {'repaired' if reason == 'crlf' else 'left out'}, {reason}: {place}"
         for reason, (place,) in named.items()
     ]

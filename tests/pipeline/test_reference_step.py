@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from sdtp.errors import UserError
-from sdtp.pipeline.data import load_split
+from sdtp.pipeline.data_folder import load_split
 from sdtp.pipeline.files import read_jsonl
 from sdtp.pipeline.models import load_model
 from sdtp.pipeline.reference import Reference, write_reference

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from sdtp.errors import UserError
 from sdtp.evaluation.teacher_forcing import force, forced_logits
-from sdtp.pipeline.data import load_split
+from sdtp.pipeline.data_folder import load_split
 from sdtp.pipeline.files import read_jsonl, write_jsonl
 from sdtp.pipeline.models import load_model
 from sdtp.pipeline.steps import reference, sweep_evaluate, sweep_table, sweep_train

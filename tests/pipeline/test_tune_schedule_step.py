@@ -20,7 +20,7 @@ from sdtp.evaluation.schedule_search import Found
 from sdtp.evaluation.stats import paired_difference
 from sdtp.evaluation.teacher_forcing import force
 from sdtp.evaluation.tuning import alone
-from sdtp.pipeline.data import load_split
+from sdtp.pipeline.data_folder import load_split
 from sdtp.pipeline.steps import tune_schedule
 from sdtp.pipeline.tuning_plot import COLOURS, tuning
 from sdtp.pruning import flops, scorers

@@ -22,7 +22,8 @@ def test_logits_of_a_batch_are_those_of_each_row(tiny_model):
     prompts = [torch.randint(3, 128, (n,)) for n in (9, 4, 12)]
     responses = [torch.randint(3, 128, (n,)) for n in (2, 7, 1)]
     found = batch_logits(model, prompts, responses)
-    for prompt, response, logits in zip(prompts, responses, found, strict=True):
+    rows = found.split([len(response) for response in responses])
+    for prompt, response, logits in zip(prompts, responses, rows, strict=True):
         whole = model(torch.cat([prompt, response])[None]).logits[0]
         torch.testing.assert_close(logits, whole[len(prompt) - 1 : -1], rtol=0, atol=1e-5)
     assert not model.lm_head._forward_pre_hooks

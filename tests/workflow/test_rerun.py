@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from sdtp.pipeline.data import load_split
+from sdtp.pipeline.data_folder import load_split
 from tests.workflow.project import changed_tiny, overlay, planned, snakemake
 
 pytestmark = pytest.mark.slow

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from sdtp.pipeline.data import split_hash
+from sdtp.pipeline.data_folder import split_hash
 from sdtp.pipeline.files import sha256_file
 
 READ = {

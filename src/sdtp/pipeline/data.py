@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import asdict, dataclass
@@ -14,30 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
-from sdtp.errors import UserError
 from sdtp.pipeline.block import Source
 from sdtp.pipeline.config import DataSettings
-from sdtp.pipeline.corpus import Corpus, read_corpus, split_documents
+from sdtp.pipeline.corpus import Corpus, split_documents
+from sdtp.pipeline.data_folder import TEST_SPLIT, TRAINING, load_split
+from sdtp.pipeline.data_source import read_and_tell
 from sdtp.pipeline.facts import TEST, TRAIN
-from sdtp.pipeline.files import atomic_folder, canonical_json, write_atomically
+from sdtp.pipeline.files import atomic_folder, canonical_json
 from sdtp.pipeline.instructions import MAX_RESPONSE_TOKENS, instruction_examples, normal
-from sdtp.pipeline.prompts import beginning, encode_after
-from sdtp.pipeline.reading import read_json
-from sdtp.pipeline.records import Records, read_records
-from sdtp.pipeline.rows import read_saved
+from sdtp.pipeline.records import Records
 from sdtp.pipeline.tasks import CONTINUATION_TOKENS, Example, continuation_examples, retrieval_examples
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
-
-logger = logging.getLogger(__name__)
-
-# What a pruner learns from, and by what it is seen how well; what its quality is measured on.
-TRAINING, TEST_SPLIT = ("train", "heldout"), "test"
-SPLITS = (*TRAINING, TEST_SPLIT)
-# Longest prompt any table of ours reports: the benchmark cuts its prompts from one text of at most this many tokens.
-BENCHMARK_TOKENS = 131_072
 
 
 @dataclass(frozen=True)
@@ -72,12 +61,11 @@ def build_training_data(
     Raises:
         UserError: the source is missing, malformed, too small, or not what its pinned sha256 says.
     """
-    content = _read_and_tell(settings.train.source, "data.train.source", settings.malformed)
-    counts = {"train": settings.train.examples, "heldout": settings.train.heldout}
+    content = read_and_tell(settings.train.source, "data.train.source", settings.malformed)
     splits: dict[str, _Split] = {}
     used: set[str] = set()
     for split in TRAINING:
-        splits[split] = _split(tokenizer, content, settings.train.source, split, counts[split], settings, seed, used)
+        splits[split] = _split(tokenizer, content, split, settings, seed, used)
         used |= {normal(example.prompt) for example in splits[split].examples}
     return _write(tokenizer, splits, settings, seed, output)
 
@@ -106,24 +94,26 @@ def build_test_data(
     Raises:
         UserError: see `build_training_data`.
     """
-    source = settings.test.source
-    content = _read_and_tell(source, "data.test.source", settings.malformed)
+    content = read_and_tell(settings.test.source, "data.test.source", settings.malformed)
     learned = (load_split(data, split)["prompt"] for data in learned_from for split in TRAINING)
     used = {normal(prompt) for prompts in learned for prompt in prompts}
-    made = _split(tokenizer, content, source, TEST_SPLIT, settings.test.examples, settings, seed, used)
-    return _write(tokenizer, {TEST_SPLIT: made}, settings, seed, output)
+    made = {TEST_SPLIT: _split(tokenizer, content, TEST_SPLIT, settings, seed, used)}
+    return _write(tokenizer, made, settings, seed, output)
 
 
 def _split(
     tokenizer: PreTrainedTokenizerBase,
     content: Corpus | Records,
-    source: Source,
     split: str,
-    count: int,
     settings: DataSettings,
     seed: int,
     used: Set[str],
 ) -> _Split:
+    if split == TEST_SPLIT:
+        source, count = settings.test.source, settings.test.examples
+    else:
+        source = settings.train.source
+        count = settings.train.examples if split == "train" else settings.train.heldout
     if isinstance(content, Corpus):
         return _corpus_split(tokenizer, content, source, split, count, settings, seed)
     return _record_split(tokenizer, content, source, split, count, settings, seed, used)
@@ -154,115 +144,9 @@ def _write(
     return manifest
 
 
-def load_split(data_dir: str | Path, split: str) -> Dataset:
-    """One split of a data folder: columns id, task, prompt_ids, response_ids, prompt, response, source.
-
-    Raises:
-        UserError: the folder has no such split.
-    """
-    folder = Path(data_dir) / split
-    if split not in SPLITS or not folder.is_dir():
-        raise UserError(
-            f"{folder}: no such split; a folder of `sdtp data` has {' and '.join(TRAINING)}, one of `sdtp test-data` "
-            f"has {TEST_SPLIT}"
-        )
-    return read_saved(folder)
-
-
-def split_hash(data_dir: str | Path, split: str) -> str:
-    """The content hash of one split, from the manifest of its data folder."""
-    return str(read_json(Path(data_dir) / "manifest.json")["splits"][split]["content_sha256"])
-
-
 def longest_response(source: Source) -> int:
     """Most tokens that an example's response adds to its prompt; a planted value is shorter than a continuation."""
     return CONTINUATION_TOKENS if source.kind == "package" else MAX_RESPONSE_TOKENS
-
-
-def write_benchmark_text(tokenizer: PreTrainedTokenizerBase, settings: DataSettings, output: str | Path) -> int:
-    """Writes the text that benchmarks cut their prompts from: documents of the test split, one after the other.
-
-    Args:
-        tokenizer: the model's.
-        settings: `test.source`, and `malformed` for records.
-        output: a JSON file.
-
-    Returns:
-        Its tokens, at most `BENCHMARK_TOKENS`.
-
-    Raises:
-        UserError: the source is missing, malformed, or not what its pinned sha256 says.
-    """
-    source = settings.test.source
-    ids = _benchmark_ids(tokenizer, _read(source, "data.test.source", settings.malformed))
-    with write_atomically(Path(output)) as temporary:
-        temporary.write_text(canonical_json({"source": source.ref, "ids": ids}), encoding="utf-8")
-    return len(ids)
-
-
-def check_benchmark_text(tokenizer: PreTrainedTokenizerBase, settings: DataSettings, lengths: Iterable[int]) -> int:
-    """Checks benchmarked lengths against the text that `write_benchmark_text` will write.
-
-    Args:
-        tokenizer, settings: as it takes them.
-        lengths: of `benchmark.prompt_tokens`.
-
-    Returns:
-        The text's tokens, of which no more than `BENCHMARK_TOKENS` are kept.
-
-    Raises:
-        UserError: the text is shorter than one of the lengths, or see `write_benchmark_text`.
-    """
-    source = settings.test.source
-    available = len(_benchmark_ids(tokenizer, _read(source, "data.test.source", settings.malformed)))
-    for length in lengths:
-        _check_length(length, available, f"the benchmark's text, made of data.test.source {source.ref}")
-    return available
-
-
-def benchmark_prompt(text: str | Path, tokens: int) -> list[int]:
-    """The first `tokens` ids of the benchmark's text, a file of `write_benchmark_text`.
-
-    Raises:
-        UserError: the text is shorter.
-    """
-    ids = read_json(Path(text))["ids"]
-    _check_length(tokens, len(ids), str(text))
-    return list(ids[:tokens])
-
-
-def _check_length(tokens: int, available: int, text: str) -> None:
-    if not 0 < tokens <= available:
-        raise UserError(f"benchmark.prompt_tokens: {tokens} is not in 1..{available}, the tokens of {text}")
-
-
-def request_prompts(text: str | Path, tokens: int, count: int) -> list[list[int]]:
-    """`count` prompts of `tokens` ids: consecutive pieces of the benchmark's text, which starts over where it ends."""
-    ids = itertools.cycle(read_json(Path(text))["ids"])
-    return [list(itertools.islice(ids, tokens)) for _ in range(count)]
-
-
-def _read(source: Source, key: str, malformed: str) -> Corpus | Records:
-    content = read_corpus(source.ref) if source.kind == "package" else read_records(source, key, malformed)
-    if isinstance(content, Records) and not content.total:
-        raise UserError(f"{key}.ref: {source.ref} has no rows; at least one is needed")
-    if source.sha256 is None or source.sha256 == content.sha256:
-        return content
-    if content.sha256 is None:
-        raise UserError(f"{key}.sha256: {source.sha256} cannot be checked for a hub source; pin its revision instead")
-    raise UserError(f"{key}.sha256: expected {source.sha256}, found {content.sha256} for {source.ref}")
-
-
-def _read_and_tell(source: Source, key: str, malformed: str) -> Corpus | Records:
-    """As `_read`, with warnings of the rows that were left out or repaired."""
-    content = _read(source, key, malformed)
-    if isinstance(content, Records):
-        for what, tally in (("left out", content.skipped), ("repaired", content.repaired)):
-            for reason, places in tally.first.items():
-                count = f"{tally.counts[reason]} of {content.total} rows {what}, {reason}"
-                more = "; ..." if tally.counts[reason] > len(places) else ""
-                logger.warning("%s: %s: %s%s", key, count, "; ".join(places), more)
-    return content
 
 
 def _corpus_split(
@@ -348,19 +232,6 @@ def _record_split(
 
 def _rows(total: int, skipped: int, used: int) -> dict[str, int]:
     return {"n_total": total, "n_skipped": skipped, "n_used": used, "n_left": total - skipped - used}
-
-
-def _benchmark_ids(tokenizer: PreTrainedTokenizerBase, content: Corpus | Records) -> list[int]:
-    if isinstance(content, Corpus):
-        texts: Iterable[str] = (document.text for document in split_documents(content.documents)["test"])
-    else:
-        texts = (record.prompt for record in content.records)
-    ids = beginning(tokenizer)
-    for text in texts:
-        ids += encode_after(tokenizer, "\n\n" + text.strip())
-        if len(ids) >= BENCHMARK_TOKENS:
-            break
-    return ids[:BENCHMARK_TOKENS]
 
 
 def _to_dataset(examples: list[Example]) -> Dataset:

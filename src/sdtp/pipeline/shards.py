@@ -16,8 +16,6 @@ from sdtp.errors import UserError
 from sdtp.pipeline.files import canonical_json, sha256_file, write_atomically
 from sdtp.pipeline.reading import inside, read_json
 
-# The splits that have labels: those the scorer is trained on, and those that tell how well it learned.
-SPLITS = ("train", "heldout")
 # The key of a file's metadata, and the one in it that holds the checksum of all else in the file.
 _DESCRIPTION, _DIGEST = "description", "labels_sha256"
 

@@ -18,7 +18,7 @@ from sdtp.errors import UserError
 from sdtp.evaluation.names import LEAST_REPORTED, LEAST_TO_TUNE
 from sdtp.evaluation.schedule_search import Found
 from sdtp.evaluation.tuning import floor
-from sdtp.pipeline.data import load_split
+from sdtp.pipeline.data_folder import load_split
 from sdtp.pipeline.files import atomic_folder
 from sdtp.pipeline.plotstyle import save
 from sdtp.pipeline.pruners import TUNING_FILE

@@ -28,21 +28,10 @@ def response_logits(model: PreTrainedModel, prompt_ids: torch.Tensor, response_i
     Returns:
         [response_tokens, vocabulary], the logits that predict each response token.
     """
-    return batch_logits(model, [prompt_ids], [response_ids])[0]
+    return batch_logits(model, [prompt_ids], [response_ids])
 
 
 def batch_logits(
-    model: PreTrainedModel, prompts: Sequence[torch.Tensor], responses: Sequence[torch.Tensor]
-) -> tuple[torch.Tensor, ...]:
-    """`stacked_logits` row by row.
-
-    Returns:
-        For each row [response_tokens, vocabulary], the logits that predict each response token.
-    """
-    return stacked_logits(model, prompts, responses).split([len(response) for response in responses])
-
-
-def stacked_logits(
     model: PreTrainedModel, prompts: Sequence[torch.Tensor], responses: Sequence[torch.Tensor]
 ) -> torch.Tensor:
     """One forward over several prompts with their responses, without a cache; each row is what it is alone.

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from sdtp.errors import UserError
 from sdtp.pruning.adapter import decoder_layers
 from sdtp.training.half import loss_scales
-from sdtp.training.response import response_cross_entropy, stacked_logits
+from sdtp.training.response import batch_logits, response_cross_entropy
 
 Reduction = Literal["abs", "signed", "l2"]
 Target = Literal["loss", "logit"]
@@ -159,7 +159,7 @@ def _labels(
     hooks = [modules[layer].register_forward_pre_hook(enter(layer)) for layer in layers]
     try:
         with _frozen(model), _checkpointing(list(modules)[layers[0] :], gradient_checkpointing):
-            logits = stacked_logits(model, prompts, responses)
+            logits = batch_logits(model, prompts, responses)
             if not logits.requires_grad:
                 raise RuntimeError("no gradient reaches the hidden states: is this called under torch.no_grad()?")
             outer = _logit_gradients(logits.detach(), responses, target, scale)

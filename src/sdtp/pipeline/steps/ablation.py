@@ -7,7 +7,7 @@ from sdtp.errors import UserError
 from sdtp.pipeline import ablation_plot, targets
 from sdtp.pipeline.ablations import TRAINING_COLUMNS, ablation_table, all_rows, arm, markdown
 from sdtp.pipeline.config import Settings
-from sdtp.pipeline.data import load_split
+from sdtp.pipeline.data_folder import load_split
 from sdtp.pipeline.files import read_jsonl, write_atomically
 from sdtp.pipeline.plotstyle import figure_files, save
 from sdtp.pipeline.reading import read_json

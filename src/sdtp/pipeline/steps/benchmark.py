@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from sdtp.evaluation import latency
 from sdtp.evaluation.stats import paired_ratios, quartiles
+from sdtp.pipeline.benchmark_text import benchmark_prompt
 from sdtp.pipeline.config import BenchmarkSettings, Settings
-from sdtp.pipeline.data import benchmark_prompt
 from sdtp.pipeline.devices import choose_device
 from sdtp.pipeline.files import sha256_file
 from sdtp.pipeline.limits import check_benchmark

@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
+from sdtp.pipeline.benchmark_text import write_benchmark_text
 from sdtp.pipeline.config import Settings
-from sdtp.pipeline.data import write_benchmark_text
 from sdtp.pipeline.models import load_tokenizer
 from sdtp.pipeline.step import step
 

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from sdtp.evaluation.peers.budgets import Budget, kept, mean_entries
+from sdtp.pipeline.benchmark_text import benchmark_prompt
 from sdtp.pipeline.config import Settings
-from sdtp.pipeline.data import benchmark_prompt, load_split, split_hash
+from sdtp.pipeline.data_folder import load_split, split_hash
 from sdtp.pipeline.files import read_jsonl, sha256_file, write_jsonl
 from sdtp.pipeline.models import read_manifest
 from sdtp.pipeline.schedules import build_schedule

@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sdtp.pipeline.benchmark_text import check_benchmark_text
 from sdtp.pipeline.config import Settings
-from sdtp.pipeline.data import check_benchmark_text
 from sdtp.pipeline.files import write_atomically
 from sdtp.pipeline.limits import check_benchmark, check_context
 from sdtp.pipeline.models import load_tokenizer, read_manifest

@@ -15,7 +15,7 @@ from sdtp.evaluation.head import Head
 from sdtp.evaluation.teacher_forcing import Forced, batch_logits, summary
 from sdtp.pipeline.chosen import check_method, chosen_method, seeds_of
 from sdtp.pipeline.config import Settings
-from sdtp.pipeline.data import load_split, split_hash
+from sdtp.pipeline.data_folder import load_split, split_hash
 from sdtp.pipeline.devices import choose_device
 from sdtp.pipeline.files import write_jsonl
 from sdtp.pipeline.models import load_model

@@ -9,14 +9,14 @@ from tqdm.auto import tqdm
 
 from sdtp.errors import UserError
 from sdtp.pipeline import observations, plots
-from sdtp.pipeline.data import load_split
+from sdtp.pipeline.data_folder import TRAINING, load_split
 from sdtp.pipeline.figures import FIGURES
 from sdtp.pipeline.files import read_jsonl
 from sdtp.pipeline.models import load_tokenizer
 from sdtp.pipeline.plotstyle import figure_files, save
 from sdtp.pipeline.reading import read_json
 from sdtp.pipeline.results import read_history, read_latency, read_quality
-from sdtp.pipeline.shards import SPLITS, Labels
+from sdtp.pipeline.shards import Labels
 from sdtp.pipeline.step import step
 from sdtp.pipeline.steps.tables import write_csv
 
@@ -71,10 +71,12 @@ def shown_example(data: Path, model: Path, identifiers: list[str]) -> tuple[str,
 
     A retrieval prompt holds the fact that the answer needs, so that its saliency can be judged by eye.
     """
-    rows = {row["id"]: row for split in SPLITS for row in load_split(data, split).to_list()}
+    rows = {row["id"]: row for split in TRAINING for row in load_split(data, split).to_list()}
     missing = [identifier for identifier in identifiers if identifier not in rows]
     if missing:
-        raise UserError(f"{data}: no example {missing[0]}, which has saliency; accepted: ids of {' and '.join(SPLITS)}")
+        raise UserError(
+            f"{data}: no example {missing[0]}, which has saliency; accepted: ids of {' and '.join(TRAINING)}"
+        )
     shown = next((identifier for identifier in identifiers if rows[identifier]["task"] == "retrieval"), identifiers[0])
     tokenizer = load_tokenizer(model)
     return shown, [str(tokenizer.decode([token])) for token in rows[shown]["prompt_ids"]]

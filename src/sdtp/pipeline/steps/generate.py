@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from sdtp.evaluation.generation import generate_batch
 from sdtp.evaluation.references import found
 from sdtp.pipeline.config import Settings
-from sdtp.pipeline.data import load_split, split_hash
+from sdtp.pipeline.data_folder import load_split, split_hash
 from sdtp.pipeline.devices import choose_device
 from sdtp.pipeline.files import write_jsonl
 from sdtp.pipeline.limits import check_context

@@ -14,8 +14,8 @@ from sdtp.errors import UserError
 from sdtp.evaluation.latency import Context, Stopwatch, timed_pass
 from sdtp.evaluation.memory import give_back_freed_memory, peak_memory
 from sdtp.evaluation.serving import longest
+from sdtp.pipeline.benchmark_text import request_prompts
 from sdtp.pipeline.config import Settings
-from sdtp.pipeline.data import request_prompts
 from sdtp.pipeline.devices import choose_device
 from sdtp.pipeline.files import sha256_file
 from sdtp.pipeline.limits import check_context

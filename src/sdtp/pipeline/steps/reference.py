@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from sdtp.errors import UserError
 from sdtp.evaluation.head import Head, response_states
 from sdtp.pipeline.config import Settings
-from sdtp.pipeline.data import load_split, split_hash
+from sdtp.pipeline.data_folder import load_split, split_hash
 from sdtp.pipeline.devices import choose_device
 from sdtp.pipeline.models import load_model
 from sdtp.pipeline.reference import write_reference

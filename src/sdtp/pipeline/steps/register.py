@@ -12,7 +12,7 @@ import pandas as pd
 
 from sdtp.errors import UserError
 from sdtp.pipeline.config import Settings
-from sdtp.pipeline.data import split_hash
+from sdtp.pipeline.data_folder import split_hash
 from sdtp.pipeline.files import sha256_files, write_atomically
 from sdtp.pipeline.models import read_manifest
 from sdtp.pipeline.packaging import save_model

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from sdtp.errors import UserError
-from sdtp.pipeline.data import load_split
+from sdtp.pipeline.data_folder import load_split
 from sdtp.pipeline.files import read_jsonl, write_atomically
 from sdtp.pipeline.models import load_tokenizer
 from sdtp.pipeline.pruners import read_pruner

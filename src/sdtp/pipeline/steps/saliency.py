@@ -15,13 +15,13 @@ from transformers import PreTrainedModel
 from sdtp.errors import UserError
 from sdtp.pipeline.chunks import Chunks, chunked
 from sdtp.pipeline.config import SaliencySettings, Settings
-from sdtp.pipeline.data import load_split, split_hash
+from sdtp.pipeline.data_folder import TRAINING, load_split, split_hash
 from sdtp.pipeline.devices import choose_device
 from sdtp.pipeline.files import digest
 from sdtp.pipeline.libraries import LIBRARIES
 from sdtp.pipeline.models import load_model
 from sdtp.pipeline.schedules import stage_layers
-from sdtp.pipeline.shards import SPLITS, metadata, write_shard
+from sdtp.pipeline.shards import metadata, write_shard
 from sdtp.pipeline.step import step
 from sdtp.training.batching import MOST_PADDING, demanding_first, length_batches
 from sdtp.training.response import pads_exactly
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--shard is {args.shard}: a number from 0 to {args.shards - 1} is accepted")
     settings = Settings.from_json(args.settings)
     with step("saliency", args, outputs=[args.output], wildcards={"shard": args.shard}) as log:
-        for split in SPLITS:
+        for split in TRAINING:
             log.dataset(split, args.data / split, split_hash(args.data, split))
         examples, prompt_tokens, response_tokens = _examples(args.data, args.shard, args.shards)
         # The last response token predicts nothing and is not run.
@@ -120,7 +120,7 @@ def _examples(data: Path, shard: int, shards: int) -> tuple[Dataset, list[int], 
     Raises:
         UserError: an id comes twice, or an example has no prompt or no response.
     """
-    splits = [load_split(data, split).select_columns(["id", "prompt_ids", "response_ids"]) for split in SPLITS]
+    splits = [load_split(data, split).select_columns(["id", "prompt_ids", "response_ids"]) for split in TRAINING]
     every = concatenate_datasets(splits)
     name, count = max(Counter(every["id"]).items(), key=lambda item: item[1], default=("", 0))
     if count > 1:

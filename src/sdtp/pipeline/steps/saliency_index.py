@@ -4,9 +4,9 @@ import argparse
 from pathlib import Path
 
 from sdtp.errors import UserError
-from sdtp.pipeline.data import load_split
+from sdtp.pipeline.data_folder import TRAINING, load_split
 from sdtp.pipeline.files import canonical_json, sha256_file, write_atomically
-from sdtp.pipeline.shards import SPLITS, data_hash, read_shard
+from sdtp.pipeline.shards import data_hash, read_shard
 from sdtp.pipeline.step import step
 
 
@@ -21,7 +21,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     with step("saliency-index", args, outputs=[args.output]) as log:
         tokens = {
-            example["id"]: len(example["prompt_ids"]) for split in SPLITS for example in load_split(args.data, split)
+            example["id"]: len(example["prompt_ids"]) for split in TRAINING for example in load_split(args.data, split)
         }
         index = build_index(args.shards, tokens, data_hash(args.data))
         with write_atomically(args.output) as temporary:

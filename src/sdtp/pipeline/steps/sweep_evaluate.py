@@ -7,7 +7,7 @@ from pathlib import Path
 from sdtp.errors import UserError
 from sdtp.evaluation.methods import Fixed
 from sdtp.pipeline.config import Settings
-from sdtp.pipeline.data import load_split, split_hash
+from sdtp.pipeline.data_folder import load_split, split_hash
 from sdtp.pipeline.devices import choose_device
 from sdtp.pipeline.files import write_jsonl
 from sdtp.pipeline.models import load_model

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from sdtp.errors import UserError
 from sdtp.pipeline.config import Settings
-from sdtp.pipeline.data import load_split
+from sdtp.pipeline.data_folder import load_split
 from sdtp.pipeline.files import read_jsonl
 from sdtp.pipeline.plotstyle import figure_files, save
 from sdtp.pipeline.step import step

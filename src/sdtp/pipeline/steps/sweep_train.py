@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from sdtp.errors import UserError
 from sdtp.pipeline.config import Settings
-from sdtp.pipeline.data import load_split, split_hash
+from sdtp.pipeline.data_folder import load_split, split_hash
 from sdtp.pipeline.devices import choose_device
 from sdtp.pipeline.files import atomic_folder
 from sdtp.pipeline.learned import build_scorer

@@ -10,7 +10,7 @@ import pandas as pd
 
 from sdtp.errors import UserError
 from sdtp.pipeline.config import Settings
-from sdtp.pipeline.data import load_split
+from sdtp.pipeline.data_folder import load_split
 from sdtp.pipeline.files import read_jsonl, write_atomically
 from sdtp.pipeline.reading import read_json
 from sdtp.pipeline.step import step

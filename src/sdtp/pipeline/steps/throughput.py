@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from sdtp.errors import UserError
 from sdtp.evaluation.latency import Context, Stopwatch, Timing, interleave
 from sdtp.evaluation.serving import answer
+from sdtp.pipeline.benchmark_text import request_prompts
 from sdtp.pipeline.config import Settings
-from sdtp.pipeline.data import request_prompts
 from sdtp.pipeline.devices import choose_device
 from sdtp.pipeline.files import sha256_file
 from sdtp.pipeline.launch import end_with_launcher, launch, launched

@@ -13,9 +13,9 @@ from sdtp.errors import UserError
 from sdtp.evaluation import latency, names
 from sdtp.evaluation.peers.peer import Peer
 from sdtp.evaluation.stats import paired_ratios
+from sdtp.pipeline.benchmark_text import benchmark_prompt
 from sdtp.pipeline.chosen import check_method, chosen_method
 from sdtp.pipeline.config import BenchmarkSettings, Settings
-from sdtp.pipeline.data import benchmark_prompt
 from sdtp.pipeline.devices import choose_device
 from sdtp.pipeline.files import sha256_file
 from sdtp.pipeline.limits import check_context

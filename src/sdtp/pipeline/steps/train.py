@@ -16,14 +16,14 @@ from transformers import PreTrainedModel
 
 from sdtp.errors import UserError
 from sdtp.pipeline.config import Settings
-from sdtp.pipeline.data import load_split, split_hash
+from sdtp.pipeline.data_folder import TRAINING, load_split, split_hash
 from sdtp.pipeline.devices import choose_device
 from sdtp.pipeline.files import atomic_folder, canonical_json, sha256_file, write_atomically
 from sdtp.pipeline.launch import check_launcher, end_with_launcher, launch, launched, slurm_tasks
 from sdtp.pipeline.learned import build_scorer
 from sdtp.pipeline.models import choose_dtype, load_model
 from sdtp.pipeline.schedules import build_schedule
-from sdtp.pipeline.shards import SPLITS, Labels, metadata
+from sdtp.pipeline.shards import Labels, metadata
 from sdtp.pipeline.step import StepLog, step
 from sdtp.pipeline.tracking import TrackedRun
 from sdtp.pruning import store
@@ -113,9 +113,9 @@ def _train(args: argparse.Namespace, group: Processes, log: StepLog) -> None:
         for key, value in expected.items():
             if made_of[key] != value:
                 raise UserError(f"{args.saliency}: {key} is {made_of[key]}, but {value} is needed here")
-        for split in SPLITS:
+        for split in TRAINING:
             log.dataset(split, args.data / split, split_hash(args.data, split))
-        examples = {split: Examples(load_split(args.data, split), labels) for split in SPLITS}
+        examples = {split: Examples(load_split(args.data, split), labels) for split in TRAINING}
         trained_for = fingerprint(model)  # the main process's is the one that is written: it has seen the weights
     if sharded:
         shard(model, group)

@@ -9,7 +9,7 @@ from sdtp.evaluation.costs import flop_costs
 from sdtp.evaluation.schedule_search import search
 from sdtp.pipeline.config import Settings
 from sdtp.pipeline.damage_file import DamageFile, what_decides
-from sdtp.pipeline.data import split_hash
+from sdtp.pipeline.data_folder import split_hash
 from sdtp.pipeline.devices import choose_device
 from sdtp.pipeline.models import load_config, load_model
 from sdtp.pipeline.pruners import read_pruner_at

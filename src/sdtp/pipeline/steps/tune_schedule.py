@@ -22,7 +22,7 @@ from sdtp.evaluation.schedule_search import search
 from sdtp.evaluation.stats import paired_ratios
 from sdtp.evaluation.tuning import UnreachableError, geometric, level_counts
 from sdtp.pipeline.damage_file import DamageFile, what_decides
-from sdtp.pipeline.data import SPLITS, split_hash
+from sdtp.pipeline.data_folder import SPLITS, split_hash
 from sdtp.pipeline.devices import choose_device
 from sdtp.pipeline.files import digest
 from sdtp.pipeline.limits import check_context
