@@ -9,11 +9,9 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
-from torch import optim
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -22,7 +20,7 @@ from sdtp.pruning.schedule import PruningSchedule
 from sdtp.pruning.scorers import Learned
 from sdtp.pruning.store import learned_settings
 from sdtp.training.backbone import is_sharded, running
-from sdtp.training.checkpoints import LABELS, STEPS, Checkpoints, restore, snapshot
+from sdtp.training.checkpoints import LABELS, STEPS, Checkpoints
 from sdtp.training.examples import Example, check_examples
 from sdtp.training.gradients import batch_gradient, try_longest
 from sdtp.training.heldout import HeldOut, best_evaluation, check_choices
@@ -31,22 +29,15 @@ from sdtp.training.optimizer import GRADIENT_CLIP, adamw, flat_gradients
 from sdtp.training.options import Options
 from sdtp.training.policy import MaskingPolicy
 from sdtp.training.processes import Processes
+from sdtp.training.progress import Found, Log, Progress
 
 logger = logging.getLogger(__name__)
-
-Log = Callable[[dict[str, float], int, str], None]
 
 # Another version may compute other numbers: a checkpoint belongs to the one it was made with.
 _LIBRARIES = {"torch": torch.__version__, "transformers": transformers.__version__}
 
 # Of the time of the label epochs, the share that their checkpoints may take: with little to an epoch, not each has one.
 _SAVING = 0.05
-
-Found = tuple[dict[str, torch.Tensor], dict[str, Any]]
-"""What `Checkpoints.load` found."""
-
-Save = Callable[[str, int, optim.Optimizer, optim.lr_scheduler.LRScheduler], None]
-"""Writes a checkpoint of a part and step of the training, with the optimizer and the learning rate of that part."""
 
 
 def fit(
@@ -118,8 +109,8 @@ def fit(
             check_choices([prompt for prompt, _ in heldout_lengths], schedule)
     store = None if checkpoints is None else Checkpoints(checkpoints, _fingerprint(options, schedule, scorer, inputs))
     with running(model, schedule.layers[0], autocast=options.autocast, recompute=options.gradient_checkpointing):
-        training = _Training(model, scorer, schedule, train, lengths, heldout, options, log, processes)
-        return training.run(store, on_checkpoint, tracking_run)
+        progress = Progress(scorer, log, store, on_checkpoint, tracking_run, processes)
+        return _Training(model, scorer, schedule, train, lengths, heldout, options, progress, processes).run()
 
 
 class _Training:
@@ -134,7 +125,7 @@ class _Training:
         lengths: Sequence[tuple[int, int]],
         heldout: Sequence[Example],
         options: Options,
-        log: Log,
+        progress: Progress,
         processes: Processes,
     ) -> None:
         self.model, self.scorer, self.train, self.options = model, scorer, train, options
@@ -144,36 +135,16 @@ class _Training:
         self.optimizer, self.rates = adamw(scorer, options.learning_rate, options.steps)
         self.policy = MaskingPolicy(schedule, scorer, options.temperature, options.sampler)
         self.heldout = HeldOut(model, heldout, processes, self.lockstep) if heldout else None
-        self._log = log
-        self.step = 0
-        self.history: list[tuple[dict[str, float], int, str]] = []
-        self.best: dict[str, torch.Tensor] = {}
+        self.progress, self.step = progress, 0
 
-    def run(
-        self, store: Checkpoints | None, on_checkpoint: Callable[[int], None] | None, tracking_run: str
-    ) -> dict[str, float]:
+    def run(self) -> dict[str, float]:
         """See `fit`."""
-        options = self.options
-
-        def save(part: str, step: int, optimizer: optim.Optimizer, rates: optim.lr_scheduler.LRScheduler) -> None:
-            if store is None:
-                return
-            with self.processes.together():
-                if self.processes.main:
-                    tensors, state = snapshot(self.scorer, optimizer, rates, self.best)
-                    state |= {"history": self.history, "tracking_run": tracking_run}
-                    store.save(part, step, tensors, state)
-                    if part == STEPS and on_checkpoint is not None:
-                        on_checkpoint(step)
-
-        found = self._found(store)
+        options, progress = self.options, self.progress
+        found = progress.found()
         stepping = found if found is not None and found[1]["part"] == STEPS else None
         if stepping is not None:
-            self.best = restore(self.scorer, self.optimizer, self.rates, *stepping)
+            progress.go_on(stepping, self.optimizer, self.rates)
             self.step = stepping[1]["step"]
-            with self.processes.together():
-                if self.processes.main and on_checkpoint is not None:
-                    on_checkpoint(self.step)
         label_epochs = self._label_epochs(found)
         if label_epochs:
             prompts = [prompt for prompt, _ in self.lengths[: options.label_examples]]
@@ -185,13 +156,20 @@ class _Training:
                 seed=options.seed, processes=self.processes,
             )  # fmt: skip
         if stepping is None:
-            self._fit_labels(found, label_epochs, save)
+            self._fit_labels(found, label_epochs)
             self._evaluate()
-            save(STEPS, self.step, self.optimizer, self.rates)
+            progress.save(STEPS, self.step, self.optimizer, self.rates)
+        self._take_steps()
+        progress.end()
+        return self._settle()
+
+    def _take_steps(self) -> None:
+        """The optimizer steps that are left."""
+        options, progress = self.options, self.progress
         gradients = flat_gradients(self.scorer)
         with tqdm(
             initial=self.step, total=options.steps, desc="training", unit="step", disable=not self.processes.main
-        ) as progress:
+        ) as bar:
             while self.step < options.steps and not self._out_of_patience():
                 losses = batch_gradient(
                     gradients, self.model, self.policy, self.train, self.tokens, options.weights,
@@ -202,19 +180,19 @@ class _Training:
                 self.optimizer.step()
                 self.rates.step()
                 self.step += 1
-                self._report({**losses, "gradient_norm": float(norm), "learning_rate": rate}, self.step, "train")
-                progress.update()
-                progress.set_postfix(loss=f"{losses['loss']:.3f}")
+                progress.report({**losses, "gradient_norm": float(norm), "learning_rate": rate}, self.step, "train")
+                bar.update()
+                bar.set_postfix(loss=f"{losses['loss']:.3f}")
                 if self.step % options.evaluate_every == 0 or self.step == options.steps:
                     self._evaluate()
                 if self.step % options.checkpoint_every == 0 or self.step == options.steps or self._out_of_patience():
-                    save(STEPS, self.step, self.optimizer, self.rates)
-        if store is not None:
-            with self.processes.together():
-                if self.processes.main:
-                    store.clear_others()  # its own stays: a rerun makes the same again, without computing
-        evaluations = {step: metrics for metrics, step, split in self.history if split == "heldout"}
-        kept, _ = best_evaluation(self.history)
+                    progress.save(STEPS, self.step, self.optimizer, self.rates)
+
+    def _settle(self) -> dict[str, float]:
+        """Leave the scorer that is kept; its held-out metrics."""
+        options, progress = self.options, self.progress
+        evaluations = {step: metrics for metrics, step, split in progress.history if split == "heldout"}
+        kept, _ = best_evaluation(progress.history)
         if kept is None:
             return {}
         if not options.patience:
@@ -228,48 +206,18 @@ class _Training:
                 options.steps,
                 options.patience,
             )
-        self.scorer.load_state_dict(self.best)
+        self.scorer.load_state_dict(progress.best)
         return evaluations[kept]
-
-    def _found(self, store: Checkpoints | None) -> Found | None:
-        """The newest checkpoint, whose history is reported again; where none can be used, those there are removed."""
-        if store is None:
-            return None
-        with self.processes.together():
-            found = store.load() if self.processes.main else None
-        found = self.processes.from_main(found)
-        if found is None:
-            with self.processes.together():
-                if self.processes.main:
-                    store.clear()  # damaged ones would count as the newest
-                    if store.others():
-                        logger.info(
-                            "%s has checkpoints of other settings, inputs, code or library versions: they are not "
-                            "used, and stay until a training has ended here",
-                            store.folder.parent,
-                        )
-            return None
-        state = found[1]
-        for metrics, step, split in state["history"]:
-            self._report(metrics, step, split)
-        reached = f"{'label epoch' if state['part'] == LABELS else 'step'} {state['step']}"
-        logger.info("going on from %s, reached by tracking run %s", reached, state["tracking_run"] or "(none)")
-        return found
-
-    def _report(self, metrics: dict[str, float], step: int, split: str) -> None:
-        self.history.append((metrics, step, split))
-        if self.processes.main:
-            self._log(metrics, step, split)
 
     def _evaluate(self) -> None:
         if self.heldout is None:
             return
-        self._report(self.heldout.evaluate(self.policy), self.step, "heldout")
-        if self.options.patience and best_evaluation(self.history)[0] == self.step:
-            self.best = {name: value.detach().clone() for name, value in self.scorer.state_dict().items()}
+        self.progress.report(self.heldout.evaluate(self.policy), self.step, "heldout")
+        if self.options.patience:
+            self.progress.keep_if_best(self.step)
 
     def _out_of_patience(self) -> bool:
-        return 0 < self.options.patience <= best_evaluation(self.history)[1]
+        return 0 < self.options.patience <= best_evaluation(self.progress.history)[1]
 
     def _label_epochs(self, found: Found | None) -> range:
         """Numbers of the label epochs left after what was found; none where no loss with a weight uses labels."""
@@ -281,7 +229,7 @@ class _Training:
             done = found[1]["step"] if found[1]["part"] == LABELS else options.label_epochs
         return range(done + 1, options.label_epochs + 1)
 
-    def _fit_labels(self, found: Found | None, epochs: range, save: Save) -> None:
+    def _fit_labels(self, found: Found | None, epochs: range) -> None:
         """These label epochs, from what was found after the one before them."""
         if found is None and not epochs:
             return
@@ -289,7 +237,7 @@ class _Training:
         count = min(len(self.train), options.label_examples)
         optimizer, rates = adamw(self.scorer, options.learning_rate, options.label_epochs * count)
         if found is not None:
-            restore(self.scorer, optimizer, rates, *found)
+            self.progress.go_on(found, optimizer, rates)
         if not epochs:  # the last was found done: the steps go on from its scorer
             return
         if self.processes.main and count < len(self.train):
@@ -304,11 +252,11 @@ class _Training:
 
         def ended(loss: float, epoch: int) -> None:
             nonlocal saved, cost
-            self._report({"loss": loss}, epoch, "labels")
+            self.progress.report({"loss": loss}, epoch, "labels")
             began = time.monotonic()
             # Where checkpoints are decides what a kill costs, and no result.
             if self.processes.from_main(epoch == options.label_epochs or cost <= _SAVING * (began - saved)):
-                save(LABELS, epoch, optimizer, rates)
+                self.progress.save(LABELS, epoch, optimizer, rates)
                 saved = time.monotonic()
                 cost = saved - began
 

@@ -3,47 +3,41 @@
 import argparse
 import json
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from sdtp.evaluation import names
 from sdtp.evaluation.peers.attaching import plain
 from sdtp.evaluation.peers.budgets import fraction
 from sdtp.evaluation.peers.compression import Compression
 from sdtp.evaluation.peers.h2o import H2O
-from sdtp.pipeline import plots, sweep_plot
 from sdtp.pipeline.config import Settings
 from sdtp.pipeline.files import read_jsonl, write_atomically
 from sdtp.pipeline.models import load_config, read_manifest
-from sdtp.pipeline.paper import drawing, missing, page, published
+from sdtp.pipeline.paper import missing, page, published
 from sdtp.pipeline.paper.ablation import VARIANTS, ablation
+from sdtp.pipeline.paper.arithmetic import Schedules
+from sdtp.pipeline.paper.figures import figure
 from sdtp.pipeline.paper.names import PARTS
 from sdtp.pipeline.paper.part import Part
 from sdtp.pipeline.paper.quality import speeds_of, table_1, table_3, table_6, with_llmlingua
 from sdtp.pipeline.paper.saliency import figure_1, figure_2
 from sdtp.pipeline.paper.shortened import shortened_speeds
 from sdtp.pipeline.paper.speed import table_2
-from sdtp.pipeline.paper.sweep import HORIZONTAL, swept
+from sdtp.pipeline.paper.sweep import swept
 from sdtp.pipeline.plotstyle import save
 from sdtp.pipeline.reading import read_json
 from sdtp.pipeline.results import read_latency
-from sdtp.pipeline.schedules import build_schedule
 from sdtp.pipeline.shards import Labels
 from sdtp.pipeline.step import step
 from sdtp.pipeline.steps.ablation import by_variant, read_training
 from sdtp.pipeline.steps.figures import shown_example
 from sdtp.pipeline.steps.tables import write_csv
-from sdtp.pruning import flops
-from sdtp.pruning.schedule import PruningSchedule
 
 # What is on the page beside the paper's own figures: title by file name.
 FURTHER = {
@@ -118,9 +112,11 @@ def main(argv: list[str]) -> None:
         known = published.load()
         again = missing.Again.from_json(settings.run, os.environ.get("SDTP_CONFIGURED", ""))
         parts = read_parts(args, settings, known, again)
+        reduction = read_json(args.saliency)["reduction"]
+        sweeps = {"figure-4": pd.read_csv(args.stage_position), "figure-5": pd.read_csv(args.stage_count)}
         for part in tqdm(parts, desc="parts", unit="part"):
             write_csv(part.rows, args.output / f"{part.name}.csv")
-            save(figure(part, args), args.output / part.name)
+            save(figure(part, reduction, sweeps), args.output / part.name)
             log.artifact(args.output / f"{part.name}.csv", "paper")
             log.artifact(args.output / f"{part.name}.png", "paper")
         shown = page.Paper(
@@ -284,64 +280,3 @@ def emptied(paths: Sequence[Path], unpruned: Sequence[Mapping[str, Any]]) -> lis
                 own = {name: row[name] for name in ("suite", "category", "task")}
                 found.append({**own, "keep_ratio": ratio_of(path)})
     return found
-
-
-class Schedules:
-    """What the run's schedules make of lengths: arithmetic only."""
-
-    def __init__(self, settings: Settings, config: Any) -> None:
-        self._settings = settings
-        self._config = config
-
-    def _schedule(self, ratio: float) -> PruningSchedule:
-        return build_schedule(self._settings.pruning, self._config.num_hidden_layers, ratio)
-
-    def decode_tflop(self, prompt_tokens: int, new_tokens: int, ratio: float) -> float:
-        """Arithmetic of decoding after a prompt, in TFLOP; ratio 1.0 is the unpruned model."""
-        schedule = None if ratio == 1.0 else self._schedule(ratio)
-        return flops.decode(self._config, prompt_tokens, new_tokens, schedule) / 1e12
-
-    def layer_mean(self, method: str, ratio: float, prompts: Sequence[int]) -> float | None:
-        """Prompts' tokens, all together, over those that a layer sees of them on average; None without stages."""
-        if method == "unpruned":
-            return 1.0
-        # A tuned schedule is no arithmetic of the settings.
-        if method not in (*names.LEARNED, *names.BASELINES) or method == names.TUNED:
-            return None
-        schedule = self._schedule(ratio)
-        if method == "sdtp-half":
-            schedule = schedule.at_stages(names.half(schedule.stages))
-        layers = self._config.num_hidden_layers
-        seen = sum(
-            count * float(np.mean(schedule.layer_lengths(tokens, layers))) for tokens, count in Counter(prompts).items()
-        )
-        return sum(prompts) / seen
-
-
-def figure(part: Part, args: argparse.Namespace) -> Figure:
-    """The figure of one part."""
-    if part.name == "figure-1":
-        scores = part.rows.pivot(index="layer", columns="position", values="saliency")
-        tokens = part.rows[part.rows["layer"] == scores.index[0]].sort_values("position")["token"]
-        reduction = read_json(args.saliency)["reduction"]
-        return plots.saliency(scores.to_numpy(), list(scores.index), list(tokens), reduction)
-    if part.name == "figure-2":
-        return drawing.sparsity(part)
-    if part.name in HORIZONTAL:
-        table = args.stage_position if part.name == "figure-4" else args.stage_count
-        return sweep_plot.sweep(pd.read_csv(table), HORIZONTAL[part.name])
-    if part.name == "table-2":
-        values = [("prefill_speedup", "prefill speedup (×)"), ("end_to_end_speedup", "end-to-end speedup (×)")]
-        return drawing.lines(part, "prompt_tokens", values, "keep_ratio", logarithmic=True)
-    panel, line, label = DOTS[part.name]
-    return drawing.dots(part, panel, line, "value", label)
-
-
-# Of each table the columns that its panels are, those that name a line in them, and the horizontal axis.
-DOTS: Mapping[str, tuple[Sequence[str], Sequence[str], str]] = {
-    "table-1": (("suite", "category"), ("method", "keep_ratio"), "score"),
-    "table-3": (("task",), ("method", "keep_ratio"), "accuracy (%)"),
-    "table-4": (("task", "metric"), ("variant", "keep_ratio"), "mean"),
-    "table-5": (("task", "metric"), ("variant", "keep_ratio"), "mean"),
-    "table-6": (("task", "metric"), ("method", "keep_ratio"), "mean"),
-}
