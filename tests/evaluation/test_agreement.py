@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from sdtp.evaluation.agreement import agreement
+from sdtp.errors import UserError
+from sdtp.evaluation.agreement import agreement, check_finite
 
 # Probabilities of three tokens at two places.
 UNPRUNED = torch.tensor([[1 / 2, 1 / 4, 1 / 4], [1 / 8, 1 / 8, 3 / 4]])
@@ -44,6 +45,15 @@ def test_is_computed_in_float32_whatever_the_models_dtype() -> None:
     log_q, log_p = (one.double().log_softmax(-1) for one in (unpruned, pruned))
     expected = float((log_q.exp() * (log_q - log_p)).sum(-1).mean())
     assert agreement(pruned, unpruned).kl == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("side", [0, 1])
+def test_an_overflow_is_no_agreement(value: float, side: int) -> None:
+    logits = [PRUNED.log(), UNPRUNED.log()]
+    logits[side][1, 2] = value
+    with pytest.raises(UserError, match=r"kl of example 'a' is (nan|inf): the model's logits are not finite there"):
+        check_finite("example 'a'", loss=1.0, kl=agreement(*logits).kl)
 
 
 def test_refuses_other_places() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from sdtp.errors import UserError
 from sdtp.evaluation.damage import DamageCurve, damages, task_weights
 from sdtp.evaluation.teacher_forcing import force
 from sdtp.pruning import scorers
@@ -23,7 +25,10 @@ NOTHING = PruningSchedule((1, 3), (1.0, 1.0), sinks=2, min_local=4)
 
 def test_damage_is_kl_of_the_forced_distributions(tiny_model: Callable[..., PreTrainedModel]) -> None:
     model, pruner = tiny_model(), TokenPruner(SCHEDULE, scorers.Recent())
-    examples = [{"prompt_ids": PROMPT, "response_ids": RESPONSE}, {"prompt_ids": PROMPT[:20], "response_ids": [7]}]
+    examples = [
+        {"id": "a", "prompt_ids": PROMPT, "response_ids": RESPONSE},
+        {"id": "b", "prompt_ids": PROMPT[:20], "response_ids": [7]},
+    ]
     calls: list[int] = []
     found = damages(model, pruner, examples, lambda n: [NOTHING, SCHEDULE], lambda: calls.append(1))
     assert len(calls) == 6
@@ -43,6 +48,35 @@ def test_damage_is_kl_of_the_forced_distributions(tiny_model: Callable[..., PreT
         unpruned, under = force(model, prompt, response), force(model, prompt, response, pruner)
         assert pruned.loss == pytest.approx(float((unpruned.log_probs - under.log_probs).mean()), abs=1e-5)
         assert pruned.kept_share == under.kept_tokens / len(prompt)
+
+
+@pytest.mark.parametrize(
+    ("everywhere", "message"),
+    [
+        (True, "loss of the unpruned model on example 'a' is nan"),
+        (False, "loss of example 'a', of whose 40 tokens [20, 10] are left is nan"),
+    ],
+)
+def test_an_overflow_is_refused_and_no_damage(
+    tiny_model: Callable[..., PreTrainedModel], everywhere: bool, message: str
+) -> None:
+    """As of float16: in every forward, or where the last layer gets fewer tokens than the prompt has."""
+    model = tiny_model()
+
+    def overflow(module: torch.nn.Module, args: tuple[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
+        tokens = args[0].shape[1]
+        return out * math.inf if everywhere or len(RESPONSE) < tokens < len(PROMPT) else out
+
+    model.model.layers[3].register_forward_hook(overflow)
+    pruner = TokenPruner(SCHEDULE, scorers.Recent())
+    with pytest.raises(UserError, match=re.escape(message)):
+        damages(
+            model,
+            pruner,
+            [{"id": "a", "prompt_ids": PROMPT, "response_ids": RESPONSE}],
+            lambda n: [SCHEDULE],
+            lambda: None,
+        )
 
 
 def test_every_task_counts_alike() -> None:

@@ -385,6 +385,13 @@ def test_pruned_model_is_left_unhooked(lm: Callable[..., PrunedLM], hf: Callable
     assert scores(hf(), PAIRS) == before
 
 
+def test_an_overflow_is_refused_by_name(lm: Callable[..., PrunedLM], model: PreTrainedModel) -> None:
+    """Else the argmax of an answer's nan would be counted as a choice."""
+    model.lm_head.weight.data[3] = float("nan")
+    with pytest.raises(UserError, match=r"log-likelihood of continuation \('no', '!'\) is nan: the model's logits"):
+        scores(lm(pruner="recent", **SETTINGS), [("no", "!")])
+
+
 def test_remote_code_is_not_trusted_by_default(folder: str) -> None:
     config = Path(folder, "config.json")
     own = {"model_type": "unheard", "auto_map": {"AutoConfig": "code.Config"}}

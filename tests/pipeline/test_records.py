@@ -159,6 +159,10 @@ def test_half_of_a_surrogate_pair_is_no_utf8(write: Write, text: str) -> None:
     assert found.skipped.first == {
         "not_utf8": ["rows.jsonl, line 1: character 1 of field 'response' is half of a surrogate pair"]
     }
+    found = read(write('{"id": "' + text + '", "prompt": "ok", "response": "ok"}', pair()))
+    assert found.skipped.first == {
+        "not_utf8": ["rows.jsonl, line 1: character 1 of field 'id' is half of a surrogate pair"]
+    }
     whole = read(write(r'{"prompt": "ok", "response": "\ud83d\ude00"}'))
     assert whole.records[0].response == "\U0001f600"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from sdtp.errors import UserError
+from sdtp.evaluation import methods
 from sdtp.pipeline.data_folder import load_split
 from sdtp.pipeline.files import read_jsonl
 from sdtp.pipeline.models import load_model
@@ -192,3 +194,23 @@ def test_reference_of_other_data_is_refused_by_the_example(run: Path) -> None:
     write_reference(path, {"x": torch.zeros(1, 32)}, examples, run / "model")
     with pytest.raises(UserError, match=r"reference\.safetensors has no example 'r0'"):
         evaluated(run, "unpruned", 1.0, path)
+
+
+def test_an_overflow_of_the_unpruned_model_names_the_example(run: Path) -> None:
+    weights = run / "model" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["lm_head.weight"][3] = float("nan")
+    save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(UserError, match=r"largest logit of the unpruned model on example '[rc]\d' is nan: the model's"):
+        make_reference(run)
+    assert not (run / "evaluation" / "reference.safetensors").exists()
+
+
+def test_an_overflow_under_pruning_names_the_example(run: Path) -> None:
+    states, model = Reference(make_reference(run), run / "model", torch.float32), model_of(run)
+    last = model.model.layers[-1]
+    last.register_forward_hook(lambda module, args, out: out * math.inf if 5 < args[0].shape[1] < 33 else out)
+    schedule = PruningSchedule((1, 3), (0.7, 0.5), sinks=2, min_local=4)
+    pruner = methods.Fixed(TokenPruner(schedule, scorers.Recent()))
+    with pytest.raises(UserError, match=r"loss of example '[rc]\d' is nan: the model's logits are not finite there"):
+        evaluate.evaluate(model, load_split(run / "data", "test").to_list(), pruner, 80, states)

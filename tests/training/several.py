@@ -59,11 +59,11 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "even batches": {},
     "uneven batches": {"batch_size": 3},
     "fewer examples than processes": {"batch_size": 1, "steps": 6},
-    "mixed precision": {"autocast": True, "batch_size": 3},
+    "mixed precision": {"autocast": True, "batch_size": 3, "label_epochs": 1},
     "labels alone": {"label_epochs": 3, "steps": 1, "learning_rate": 1e-3},
     "patience": {"patience": 1, "evaluate_every": 1, "learning_rate": 0.3, "steps": 12},
     "sharded": {"sharded": True, "batch_size": 3, "label_epochs": 1},
-    "sharded, mixed precision": {"sharded": True, "autocast": True, "batch_size": 3},
+    "sharded, mixed precision": {"sharded": True, "autocast": True, "batch_size": 3, "label_epochs": 1},
     "sharded, recomputing": {"sharded": True, "gradient_checkpointing": True, "batch_size": 3},
     # One of the two processes has a prompt that no stage prunes, and whose loss no score reaches.
     "sharded, cross-entropy": {"sharded": True, "short": True, "batch_size": 2, "weights": CE},

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,6 +35,16 @@ def test_what_is_loaded_is_what_was_saved(store):
     assert (state["part"], state["step"], state["fingerprint"]) == (STEPS, 2, FINGERPRINT)
     # As JSON has it: lists for tuples. NaN is no number that equals itself.
     assert repr({name: state[name] for name in STATE}) == repr(json.loads(json.dumps(STATE)))
+
+
+def test_what_is_loaded_is_of_no_file(store):
+    """A network file system keeps a folder with a mapped file, and a training holds what it loaded to its end."""
+    held = store.load()
+    mapped = Path("/proc/self/maps").read_text()
+    assert str(store.folder) not in mapped
+    for step in (3, 4):
+        store.save(STEPS, step, {"weight": torch.zeros(3)}, STATE)
+    assert held[0]["weight"].tolist() == [2.0, 2.0, 2.0]
 
 
 def assert_gives_way(store, caplog, text):

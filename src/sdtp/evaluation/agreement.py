@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 
+from sdtp.errors import UserError
 from sdtp.training.response import response_kl
 
 
@@ -14,7 +16,8 @@ class Agreement:
     """Of one response.
 
     Attributes:
-        kl: KL(unpruned || pruned), nats a response token, mean over the response's tokens; 0 where nothing differs.
+        kl: KL(unpruned || pruned), nats a response token, mean over the response's tokens; 0 where nothing differs, nan
+            where a logit is no number or infinite.
         top1: share of the response's tokens whose most probable token is the same, in [0, 1].
     """
 
@@ -39,4 +42,23 @@ def agreement(logits: torch.Tensor, unpruned: torch.Tensor) -> Agreement:
 
 def divergence(logits: torch.Tensor, unpruned: torch.Tensor) -> float:
     """`Agreement.kl` alone; arguments and errors as `agreement` has them."""
-    return max(0.0, response_kl(logits, unpruned).item())  # rounding may put a divergence of 0 below it
+    kl = response_kl(logits, unpruned).item()
+    return 0.0 if kl < 0.0 else kl  # rounding may put a divergence of 0 below it; nan stays, which max() may drop
+
+
+def check_finite(where: str, **values: float) -> None:
+    """Refuse a measurement of an overflow, which would rank as if it were one of a model.
+
+    Args:
+        where: the example and what ran on it, for the message.
+        values: what was measured, by name.
+
+    Raises:
+        UserError: one of the values is not finite.
+    """
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise UserError(
+                f"{name} of {where} is {value}: the model's logits are not finite there. In float16 states "
+                "overflow that bfloat16 and float32 hold (model.dtype)"
+            )

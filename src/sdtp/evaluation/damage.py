@@ -13,7 +13,7 @@ from scipy.interpolate import PchipInterpolator
 from scipy.optimize import isotonic_regression
 from transformers import PreTrainedModel
 
-from sdtp.evaluation.agreement import divergence
+from sdtp.evaluation.agreement import check_finite, divergence
 from sdtp.evaluation.teacher_forcing import forced_logits
 from sdtp.pruning.pruner import TokenPruner
 from sdtp.pruning.schedule import PruningSchedule
@@ -59,7 +59,7 @@ def damages(
     Args:
         model: eval mode, unhooked.
         pruner: whose scorer decides.
-        examples: rows with `prompt_ids` and `response_ids`.
+        examples: rows with `id`, `prompt_ids` and `response_ids`.
         schedules: prompt tokens -> the schedules for an example of that length, as many for each.
         forward: called after every forward, and for each that `known` spares.
         known: gets each measurement as it is made.
@@ -75,12 +75,17 @@ def damages(
         if None in found:
             unpruned, ids, _ = forced_logits(model, prompt, response)
             loss = response_cross_entropy(unpruned, ids).item()
+            check_finite(f"the unpruned model on example {example['id']!r}", loss=loss)
         forward()
         for schedule, damage in zip(wanted, found, strict=True):
             if damage is None:
                 logits, _, kept = forced_logits(model, prompt, response, pruner.with_schedule(schedule))
-                more = response_cross_entropy(logits, ids).item() - loss
-                damage = Damage(divergence(logits, unpruned), more, kept / len(prompt))
+                more, kl = response_cross_entropy(logits, ids).item() - loss, divergence(logits, unpruned)
+                left = list(schedule.surviving(len(prompt)))
+                check_finite(
+                    f"example {example['id']!r}, of whose {len(prompt)} tokens {left} are left", loss=more, kl=kl
+                )
+                damage = Damage(kl, more, kept / len(prompt))
                 if known is not None:
                     known.add(example, schedule, damage)
             yield damage

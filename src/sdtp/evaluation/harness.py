@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -25,6 +26,7 @@ from lm_eval.models.utils import chunks
 from tqdm import tqdm
 
 from sdtp.errors import UserError
+from sdtp.evaluation.agreement import check_finite
 from sdtp.evaluation.harness_answers import Known, Scored
 from sdtp.evaluation.harness_pruner import read_pruner
 from sdtp.evaluation.shared_prefill import follow, prefill
@@ -123,7 +125,7 @@ class PrunedLM(HFLM):
         """Log-likelihood of each continuation, and whether it is what greedy decoding gives.
 
         Raises:
-            UserError: a continuation that has no token, or more than the model takes.
+            UserError: a continuation that has no token, or more than the model takes, or whose log-likelihood is nan.
         """
         answers: dict[int, Scored] = {}
         sharing: dict[tuple[int, tuple[int, ...]], list[int]] = defaultdict(list)
@@ -198,9 +200,11 @@ class PrunedLM(HFLM):
                 for row, index, logits, ids in zip(rows, indices, predicted, continuations, strict=True):
                     continuation = torch.tensor(ids, device=logits.device)
                     log_probs = logits.to(self.softmax_dtype or torch.float32).log_softmax(-1)
-                    total = log_probs.gather(-1, continuation.unsqueeze(-1)).sum()
+                    total = float(log_probs.gather(-1, continuation.unsqueeze(-1)).sum())
+                    if math.isnan(total):  # of a token that a model rules out it is -inf
+                        check_finite(f"continuation {requests[index][0] or ids!r}", **{"log-likelihood": total})
                     scored = Scored(
-                        log_likelihood=float(total),
+                        log_likelihood=total,
                         greedy=bool((logits.argmax(-1) == continuation).all()),
                         prompt_tokens=prefilled.lengths[row],
                         kept_tokens=kept[row],

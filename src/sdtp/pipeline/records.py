@@ -161,6 +161,7 @@ def _identifier(row: Row, number: int) -> str:
     value = row.fields["id"]
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
         raise UserError(f"{row.where}: field 'id' is {value!r}; a text or a whole number is needed")
+    _check_encodes(str(value), "id")
     return str(value)
 
 
@@ -170,12 +171,16 @@ def _text(row: Row, name: str, fields: tuple[str, ...]) -> str:
     value = row.fields[name]
     if not isinstance(value, str):
         raise UserError(f"{row.where}: field {name!r} is {value!r}; text is needed (it may be blank)")
+    _check_encodes(value, name)
+    return value
+
+
+def _check_encodes(value: str, name: str) -> None:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:  # JSON can write what no text can hold
         where = f"character {error.start + 1} of field {name!r}"
         raise _MalformedRowError("not_utf8", f"{where} is half of a surrogate pair") from None
-    return value
 
 
 def _clean(text: str) -> str:

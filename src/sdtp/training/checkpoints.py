@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
 from sdtp.disk import naming, other_states, remove_temporaries_in, state_folder, sync, temporary_sibling
 
@@ -92,7 +92,9 @@ class Checkpoints:
             if state["fingerprint"] != self.fingerprint:
                 logger.info("checkpoint %s belongs to other settings or inputs and is not used", path)
             else:
-                return load_file(path / _TENSORS), state
+                # Read, not mapped: a training holds them until it ends, and a network file system keeps the folder of a
+                # mapped file from being removed.
+                return load((path / _TENSORS).read_bytes()), state
         return None
 
     def clear(self) -> None:

@@ -125,7 +125,8 @@ def stage_states(model: PreTrainedModel, prompt_ids: torch.Tensor, layers: Seque
     finally:
         for hook in hooks:
             hook.remove()
-    return torch.stack(states)
+    with torch.autocast("cpu", enabled=False):  # under the CPU's, float16 cannot be stacked
+        return torch.stack(states)
 
 
 def fit_labels(

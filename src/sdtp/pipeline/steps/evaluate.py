@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from sdtp.evaluation import continuation, methods, names, retrieval
-from sdtp.evaluation.agreement import Agreement, agreement
+from sdtp.evaluation.agreement import Agreement, agreement, check_finite
 from sdtp.evaluation.head import Head
 from sdtp.evaluation.teacher_forcing import Forced, batch_logits, summary
 from sdtp.pipeline.chosen import check_method, chosen_method, seeds_of
@@ -79,6 +79,9 @@ def evaluate(
             model nothing runs but the head, on the reference.
         batch_tokens: most prompt tokens of a batch; a longer prompt runs alone.
         reference: the unpruned model's states [response, hidden] on an example, see `Reference`.
+
+    Raises:
+        UserError: what was measured of an example is not finite, naming it.
     """
     head = Head(model)
     if pruner_for == methods.unpruned:  # what it makes of an example is the reference, and is not computed again
@@ -105,13 +108,15 @@ def _unpruned(example: dict[str, Any], logits: torch.Tensor) -> tuple[Forced, Ag
 
 
 def _row(example: dict[str, Any], forced: Forced, agreed: Agreement) -> dict[str, Any]:
+    loss = continuation.loss(forced)
+    check_finite(f"example {example['id']!r}", loss=loss, kl=agreed.kl)
     return {
         "id": example["id"],
         "task": example["task"],
         "prompt_tokens": len(example["prompt_ids"]),
         "kept_tokens": forced.kept_tokens,
         "correct": retrieval.correct(forced, example["response_ids"]) if example["task"] == "retrieval" else None,
-        "loss": continuation.loss(forced),
+        "loss": loss,
         "kl": agreed.kl,
         "top1": agreed.top1,
         "response_tokens": len(example["response_ids"]),

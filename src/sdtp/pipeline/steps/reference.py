@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from sdtp.errors import UserError
+from sdtp.evaluation.agreement import check_finite
 from sdtp.evaluation.head import Head, response_states
 from sdtp.pipeline.config import Settings
 from sdtp.pipeline.data_folder import load_split, split_hash
@@ -47,7 +48,7 @@ def reference(model: PreTrainedModel, examples: list[dict[str, Any]], batch_toke
         batch_tokens: most prompt tokens of a batch; a longer prompt runs alone.
 
     Raises:
-        UserError: the model's head alone does not give the logits that the whole model gives.
+        UserError: the model's head alone does not give the logits that the whole model gives, or some are not finite.
     """
     head, checked = Head(model), False
     found: dict[str, torch.Tensor] = {}
@@ -55,6 +56,8 @@ def reference(model: PreTrainedModel, examples: list[dict[str, Any]], batch_toke
         for batch in length_batches([len(example["prompt_ids"]) for example in examples], batch_tokens, most_padding=0):
             prompts, responses = ([examples[index][name] for index in batch] for name in ("prompt_ids", "response_ids"))
             for index, (states, logits) in zip(batch, response_states(model, prompts, responses), strict=True):
+                largest = {"largest logit": float(logits.float().abs().max())}
+                check_finite(f"the unpruned model on example {examples[index]['id']!r}", **largest)
                 if not checked:
                     checked = True
                     try:
