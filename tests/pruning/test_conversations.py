@@ -452,6 +452,12 @@ def test_what_is_not_saved_leaves_the_file_that_was_there(tiny_model, tmp_path, 
             save_cache(DynamicCache(config=model.config), path, model)
         with pytest.raises(TypeError, match="a list is not supported"):
             save_cache([], path, model)
+        with torch.autocast("cpu", torch.bfloat16):
+            other, _ = pruned(tiny_model("bloom"), "bloom", ids)
+        with pytest.raises(
+            ValueError, match=r"layer 0 is of torch.bfloat16, the model of torch.float32: what autocast"
+        ):
+            save_cache(other, path, tiny_model("bloom"))
         with inside(model, "llama"):
             model(ids[:, :2], cache=cache)
         # A full disk, as the new file is about to take the old one's place.
@@ -655,6 +661,39 @@ def test_padded_rows_go_on_with_their_mask_or_not_at_all(tiny_model):
             model(ids[:1, :1], cache=cache)
         assert [layer.get_seq_length() for layer in cache.layers][:2] == [40, cache.layers[1].get_seq_length()]
         model(ids[:, :1], attention_mask=torch.cat([real, real[:, -1:]], 1), cache=cache)
+
+
+def test_without_its_padded_row_a_cache_is_as_one_without_padding(tiny_model):
+    model = tiny_model(dtype=torch.float64)
+    ids, real = prompt(40, 23)
+    question = torch.randint(3, 128, (1, 5))
+    with float64(), torch.no_grad():
+        cache, kept = pruned(model, "llama", ids, real)
+        whole = torch.cat([ids[:1], question], dim=1)
+        everything = torch.ones_like(whole)
+        expected = masked_logits(model, whole, everything, schedule_for("llama").layers, [k[:1] for k in kept], 40)
+        cache.batch_select_indices(torch.tensor([0]))
+        with inside(model, "llama"):
+            out = model.generate(whole, attention_mask=everything, cache=cache, max_new_tokens=1, **SETTINGS)
+    assert_close(out.logits[0], expected[:, -1])
+
+
+def test_candidates_beside_a_filled_cache_are_refused(tiny_model):
+    """With them `generate` feeds the document again, for an unpruned model too."""
+    model = tiny_model()
+    ids, _ = prompt(40)
+    pruner = TokenPruner(schedule_for("llama"), scorers.HiddenNorm())
+    cache = pruner.cache_document(model, ids)
+    held = lengths_of(cache)
+    whole = torch.cat([ids, ids[:, 3:12]], dim=1)
+    with pruner(model):
+        for candidates in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": tiny_model()}):
+            with pytest.raises(
+                ValueError, match=r"not supported under a pruner with a cache that holds tokens \(here 40\)"
+            ):
+                model.generate(whole, cache=cache, max_new_tokens=4, **candidates)
+            assert lengths_of(cache) == held
+            model.generate(ids, cache=DynamicCache(config=model.config), max_new_tokens=2, **candidates)  # an empty one
 
 
 def test_a_question_without_its_document_is_refused(tiny_model):

@@ -155,6 +155,29 @@ def test_a_padded_batch_gives_what_generate_gives_on_the_masked_model(tiny_model
     assert_same(found, expected)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_as_long_as_each_other_with_more_protected_in_one(tiny_model, family, attention):
+    """Later layers then hold padding where the first has none."""
+    model = tiny_model(family, torch.float64, attention)
+    ids, real = prompt(40, 40)
+    protect = torch.zeros(2, 40, dtype=torch.bool)
+    protect[0, 3:38] = True
+    schedule = schedule_for(family)
+    with float64(), torch.no_grad():
+        with TokenPruner(schedule, scorers.Random(0))(model, protect=protect) as trace:
+            out = model.generate(ids, attention_mask=real, max_new_tokens=4, eos_token_id=None, **OUTPUTS)
+        assert len({int((row >= 0).sum()) for row in trace.kept[-1]}) == 2
+        everything = torch.ones_like(out.sequences)
+        expected = masked_logits(model, out.sequences, everything, schedule.layers, trace.kept, 40)
+        held = [layer.get_seq_length() for layer in out.cache.layers]
+        with pytest.raises(RuntimeError, match="got 1 tokens for 2 rows outside a pruner's context"):
+            model(out.sequences[:, -1:], attention_mask=everything, cache=out.cache)
+        assert [layer.get_seq_length() for layer in out.cache.layers] == held
+    for step, logits in enumerate(out.logits):
+        assert_close(logits, expected[:, 39 + step])
+
+
 def test_rows_end_at_different_steps_and_are_filled_with_padding(tiny_model):
     model = tiny_model(dtype=torch.float64)
     ids, real = prompt(40, 23)

@@ -10,12 +10,15 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     DynamicCache,
     FalconH1Config,
     Gemma3nTextConfig,
     GPT2Config,
     Lfm2Config,
     Llama4TextConfig,
+    LlamaConfig,
     MambaConfig,
     Ministral3Config,
     Olmo2Config,
@@ -479,6 +482,7 @@ def test_cached_positions_may_be_on_another_device_than_what_comes(tiny_model):
             self.moved.append(device)
             return self.as_subclass(torch.Tensor)
 
+    layer.padded = False  # whether any is left is read, and meta tensors have nothing to read
     indices = torch.tensor([1]).as_subclass(Elsewhere)
     layer.batch_select_indices(indices)
     assert layer.rows == 1
@@ -535,6 +539,14 @@ def test_decoders_that_would_be_pruned_wrong_are_refused(config, reason):
 def test_a_bare_decoder_is_refused(tiny_model):
     with pytest.raises(TypeError, match="LlamaModel has no language-model head"):
         TokenPruner(SCHEDULE, scorers.Random())(tiny_model().model).__enter__()
+
+
+@pytest.mark.parametrize("make", [AutoModelForSequenceClassification, AutoModelForTokenClassification])
+def test_models_without_a_head_of_tokens_are_refused(make):
+    """Their heads look for the input's columns among survivors."""
+    model = make.from_config(LlamaConfig(**TINY))
+    with pytest.raises(TypeError, match=f"{type(model).__name__} has no language-model head: .*a causal LM is needed"):
+        TokenPruner(SCHEDULE, scorers.Random())(model).__enter__()
 
 
 def test_last_query_refuses_query_norms_it_does_not_know():

@@ -5,6 +5,8 @@ package but `sdtp.pruning`, which is copied beside it. The language model itself
 and it is read at the first prediction, so that loading is quick.
 """
 
+import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,9 @@ class ServedPruner(PythonModel):
         pruner: the TokenPruner, for use with a model of one's own.
     """
 
+    # MLflow's server answers each request in a thread of its own, and one pruner at a time can be on a model.
+    _turn = threading.Lock()
+
     def load_context(self, context: PythonModelContext) -> None:
         """Called by MLflow: reads the pruner."""
         from sdtp.pruning.pruner import TokenPruner
@@ -42,11 +47,15 @@ class ServedPruner(PythonModel):
 
         Returns a row a prompt: `text`, `prompt_tokens`, and `kept_tokens`, those that reach the last layers.
         """
+        with self._turn:
+            return self._generate(model_input["prompt"], (params or {}).get("max_new_tokens", NEW_TOKENS))
+
+    def _generate(self, prompts: Iterable[str], new_tokens: int) -> pd.DataFrame:
         import torch
 
         model, tokenizer = self._model_and_tokenizer()
         rows = []
-        for prompt in model_input["prompt"]:
+        for prompt in prompts:
             if tokenizer.chat_template:
                 chat = [{"role": "user", "content": prompt}]
                 inputs = tokenizer.apply_chat_template(
@@ -55,9 +64,8 @@ class ServedPruner(PythonModel):
             else:
                 inputs = tokenizer(prompt, return_tensors="pt")
             inputs = inputs.to(model.device)
-            count = (params or {}).get("max_new_tokens", NEW_TOKENS)
             with torch.no_grad(), self.pruner(model) as trace:
-                output = model.generate(**inputs, max_new_tokens=count, do_sample=False)
+                output = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
             length = inputs["input_ids"].shape[1]
             kept = int((trace.kept[-1] >= 0).sum())
             text = tokenizer.decode(output[0, length:], skip_special_tokens=True)
@@ -70,14 +78,18 @@ class ServedPruner(PythonModel):
             from transformers import AutoModelForCausalLM, AutoTokenizer
 
             named = {key: self._config[key] for key in ("revision", "trust_remote_code")}
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            dtype = self._config["dtype"]
+            if dtype == "auto":  # as the run's steps take it; for transformers it is the checkpoint's own
+                dtype = torch.bfloat16 if device == "cuda" else torch.float32
             model: Any = AutoModelForCausalLM.from_pretrained(
                 self._config["model"],
-                dtype=self._config["dtype"],
+                dtype=dtype,
                 attn_implementation=self._config["attention"],
                 use_safetensors=True,
                 **named,
             )
-            model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+            model.to(device).eval()
             self._loaded = model, AutoTokenizer.from_pretrained(self._config["model"], **named)
         return self._loaded
 

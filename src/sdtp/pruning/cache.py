@@ -135,13 +135,15 @@ class PrunedLayer(WrappedLayer):
         return self.positions >= 0 if self.padded else None
 
     def takes_unprepared(self, tokens: int) -> bool:
-        """Whether the model, left to itself, hands so many new tokens to this layer as it should.
+        """Whether the model, left to itself, hands so many new tokens to this layer, and those after it, as it should.
 
         What the caller's own mask hides is not known here.
         """
         # A window as long as the keys gets a mask that hides none of them.
         within = self.window is None or self.seen + tokens < self.window
-        return tokens == 1 and self.maskless and within and not self.padded
+        # Rows as long as each other have no padding at first, and some where protected tokens made them differ.
+        padded = self.padded or any(isinstance(layer, PrunedLayer) and layer.padded for layer in self.later)
+        return tokens == 1 and self.maskless and within and not padded
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -220,6 +222,7 @@ class PrunedLayer(WrappedLayer):
         self.held.batch_select_indices(indices)
         self._positions = self._positions[indices.to(self._positions.device), ...]
         self._columns = self._columns[indices.to(self._columns.device), ...]
+        self.padded = self.padded and bool((self.positions < 0).any())
 
     def reset(self) -> None:
         """Forget everything: the layer then takes tokens as an unpruned one does.

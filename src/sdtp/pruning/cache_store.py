@@ -88,7 +88,7 @@ def save_cache(cache: Cache, path: str | Path, model: nn.Module) -> None:
 
     Raises:
         TypeError: the cache has layers of another kind.
-        ValueError: it is empty, or quantised, or split over processes.
+        ValueError: it is empty, or quantised, or split over processes, or of another number format than the model.
         RuntimeError: a forward pass on it was interrupted.
     """
     path, inner = Path(path), unwrap(model)
@@ -106,6 +106,10 @@ def save_cache(cache: Cache, path: str | Path, model: nn.Module) -> None:
             raise ValueError(f"layer {index} is a {type(held).__name__}: dynamic and sliding layers are saved")
         if held.get_seq_length() == 0:
             raise ValueError(f"layer {index} holds no tokens: there is nothing to save")
+        if held.keys.dtype != inner.dtype:
+            raise ValueError(
+                f"layer {index} is of {held.keys.dtype}, the model of {inner.dtype}: what autocast made is not saved"
+            )
         tensors[f"keys.{index}"], tensors[f"values.{index}"] = held.keys, held.values
         stage = None
         if isinstance(layer, PrunedLayer):

@@ -39,11 +39,13 @@ class Generation:
         prompt_columns: tokens of the prompt; what the forward has more are candidates.
         drafts: whether the model is an assistant, which feeds the last prompt token again when its first candidate
             was wrong.
+        candidates: whether another model, or a look into the prompt, proposes tokens.
     """
 
     prompt_rows: int
     prompt_columns: int
     drafts: bool
+    candidates: bool
 
 
 def read(args: tuple[Any, ...], kwargs: Mapping[str, Any], own: Any) -> Generation:
@@ -90,7 +92,7 @@ def read(args: tuple[Any, ...], kwargs: Mapping[str, Any], own: Any) -> Generati
     prompt = next((prompt for prompt in prompts if prompt is not None), None)
     if prompt is None:
         raise ValueError("generate under a pruner needs a prompt: input_ids or inputs_embeds")
-    return Generation(prompt.shape[0], prompt.shape[1], bool(setting("is_assistant")))
+    return Generation(prompt.shape[0], prompt.shape[1], bool(setting("is_assistant")), candidates)
 
 
 @functools.cache

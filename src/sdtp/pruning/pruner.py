@@ -143,12 +143,17 @@ class TokenPruner:
             ValueError: the scorer or the schedule was made for another model, `ratio` is out of range, or a pruner is
                 attached.
         """
-        inner = unwrap(model)
+        inner: Any = unwrap(model)
         parts = architecture(inner)
         if parts.stack is inner:
             raise TypeError(
                 f"{type(inner).__name__} has no language-model head: attach to the causal LM that holds it, "
                 "whose calls tell prompts from what follows"
+            )
+        if inner.get_output_embeddings() is None:
+            raise TypeError(
+                f"{type(inner).__name__} has no language-model head: what it makes of each token, or of the one in a "
+                "certain column, has no counterpart among survivors; a causal LM is needed"
             )
         schedule = self.schedule if ratio is None else self.schedule.with_ratio(ratio)
         schedule.check_fits(len(parts.layers))

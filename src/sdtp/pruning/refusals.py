@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from transformers.cache_utils import BaseQuantizedLayer
+from transformers.cache_utils import BaseQuantizedLayer, Cache
 
 from sdtp.pruning.adapter import Architecture, cache_of
 from sdtp.pruning.cache import PrunedLayer
@@ -51,7 +51,16 @@ def check_mask(mask: Any, shape: tuple[int, int], held: int) -> None:
 
 
 def check_whole_prompt(cache: Any, generation: Generation, mask: torch.Tensor | None) -> None:
-    """Refuse a question alone after a pruned prompt: `generate` takes its first tokens for those in the cache."""
+    """Refuse what `generate` would feed wrong beside a filled cache.
+
+    A question alone after a pruned prompt: it takes the first tokens for those in the cache. And candidates, with which
+    it feeds the tokens in the cache again.
+    """
+    if generation.candidates and isinstance(cache, Cache) and cache.get_seq_length() > 0:
+        raise ValueError(
+            "assistant_model and prompt_lookup_num_tokens are not supported under a pruner with a cache that holds "
+            f"tokens (here {cache.get_seq_length()}): generate then feeds those again"
+        )
     first = next(iter(getattr(cache, "layers", ())), None)
     columns = generation.prompt_columns
     if isinstance(first, PrunedLayer) and columns <= first.seen and (mask is None or mask.shape[1] == columns):

@@ -50,7 +50,7 @@ def _inside(wrapper: Any) -> Any:
     if isinstance(wrapper, (torch.export.ExportedProgram, torch.fx.GraphModule)):
         raise _refusal(name, "an exported graph has no layers to hook: prune the model it was exported from")
     if _is_a(wrapper, "OptimizedModule", "torch"):
-        raise _refusal(name, f"{_UNSEEN}: prune the uncompiled module, which torch.compile keeps as _orig_mod")
+        raise _refusal(name, f"{_UNSEEN}: prune and call the uncompiled module, which it keeps as _orig_mod")
     if isinstance(wrapper, nn.DataParallel):
         raise _refusal(name, "it copies the model at every forward: prune its .module, on one device")
     if _is_sharded(wrapper):
