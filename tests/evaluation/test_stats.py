@@ -39,13 +39,15 @@ def test_wilson_interval_refuses_what_is_no_share(values: list[float]) -> None:
         wilson_interval(values)
 
 
-def test_mean_interval_covers_the_mean_95_times_in_100() -> None:
+@pytest.mark.parametrize("n", [6, 12, 28])
+def test_mean_interval_covers_the_mean_95_times_in_100(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+    monkeypatch.setattr("sdtp.evaluation.stats.RESAMPLES", 999)
     rng = np.random.default_rng(3)
     hits = 0
-    for _ in range(60):
-        low, high = mean_interval(rng.normal(2.0, 1.0, 28).tolist())
+    for _ in range(600):
+        low, high = mean_interval(rng.normal(2.0, 1.0, n).tolist())
         hits += low <= 2.0 <= high
-    assert 51 <= hits <= 60
+    assert 0.93 <= hits / 600 <= 0.975
 
 
 def test_mean_interval_has_the_width_of_the_standard_error() -> None:
@@ -99,7 +101,7 @@ def enumerated_rates(n: int, discordant: float) -> tuple[float, float]:
             )
             one = [1.0] * first + [0.0] * (n - first)
             other = [0.0] * first + [1.0] * second + [0.0] * (n - first - second)
-            ours += chance * _leaves_out_0(difference_interval(one, other))
+            ours += chance * _leaves_out_0(difference_interval(one, other, 1.0))
             resampled += chance * _leaves_out_0(mean_interval(np.subtract(one, other).tolist()))
     return ours, resampled
 
@@ -112,12 +114,14 @@ def test_interval_of_right_and_wrong_is_bonetts_and_prices() -> None:
     # 5 of 20 only the first gets right, 1 only the second: (6 - 2) / 22 and sqrt((8 / 22 - (4 / 22)²) / 22).
     first, second = [1.0] * 5 + [0.0] + [1.0] * 14, [0.0] * 5 + [1.0] + [1.0] * 14
     middle, half = 4 / 22, 1.959964 * math.sqrt((8 / 22 - (4 / 22) ** 2) / 22)
-    assert difference_interval(first, second) == pytest.approx((middle - half, middle + half), abs=1e-6)
-    assert difference_interval([1.0] * 3, [0.0] * 3)[1] == 1.0
+    assert difference_interval(first, second, 1.0) == pytest.approx((middle - half, middle + half), abs=1e-6)
+    assert difference_interval([1.0] * 3, [0.0] * 3, 1.0)[1] == 1.0
     # Equal answers are no proof that all would be.
-    low, high = difference_interval([1.0] * 50, [1.0] * 50)
+    low, high = difference_interval([1.0] * 50, [1.0] * 50, 1.0)
     assert low == pytest.approx(-high)
     assert high == pytest.approx(1.959964 * math.sqrt(2 / 52 / 52), abs=1e-6)
+    # Values that are no answers may be 0 and 1 as well, as a divergence where nothing differs.
+    assert difference_interval([0.0] * 12, [0.0] * 12) == (0.0, 0.0)
 
 
 @pytest.mark.slow

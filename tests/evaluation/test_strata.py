@@ -60,7 +60,7 @@ def test_paired_difference_weighs_examples_as_the_mean_does() -> None:
     assert stats.paired_difference([4.0] * 6 + [0.0], [0.0] * 6 + [10.0]).p_value == pytest.approx(46 / 128)
     same = strata.paired_difference(second, second, HALVES)
     assert (same.mean, same.p_value) == (0.0, 1.0)
-    better = strata.paired_difference([[1.0] * 6, [1.0] * 6], [[0.0] * 6, [0.0] * 6], HALVES)
+    better = strata.paired_difference([[1.0] * 6, [1.0] * 6], [[0.0] * 6, [0.0] * 6], HALVES, right=1.0)
     assert better.p_value == pytest.approx(2 / 2**12, rel=0.5)
     low = 12 / 14 - 1.959964 * math.sqrt((1 - (12 / 14) ** 2) / 14)  # Bonett and Price's, of twelve
     assert (better.low, better.high) == pytest.approx((low, 1.0))
@@ -73,13 +73,44 @@ def test_answers_right_or_wrong_of_even_groups_are_compared_as_one() -> None:
     pair = strata.paired_difference(first, second, HALVES, right=100.0)
     assert (pair.low, pair.high) == stats.difference_interval([*first[0], *first[1]], [*second[0], *second[1]], 100.0)
     assert pair.low < -100 / 6 < pair.high
-    # Of uneven groups, and of answers that are partly right, it is the bootstrap's.
-    for uneven in (([[0.0, 100.0], [0.0, 0.0, 100.0]], [0.5, 0.5]), ([[25.0, 100.0], [0.0, 0.0]], [0.5, 0.5])):
-        groups, weights = uneven
-        other = [[100.0, 0.0], *groups[1:]]
-        differences = [[a - b for a, b in zip(*both, strict=True)] for both in zip(groups, other, strict=True)]
-        found = strata.paired_difference(groups, other, weights, right=100.0)
-        assert (found.low, found.high) == strata.interval(differences, weights)
+    # Of answers that are partly right it is the bootstrap's.
+    groups, other = [[25.0, 100.0], [0.0, 0.0]], [[100.0, 0.0], [0.0, 0.0]]
+    found = strata.paired_difference(groups, other, HALVES, right=100.0)
+    assert (found.low, found.high) == strata.interval([[-75.0, 100.0], [0.0, 0.0]], HALVES)
+
+
+def test_answers_right_or_wrong_of_uneven_groups_have_two_more_in_each() -> None:
+    groups, other = [[0.0, 100.0], [0.0, 0.0, 100.0]], [[100.0, 0.0], [0.0, 0.0, 100.0]]
+    found = strata.paired_difference(groups, other, HALVES, right=100.0)
+    # Of -100, 100 and of 0, 0, 0, each with 100 and -100 more: variances of 10,000 over 4 and of 4,000 over 5.
+    half = 1.959964 * math.sqrt((10_000 / 4 + 4_000 / 5) / 4)
+    assert (found.low, found.high) == pytest.approx((-half, half))
+    alike = strata.paired_difference(groups, groups, HALVES, right=100.0)
+    assert alike.low < -30 < 30 < alike.high
+
+
+def test_proportions_of_one_group_have_wilsons_interval_and_of_alike_ones_nearly_that_of_all() -> None:
+    values = [100.0] * 13 + [0.0] * 7
+    low, high = stats.wilson_interval([value / 100 for value in values])
+    assert strata.proportion_interval([values], [1.0], 100.0) == pytest.approx((100 * low, 100 * high))
+    low, high = stats.wilson_interval([value / 100 for value in values * 2])
+    assert strata.proportion_interval([values, values], HALVES, 100.0) == pytest.approx(
+        (100 * low, 100 * high), abs=1.0
+    )
+    # All right is no proof that all would be.
+    low, high = strata.proportion_interval([[1.0] * 3, [1.0] * 4], HALVES, 1.0)
+    assert (high, low < 0.75) == (1.0, True)
+
+
+@pytest.mark.parametrize("shares", [(0.9, 0.5, 0.95), (0.3, 0.6, 0.1)])
+def test_an_interval_of_uneven_proportions_covers_95_times_in_100(shares: tuple[float, ...]) -> None:
+    rng, sizes, weights = np.random.default_rng(5), (8, 15, 40), [1 / 3] * 3
+    true, covered = float(np.mean(shares)), 0
+    for _ in range(2000):
+        groups = [(rng.random(n) < share).astype(float).tolist() for n, share in zip(sizes, shares, strict=True)]
+        low, high = strata.proportion_interval(groups, weights, 1.0)
+        covered += low <= true <= high
+    assert 0.93 <= covered / 2000 <= 0.98
 
 
 def test_wrong_groups_and_weights_are_refused() -> None:

@@ -114,7 +114,7 @@ def test_values_and_differences_are_those_of_the_examples(ruler: pd.DataFrame) -
     assert (single["value"], single["n"], single["difference"], single["compression"]) == (50.0, 4, -25.0, 4.0)
     interval = scipy_stats.binomtest(2, 4).proportion_ci(0.95, method="wilson")
     assert (single["low"], single["high"]) == pytest.approx((100 * interval.low, 100 * interval.high))
-    pair = paired_difference([1, 0, 0, 1], [1, 1, 0, 1])
+    pair = paired_difference([1, 0, 0, 1], [1, 1, 0, 1], 1.0)
     # Bonett and Price's: of -1, 0, 0, 0 and of one answer more that only the one gets right, and one only the other.
     half = 100 * 1.959964 * math.sqrt((3 / 6 - 1 / 36) / 6)
     assert (single["difference_low"], single["difference_high"]) == pytest.approx((-100 / 6 - half, -100 / 6 + half))

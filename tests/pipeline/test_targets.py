@@ -80,7 +80,7 @@ def test_no_worse_is_judged_by_the_margin_of_the_metric(table: pd.DataFrame) -> 
     worse = of(table, "no-worse", "retrieval", "lastquery@0.9")  # a quarter of the examples worse
     assert worse["difference"] == -0.25
     ones, others = (CELLS["retrieval", "accuracy", method, 0.9] for method in (SUBJECT, "lastquery"))
-    expected = difference_interval([ones[id_] for id_ in others], list(others.values()))
+    expected = difference_interval([ones[id_] for id_ in others], list(others.values()), 1.0)
     assert (worse["ci_low"], worse["ci_high"]) == expected
     assert (worse["outcome"], worse["why"]) == ("not met", "the interval lies on the worse side of −0.0200")
     assert of(table, "no-worse", "continuation", "lastquery@0.8")["outcome"] == "met"

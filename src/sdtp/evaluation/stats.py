@@ -11,6 +11,7 @@ import numpy as np
 from scipy import stats
 
 LEVEL = 0.95
+Z = float(stats.norm.ppf(0.5 + LEVEL / 2))
 RESAMPLES = 9999
 SEED = 0  # of the resampling, so that a table is the same however often it is made
 _DRAWN = 2**22  # numbers drawn at a time; how many changes no result
@@ -33,12 +34,13 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def wilson_interval(values: Sequence[float]) -> tuple[float, float]:
-    """95% Wilson score interval of a proportion (Wilson 1927).
+def wilson_interval(values: Sequence[float], z: float = Z) -> tuple[float, float]:
+    """Wilson score interval of a proportion (Wilson 1927), of 95% with the z that is taken where none is given.
 
     Args:
         values: one number in [0, 1] per example: right or wrong, or the share of several seeds that were right. A mean
             over seeds varies less than one seed, so that for shares the interval is a little too wide.
+        z: quantile of the normal distribution, above 0.
 
     Raises:
         ValueError: no values, or one outside [0, 1].
@@ -47,7 +49,6 @@ def wilson_interval(values: Sequence[float]) -> tuple[float, float]:
     if n == 0 or not all(0.0 <= value <= 1.0 for value in values):
         raise ValueError(f"{n} values, {list(values)[:5]} ...: at least one is needed, each in [0, 1]")
     share = math.fsum(values) / n
-    z = float(stats.norm.ppf(0.5 + LEVEL / 2))
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     # At 0 and 1 the bound is exactly the share; rounding may put it a hair beyond.
@@ -56,6 +57,10 @@ def wilson_interval(values: Sequence[float]) -> tuple[float, float]:
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     """95% bootstrap interval (BCa, Efron 1987) of a mean; (nan, nan) for one value, which says nothing of the spread.
+
+    A mean of n values resampled varies by (n - 1) / n of what it should, and knows nothing of how uncertain the spread
+    of a few is: the bounds are drawn out from the mean by the square root of that and by Student's t over the normal
+    quantile, 1.17 times in all at n = 12 and 1.004 at 400.
 
     Raises:
         ValueError: no values.
@@ -70,10 +75,17 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     interval = stats.bootstrap(
         (sample,), np.mean, confidence_level=LEVEL, n_resamples=RESAMPLES, method="BCa", rng=SEED, batch=_batch(sample)
     ).confidence_interval
-    return float(interval.low), float(interval.high)
+    mean, drawn = float(sample.mean()), _drawn_out(sample.size)
+    return mean - (mean - float(interval.low)) * drawn, mean + (float(interval.high) - mean) * drawn
 
 
-def difference_interval(first: Sequence[float], second: Sequence[float], right: float = 1.0) -> tuple[float, float]:
+def _drawn_out(n: int) -> float:
+    return float(stats.t.ppf(0.5 + LEVEL / 2, n - 1)) / Z * math.sqrt(n / (n - 1))
+
+
+def difference_interval(
+    first: Sequence[float], second: Sequence[float], right: float | None = None
+) -> tuple[float, float]:
     """95% interval of the mean of first minus second; (nan, nan) for one example.
 
     Of answers that are each right or wrong it is that of Bonett and Price (2012): two examples are added, one that only
@@ -82,18 +94,22 @@ def difference_interval(first: Sequence[float], second: Sequence[float], right: 
 
     Args:
         first, second: one value per example, the same examples in the same order.
-        right: the value of a right answer; that of a wrong one is 0.
+        right: the value of a right answer; that of a wrong one is 0. None: they are no answers, whatever their values.
 
     Raises:
         ValueError: the lists differ in length or are empty.
     """
     differences = _differences(first, second)
-    if len(differences) < 2 or not right_or_wrong(first, second, right):
+    if right is None or len(differences) < 2 or not right_or_wrong(first, second, right):
         return mean_interval(differences.tolist())
+    mean, error = with_one_each(differences, right)
+    return max(-right, mean - Z * error), min(right, mean + Z * error)
+
+
+def with_one_each(differences: np.ndarray, right: float) -> tuple[float, float]:
+    """Mean and standard error of paired differences [n] of answers with two more, `right` and its opposite."""
     sample = np.append(differences, [right, -right])
-    z = float(stats.norm.ppf(0.5 + LEVEL / 2))
-    half = z * float(sample.std()) / math.sqrt(sample.size)
-    return max(-right, float(sample.mean()) - half), min(right, float(sample.mean()) + half)
+    return float(sample.mean()), float(sample.std()) / math.sqrt(sample.size)
 
 
 def right_or_wrong(first: Iterable[float], second: Iterable[float], right: float) -> bool:
@@ -131,7 +147,7 @@ def shown(low: float, high: float, p_value: float) -> bool:
     return (low > 0 or high < 0) and p_value <= 1 - LEVEL
 
 
-def paired_difference(first: Sequence[float], second: Sequence[float], right: float = 1.0) -> PairedDifference:
+def paired_difference(first: Sequence[float], second: Sequence[float], right: float | None = None) -> PairedDifference:
     """Compare two methods example by example.
 
     Args:

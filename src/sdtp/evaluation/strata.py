@@ -12,7 +12,7 @@ from itertools import chain
 import numpy as np
 
 from sdtp.evaluation import stats
-from sdtp.evaluation.stats import LEVEL, RESAMPLES, SEED, PairedDifference
+from sdtp.evaluation.stats import LEVEL, RESAMPLES, SEED, PairedDifference, Z
 
 # The values of each group's examples.
 Groups = Sequence[Sequence[float]]
@@ -57,7 +57,35 @@ def interval(groups: Groups, weights: Sequence[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def paired_difference(first: Groups, second: Groups, weights: Sequence[float], right: float = 1.0) -> PairedDifference:
+def proportion_interval(groups: Groups, weights: Sequence[float], right: float) -> tuple[float, float]:
+    """95% interval of `mean` where each value is that of a right answer or 0: stratified Wilson (Yan and Su 2010).
+
+    Of one group it is Wilson's. Of several each has Wilson's at a smaller z, with which their weighted sum is as wide
+    as it should be; the variance of a group is that of Agresti and Coull (1998), which is not 0 where all are right.
+
+    Args:
+        groups, weights: as `mean` takes them.
+        right: the value of a right answer.
+
+    Raises:
+        ValueError: as `mean`; a value outside [0, right].
+    """
+    _check(groups, weights)
+    errors = []
+    for values in groups:
+        n = len(values) + Z * Z
+        share = (math.fsum(values) / right + Z * Z / 2) / n
+        errors.append(math.sqrt(share * (1 - share) / n))
+    products = [weight * error for weight, error in zip(weights, errors, strict=True)]
+    z = Z * math.hypot(*products) / math.fsum(products)
+    bounds = [stats.wilson_interval([value / right for value in values], z) for values in groups]
+    low, high = (math.fsum(w * bound[side] for w, bound in zip(weights, bounds, strict=True)) for side in (0, 1))
+    return right * low, right * high
+
+
+def paired_difference(
+    first: Groups, second: Groups, weights: Sequence[float], right: float | None = None
+) -> PairedDifference:
     """Compare two methods by `mean`, example by example.
 
     Args:
@@ -68,8 +96,8 @@ def paired_difference(first: Groups, second: Groups, weights: Sequence[float], r
     Returns:
         The difference of the means, its interval, and the p-value of the sign-flip permutation test, in which a group's
         examples weigh as much as they do in the mean. The interval is `interval` of the differences; but of answers
-        that are each right or wrong, where every example weighs as much, `stats.difference_interval` over all of them,
-        which holds where few of them differ.
+        that are each right or wrong, `stats.difference_interval` over all of them, where every example weighs as much,
+        and else the normal one of the groups' means with its two more examples in each: these hold where few differ.
 
     Raises:
         ValueError: the groups differ in number or length; as `mean`.
@@ -86,10 +114,12 @@ def paired_difference(first: Groups, second: Groups, weights: Sequence[float], r
     count = sum(len(values) for values in differences)
     every_first, every_second = list(chain.from_iterable(first)), list(chain.from_iterable(second))
     even = all(math.isclose(weight * count, len(values)) for weight, values in zip(weights, first, strict=True))
-    if even and stats.right_or_wrong(every_first, every_second, right):
+    if right is None or not stats.right_or_wrong(every_first, every_second, right):
+        low, high = interval(differences, weights)
+    elif even:
         low, high = stats.difference_interval(every_first, every_second, right)
     else:
-        low, high = interval(differences, weights)
+        low, high = _answers_interval(differences, weights, right)
     weighted = np.array(
         [
             value * count * weight / len(values)
@@ -98,6 +128,13 @@ def paired_difference(first: Groups, second: Groups, weights: Sequence[float], r
         ]
     )
     return PairedDifference(mean(differences, weights), low, high, stats.sign_flip_p_value(weighted), count)
+
+
+def _answers_interval(differences: Groups, weights: Sequence[float], right: float) -> tuple[float, float]:
+    found = [stats.with_one_each(np.asarray(values), right) for values in differences]
+    middle = math.fsum(weight * mean for weight, (mean, _) in zip(weights, found, strict=True))
+    half = Z * math.hypot(*(weight * error for weight, (_, error) in zip(weights, found, strict=True)))
+    return max(-right, middle - half), min(right, middle + half)
 
 
 def _check(groups: Groups, weights: Sequence[float]) -> None:

@@ -124,8 +124,7 @@ def _minus(
     """The columns of one paired difference; empty where there is nothing to compare."""
     if other is None or other == method:
         return dict.fromkeys((mean, f"{bounds}_low", f"{bounds}_high", f"{bounds}_p_value"), math.nan)
-    task, metric = panel
-    pair = cell_difference(cells[task, metric, method, ratio], cells[task, metric, other, ratio])
+    pair = cell_difference(*panel, cells[*panel, method, ratio], cells[*panel, other, ratio])
     return {mean: pair.mean, f"{bounds}_low": pair.low, f"{bounds}_high": pair.high, f"{bounds}_p_value": pair.p_value}
 
 

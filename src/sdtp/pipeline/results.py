@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 
 from sdtp.errors import UserError
+from sdtp.evaluation import names
 from sdtp.evaluation.stats import PairedDifference, holm, shown
 from sdtp.pipeline.reading import reading
 
@@ -176,6 +177,9 @@ def speed_at(latency: pd.DataFrame, prompt_tokens: int) -> pd.DataFrame:
 def with_speedup(quality: pd.DataFrame, latency: pd.DataFrame, prompt_tokens: float) -> pd.DataFrame:
     """Pruned quality rows with `prefill_speedup` of their ratio at the benchmarked length nearest to `prompt_tokens`.
 
+    Those of `sdtp-tuned` are left out: its stages keep other numbers of tokens, and so it has a speed of its own, which
+    the trade-off measures.
+
     Args:
         quality: as `read_quality` gives it.
         latency: as `read_latency` gives it.
@@ -184,7 +188,7 @@ def with_speedup(quality: pd.DataFrame, latency: pd.DataFrame, prompt_tokens: fl
     Raises:
         UserError: a keep ratio of `quality` was not benchmarked.
     """
-    pruned = quality[quality["method"] != "unpruned"]
+    pruned = quality[~quality["method"].isin(["unpruned", names.TUNED])]
     speed = speed_at(latency, nearest_length(latency, prompt_tokens))["prefill_speedup"]
     missing = sorted(set(pruned["keep_ratio"]) - set(speed.index))
     if missing:

@@ -193,8 +193,10 @@ def _scores(rows: Mapping[Example, Mapping[str, Any]], group: _Group) -> list[li
 
 
 def _interval(group: _Group, scores: list[list[float]]) -> tuple[float, float]:
-    # Shares of right answers; a mean over tasks is one over examples where each task has as many of them.
-    if group.suite == "longbench" or len({len(task) for task in scores}) > 1:
+    if not {score for task in scores for score in task} <= {0.0, 100.0} and group.suite == "longbench":
         return strata.interval(scores, group.weights)
+    if len({len(task) for task in scores}) > 1:
+        return strata.proportion_interval(scores, group.weights, 100.0)
+    # A mean over tasks is one over examples where each task has as many of them.
     low, high = wilson_interval([score / 100 for task in scores for score in task])
     return 100 * low, 100 * high

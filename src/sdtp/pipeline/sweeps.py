@@ -73,7 +73,7 @@ def sweep_table(
         examples = [one for one in own if (one["task"], one["method"], one["keep_ratio"]) == (task, name, ratio)]
         reference = values[task, metric, "unpruned", 1.0]
         of = values[task, metric, name, ratio]
-        pair = cell_difference(of, reference) if layers else None
+        pair = cell_difference(task, metric, of, reference) if layers else None
         table.append(
             row
             | {

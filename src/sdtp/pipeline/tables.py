@@ -206,9 +206,16 @@ def _retained(metric: str, value: float, unpruned: float) -> float:
     return retained_loss(value, unpruned) if metric == "loss" else retained_share(value, unpruned)
 
 
-def cell_difference(first: Mapping[str, float], second: Mapping[str, float]) -> PairedDifference:
-    """A cell's values less another's, example by example; both are of the same ones (see `quality_cells`)."""
-    return paired_difference([first[id_] for id_ in second], list(second.values()))
+def cell_difference(
+    task: str, metric: str, first: Mapping[str, float], second: Mapping[str, float]
+) -> PairedDifference:
+    """A cell's values less another's of the same task and metric, example by example (see `quality_cells`)."""
+    return paired_difference([first[id_] for id_ in second], list(second.values()), right_answer(task, metric))
+
+
+def right_answer(task: str, metric: str) -> float | None:
+    """The value of a right answer, of a metric that is 0 of a wrong one; None of another metric."""
+    return 1.0 if (task, metric) in _PROPORTIONS else None
 
 
 def comparison_table(cells: Cells) -> pd.DataFrame:
@@ -224,7 +231,7 @@ def comparison_table(cells: Cells) -> pd.DataFrame:
     for task, metric, method, other, ratio in sorted(pairs_of(cells), key=lambda pair: panels[pair[:2]]):
         first = cells[task, metric, method, ratio]
         second = cells[task, metric, other, 1.0 if other == "unpruned" else ratio]
-        pair = cell_difference(first, second)
+        pair = cell_difference(task, metric, first, second)
         table.append((task, metric, method, other, ratio, pair.mean, pair.low, pair.high, pair.p_value, pair.n))
     result = pd.DataFrame(table, columns=COMPARISON_COLUMNS[:-1])
     result["p_holm"] = result.groupby(["task", "metric"])["p_value"].transform(

@@ -22,7 +22,7 @@ from sdtp.evaluation.names import LEARNED, parts
 from sdtp.evaluation.stats import difference_interval
 from sdtp.pipeline.formats import NOTHING, number, signed
 from sdtp.pipeline.results import LOWER_IS_BETTER
-from sdtp.pipeline.tables import Cells
+from sdtp.pipeline.tables import Cells, right_answer
 
 TARGET_COLUMNS = [
     "target", "task", "metric", "first", "second", "n", "difference", "ci_low", "ci_high", "margin", "outcome", "why",
@@ -137,7 +137,8 @@ def _compared(
     if missing:
         return row | {"outcome": NOT_MEASURED, "why": f"no {' and no '.join(missing)} in this configuration"}
     ones, others = cells[task, metric, *first], cells[task, metric, *second]
-    low, high = difference_interval([ones[id_] for id_ in others], list(others.values()))
+    pair = [ones[id_] for id_ in others], list(others.values())
+    low, high = difference_interval(*pair, right_answer(task, metric))
     outcome, why = judged(metric, low, high, margin, len(others), strict=TARGETS[target].strict)
     return row | {
         "n": len(others), "difference": _mean_difference(ones, others), "ci_low": low, "ci_high": high,

@@ -122,7 +122,7 @@ def tradeoff_table(
         arm = cell["method"], cell["keep_ratio"]
         panel = cell["task"], cell["metric"]
         values, unpruned = cells[*panel, *arm], cells[*panel, "unpruned", 1.0]
-        change = difference_columns(None if values is unpruned else cell_difference(values, unpruned))
+        change = difference_columns(None if values is unpruned else cell_difference(*panel, values, unpruned))
         for speed in speeds.get(arm, [{}]):  # nothing but quality is the oracle's
             joined.append({**cell, **change, **about[cell["task"], *arm], **speed})
     left = []
@@ -184,7 +184,7 @@ def compression_table(rows: Sequence[Mapping[str, Any]], timings: Sequence[Timed
         values, below = cells[task, metric, method, ratio], cells.get((task, metric, base, ratio))
         if below is None:
             raise UserError(f"evaluations: {method} at keep ratio {ratio} has no {base} to be compared with")
-        change = cell_difference(values, below) if rule else None
+        change = cell_difference(task, metric, values, below) if rule else None
         reference = next(one.rows[length][0] for one in timings)
         speed = _unpruned_speed([reference]) if method == "unpruned" else _speed(*timed[method, ratio].rows[length])
         found.append(

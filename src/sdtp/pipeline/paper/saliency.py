@@ -77,7 +77,7 @@ def figure_2(examples: Sequence[np.ndarray], layers: Sequence[int], published: N
     shares = np.stack([salient(scores) for scores in examples])  # [examples, stages]
     rows = []
     for layer, column in zip(layers, shares.T, strict=True):
-        low, high = mean_interval(column.tolist())
+        low, high = np.clip(mean_interval(column.tolist()), 0.0, 1.0).tolist()
         quarter, three_quarters = np.quantile(column, (0.25, 0.75))
         rows.append(
             {

@@ -19,6 +19,7 @@ from sdtp.evaluation.peers.h2o import H2O
 from sdtp.pipeline.config import Settings
 from sdtp.pipeline.files import read_jsonl, write_atomically
 from sdtp.pipeline.models import load_config, read_manifest
+from sdtp.pipeline.observations import telling
 from sdtp.pipeline.paper import missing, page, published
 from sdtp.pipeline.paper.ablation import VARIANTS, ablation
 from sdtp.pipeline.paper.arithmetic import Schedules
@@ -158,7 +159,7 @@ def read_parts(args: argparse.Namespace, settings: Settings, known: pd.DataFrame
     config = load_config(args.model)
     schedules = Schedules(settings, config)
     index, labels = read_json(args.saliency), Labels(args.saliency)
-    scores = {example["id"]: labels[example["id"]].numpy() for example in index["examples"]}
+    scores = telling({example["id"]: labels[example["id"]].numpy() for example in index["examples"]}, args.saliency)
     shown, tokens = shown_example(args.data, args.model, list(scores))
     context = read_manifest(args.model)["context_length"]
     harness = pd.read_csv(args.harness)
