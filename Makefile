@@ -43,13 +43,14 @@ $(PEERS): %: .venv-%/.installed
 # One run at a time in this folder: whoever holds the lock may clear what a killed run left locked.
 ALONE = mkdir -p .snakemake/locks; exec 9> .snakemake/make.lock; \
 	flock --nonblock 9 || { echo "another make is running the workflow in this folder; wait until it ends"; exit 1; }
-# Of a run that was killed a step may live on and write; it ends as it would have.
+# Of a run that was killed a step may live on and write; it ends as it would have. Folders of results may be links.
 AWAIT = flock --nonblock "$$1" true || { echo "waiting for a step of a killed run: $$1, $$(cat "$$1")"; flock "$$1" true; }
+AWAIT_STEPS = if [ -d results ]; then find -L results -name '.*.lock' -exec sh -c '$(AWAIT)' sh {} ';'; fi
 # A Snakemake that lives holds running.lock, and what it locked is left to it.
 define SNAKEMAKE
 	@$(ALONE); \
 	if flock --nonblock .snakemake/running.lock true; then \
-		if [ -d results ]; then find results -name '.*.lock' -exec sh -c '$(AWAIT)' sh {} ';'; fi; \
+		$(AWAIT_STEPS); \
 		if [ -n "$$(ls -A .snakemake/locks)" ]; then $(BIN)/snakemake --quiet all --unlock; fi; \
 	fi; \
 	$(BIN)/snakemake --cores $(CORES)
@@ -106,6 +107,8 @@ config/README.md: workflow/schemas/config.schema.yaml src/sdtp/pipeline/schema.p
 
 # What runs made and what tools cached; the environment stays.
 clean:
-	@$(ALONE); set -x; \
-	find results -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +; \
+	@$(ALONE); exec 8>> .snakemake/running.lock; \
+	flock --nonblock 8 || { echo "a Snakemake is running in this folder; wait until it ends"; exit 1; }; \
+	$(AWAIT_STEPS); set -x; \
+	find -H results -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +; \
 	rm -rf logs site .cache .snakemake .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

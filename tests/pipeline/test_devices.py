@@ -3,8 +3,10 @@
 import os
 import select
 import signal
+import stat
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -20,6 +22,14 @@ from sdtp.pipeline.devices import choose_device, visible_gpus
 
 # Says which devices it has and who it is, then holds them until its standard input ends.
 HOLD = ["bash", "-c", 'echo "$CUDA_VISIBLE_DEVICES"; read -r line || true']
+# `sdtp lease` of another user, who could not read the environment: what it imports is read before.
+LEASE_AS = """
+import os, sys
+from sdtp.pipeline import devices
+os.umask(0o077)
+os.setuid(int(sys.argv[1]))
+devices.main(sys.argv[2:])
+"""
 PATIENCE = 60.0
 
 
@@ -30,9 +40,10 @@ def gpu(index: int) -> str:
 class Lease:
     """A `sdtp lease` process."""
 
-    def __init__(self, gpus: int, command: list[str], environment: dict[str, str]) -> None:
+    def __init__(self, gpus: int, command: list[str], environment: dict[str, str], user: int | None) -> None:
+        program = ["-m", "sdtp.cli", "lease"] if user is None else ["-c", LEASE_AS, str(user)]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "sdtp.cli", "lease", "--gpus", str(gpus), "--", *command],
+            [sys.executable, *program, "--gpus", str(gpus), "--", *command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -85,14 +96,14 @@ Start = Callable[..., Lease]
 
 
 @pytest.fixture
-def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """`machine(8)` puts an nvidia-smi on PATH that lists eight GPUs, for this process and those it starts."""
     for name in ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("SDTP_LEASE_DIR", str(tmp_path / "leases"))
 
-    def install(gpus: int) -> None:
-        script = tmp_path / "bin" / "nvidia-smi"
+    def install(gpus: int, folder: Path = tmp_path) -> None:
+        monkeypatch.setenv("SDTP_LEASE_DIR", str(folder / "leases"))
+        script = folder / "bin" / "nvidia-smi"
         script.parent.mkdir(exist_ok=True)
         listing = "".join(f"{index}, {gpu(index)}\n" for index in range(gpus))
         script.write_text(
@@ -109,8 +120,8 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], 
 def lease() -> Iterator[Start]:
     started: list[Lease] = []
 
-    def start(gpus: int, command: list[str] = HOLD, **environment: str) -> Lease:
-        started.append(Lease(gpus, command, {**os.environ, **environment}))
+    def start(gpus: int, command: list[str] = HOLD, user: int | None = None, **environment: str) -> Lease:
+        started.append(Lease(gpus, command, {**os.environ, **environment}, user))
         return started[-1]
 
     yield start
@@ -311,13 +322,80 @@ def test_a_mask_that_names_no_gpu_is_an_error(
         visible_gpus()
 
 
-def test_in_a_slurm_job_the_allocation_is_used_as_it_is(
+def test_a_lease_of_other_devices_does_not_wait_behind_one_that_waits(
+    machine: Callable[[int], None], lease: Start
+) -> None:
+    machine(2)
+    holder = lease(1, CUDA_VISIBLE_DEVICES="0")
+    assert holder.devices() == {gpu(0)}
+    waiting = lease(1, CUDA_VISIBLE_DEVICES="0")
+    assert "waiting for 1 GPUs, 0 free" in waiting.complaint()
+    assert lease(1, CUDA_VISIBLE_DEVICES="1").devices() == {gpu(1)}
+    # The order of the mask makes no other set.
+    both = [lease(2, CUDA_VISIBLE_DEVICES="0,1"), lease(2, CUDA_VISIBLE_DEVICES="1,0")]
+    assert sorted(one.complaint().partition(", ")[2][:6] for one in both) == ["0 free", "behind"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be others")
+def test_users_of_a_host_share_its_devices(machine: Callable[..., None], lease: Start) -> None:
+    with tempfile.TemporaryDirectory() as name:  # others cannot enter pytest's own
+        shared = Path(name)
+        shared.chmod(0o1777)
+        machine(2, shared)
+        (shared / "bin").chmod(0o755)
+        first, second = lease(1, user=65534), lease(1, user=1)
+        assert first.devices() | second.devices() == {gpu(0), gpu(1)}
+        third = lease(1, user=2)
+        assert f"process {first.process.pid}" in (said := third.complaint())
+        assert f"process {second.process.pid}" in said
+        third.kill()
+        assert first.release() == 0
+        again = lease(1, user=1)
+        assert len(again.devices()) == 1
+        assert f"process {again.process.pid}" in lease(1).complaint()
+
+
+def test_lock_files_are_in_one_folder_for_all_that_nobody_can_lead_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: Callable[[int], None], lease: Start
+) -> None:
+    monkeypatch.delenv("SDTP_LEASE_DIR", raising=False)
+    shared = tmp_path / "sdtp-gpus"
+    monkeypatch.setattr(devices, "SHARED", shared)
+    before = os.umask(0o077)
+    try:
+        assert devices.lease_folder() == shared
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(shared.stat().st_mode) == 0o1777
+    shared.rmdir()
+    shared.symlink_to(tmp_path)
+    with pytest.raises(UserError, match=f"{shared} is a symbolic link.*SDTP_LEASE_DIR"):
+        devices.lease_folder()
+    machine(1)
+    (tmp_path / "leases").mkdir()
+    (tmp_path / "leases" / f"{gpu(0)}.lock").symlink_to(tmp_path / "precious")
+    (tmp_path / "precious").write_text("as it was")
+    job = lease(1)
+    assert job.complaint().startswith(f"error: {tmp_path}/leases/{gpu(0)}.lock: Too many levels of symbolic links")
+    assert job.process.wait(PATIENCE) == 1
+    assert (tmp_path / "precious").read_text() == "as it was"
+
+
+def test_in_a_slurm_job_that_asks_for_all_of_it_the_allocation_is_used_as_it_is(
     machine: Callable[[int], None], lease: Start, tmp_path: Path
 ) -> None:
     machine(8)
-    jobs = [lease(1, SLURM_JOB_ID="7", CUDA_VISIBLE_DEVICES="5") for _ in range(2)]
-    assert [job.line() for job in jobs] == ["5", "5"]
+    jobs = [lease(gpus, SLURM_JOB_ID="7", CUDA_VISIBLE_DEVICES="5,6") for gpus in (2, 2, 16)]
+    assert [job.line() for job in jobs] == ["5,6"] * 3
+    assert [job.release() for job in jobs] == [0] * 3
+    assert jobs[2].complaint() == ""
     assert not (tmp_path / "leases").exists()
+
+
+def test_in_a_slurm_job_the_leases_of_parts_of_it_are_apart(machine: Callable[[int], None], lease: Start) -> None:
+    machine(8)
+    first, second = (lease(1, SLURM_JOB_ID="7", CUDA_VISIBLE_DEVICES="5,6") for _ in range(2))
+    assert first.devices() | second.devices() == {gpu(5), gpu(6)}
 
 
 def test_the_wrapper_becomes_the_command(machine: Callable[[int], None], lease: Start) -> None:

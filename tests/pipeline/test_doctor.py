@@ -21,6 +21,7 @@ from sdtp.pipeline.doctor import hardware, services, software, storage
 from sdtp.pipeline.doctor.examine import examine
 from sdtp.pipeline.doctor.finding import Finding, one_line
 from sdtp.pipeline.mlflow_store import Store
+from sdtp.pipeline.mounts import Filesystem, place
 from sdtp.pipeline.spool import spool_folder, written
 
 Serve = Callable[..., str]
@@ -158,7 +159,7 @@ def test_a_sqlite_store(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []  # nor does the check make it
     store = Store(f"sqlite:///{path}", "sdtp")
     for name in ("one", "two"):
-        tags = {"sdtp.id": name, "sdtp.output": str(tmp_path / name)}
+        tags = {"sdtp.id": name, "sdtp.place": place(tmp_path / name)}
         store.create_run({"id": name, "label": name, "tags": tags, "started": 1}, alone=True)
     assert services.mlflow_store(tmp_path, 5.0) == Finding("MLflow store", "ok", f"{path}, 2 runs")
 
@@ -190,7 +191,7 @@ def test_files_that_are_no_store(tmp_path: Path) -> None:
 
 
 def test_sqlite_on_a_network_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(services, "filesystem", lambda path: "nfs4")
+    monkeypatch.setattr(services, "filesystem", lambda path: Filesystem("host:/a", "nfs4"))
     finding = services.mlflow_store(tmp_path, 5.0)
     assert finding.status == "warning"
     assert "network file system (nfs4)" in finding.found
@@ -203,25 +204,6 @@ def test_store_of_several_machines_is_refused_on_a_network_file_system(tmp_path:
         services.check_shared("sqlite:////mnt/shared/run/mlflow.db", mounts)
     services.check_shared("sqlite:////home/run/mlflow.db", mounts)
     services.check_shared("http://host:5000", mounts)
-
-
-def test_the_file_system_of_the_longest_mount(tmp_path: Path) -> None:
-    mounts = tmp_path / "mounts"
-    mounts.write_text(
-        "/dev/vda / ext4 rw 0 0\nhost:/a /mnt/shared nfs4 rw 0 0\n/dev/vdb /mnt/shared/local xfs rw 0 0\n"
-        "host:/b /mnt/two\\040words cifs rw 0 0\ntmpfs /mnt/over tmpfs rw 0 0\n/dev/vdc /mnt/over ext4 rw 0 0\n"
-    )
-    for path, kind in (
-        ("/home/x", "ext4"),
-        ("/mnt/shared", "nfs4"),
-        ("/mnt/shared/a/b", "nfs4"),
-        ("/mnt/sharedness", "ext4"),
-        ("/mnt/shared/local/x", "xfs"),
-        ("/mnt/two words/x", "cifs"),
-        ("/mnt/over/x", "ext4"),
-    ):
-        assert storage.filesystem(Path(path), mounts) == kind
-    assert storage.filesystem(Path("/"), tmp_path / "none") == ""
 
 
 def test_disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

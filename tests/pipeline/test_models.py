@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from sdtp.errors import UserError
 from sdtp.pipeline import model_sources
 from sdtp.pipeline.block import Source
 from sdtp.pipeline.corpus import package_files
+from sdtp.pipeline.files import sha256_files
 from sdtp.pipeline.model_sources import fetch_model
 from sdtp.pipeline.models import choose_dtype, load_model, load_tokenizer, weights_sha256
 from sdtp.pipeline.prompts import encode
@@ -186,12 +188,20 @@ def test_sources_without_a_model_are_refused(tmp_path: Path, kind: str, ref: str
         fetch_model(source(kind, ref), tmp_path / "model")
 
 
-def run_model_step(endpoint: str, folder: Path, **of_source: Any) -> subprocess.CompletedProcess[str]:
+def run_model_step(
+    endpoint: str, folder: Path, *, offline: bool = False, **of_source: Any
+) -> subprocess.CompletedProcess[str]:
     settings = {"model": {"source": {"kind": "hub", "sha256": None, **of_source}, "trust_remote_code": False}}
     arguments = ["model", "--settings", json.dumps(settings), "--output", str(folder / "model")]
     return subprocess.run(
         [sys.executable, "-m", "sdtp.cli", *arguments, "--metrics", str(folder / "metrics.json")],
-        env={**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "home"), "HF_HUB_DISABLE_XET": "1"},
+        env={
+            **os.environ,
+            "HF_ENDPOINT": endpoint,
+            "HF_HOME": str(folder / "home"),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_OFFLINE": str(int(offline)),
+        },
         cwd=folder,
         capture_output=True,
         text=True,
@@ -204,6 +214,7 @@ def test_of_a_snapshot_in_the_hubs_cache_only_a_models_own_files_are_taken(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trusting: bool
 ) -> None:
     """The cache holds whatever was ever downloaded of the revision: here all of it, as links into a folder of blobs."""
+    (saved / "manifest.json").write_text("the repository's own")
     for name in (
         "pytorch_model.bin",
         "modeling_own.py",
@@ -228,6 +239,8 @@ def test_of_a_snapshot_in_the_hubs_cache_only_a_models_own_files_are_taken(
     assert taken == expected >= {"model.safetensors", "config.json", "tokenizer.json"}
     assert not taken & {"pytorch_model.bin", "consolidated.safetensors", "onnx", ".gitattributes"}
     assert ("modeling_own.py" in taken) == trusting
+    assert (saved / "manifest.json").read_text() == "the repository's own"
+    assert json.loads((tmp_path / "model" / "manifest.json").read_text())["trust_remote_code"] is trusting
 
 
 def test_card_in_another_encoding_still_tells_its_licence(saved: Path, tmp_path: Path) -> None:
@@ -253,6 +266,26 @@ def test_hub_model_is_fetched_at_its_revision_without_pickles(saved: Path, tmp_p
     assert not load_model(tmp_path / "model", "float32", "sdpa", CPU).training
     assert unknown.returncode == 1
     assert "error: model.source: no 'someone/else' at revision None on the hub" in unknown.stderr
+
+
+@pytest.mark.slow
+def test_offline_a_commit_in_the_cache_is_taken_and_a_partial_one_refused(saved: Path, tmp_path: Path) -> None:
+    with serve("someone/tiny", saved) as (endpoint, _):
+        done = run_model_step(endpoint, tmp_path, ref="someone/tiny", revision=COMMIT)
+        assert done.returncode == 0, done.stderr
+    first = sha256_files(tmp_path / "model", (tmp_path / "model").iterdir())
+    shutil.rmtree(tmp_path / "model")
+    done = run_model_step(endpoint, tmp_path, offline=True, ref="someone/tiny", revision=COMMIT)
+    assert done.returncode == 0, done.stderr
+    assert sha256_files(tmp_path / "model", (tmp_path / "model").iterdir()) == first
+    # As an interrupted download leaves it.
+    next((tmp_path / "home").rglob("tokenizer.json")).unlink()
+    for revision, words in ((COMMIT, "is incomplete: 1 file(s) are missing (tokenizer.json)"), ("v1", "Cannot find")):
+        refused = run_model_step(endpoint, tmp_path, offline=True, ref="someone/tiny", revision=revision)
+        assert refused.returncode == 1
+        said = refused.stderr.splitlines()[-1]
+        assert f"error: model.source: 'someone/tiny' at revision '{revision}' cannot be had from the hub: " in said
+        assert words in said
 
 
 @pytest.mark.slow

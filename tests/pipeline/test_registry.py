@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,15 +24,21 @@ from sdtp.pipeline.mlflow_store import Store
 from sdtp.pipeline.packaging import save_model
 from sdtp.pipeline.registry import beats, register
 from sdtp.pipeline.spool import written
+from sdtp.pipeline.steps import register as register_step
 from sdtp.pipeline.steps import track
 from sdtp.pipeline.steps.register import measured, registered_name
 from sdtp.pruning.fingerprint import fingerprint
+from tests.pipeline import synthetic_run
 from tests.pipeline.mlflow_server import Server
 from tests.workflow import tiny_model
+from tests.workflow.golden import read
+from tests.workflow.project import ROOT
 
 mlflow = pytest.importorskip("mlflow")
 
-NAME = "sdtp-tiny"
+SOURCE = read("config.yaml")["model"]["source"]
+NAME = registered_name(SOURCE["ref"])  # of the default run; it has a dot
+URI = f"models:/{NAME}@champion"
 PROMPT = "The people of the United States and the Congress of the country met in the city of Washington. " * 4
 
 
@@ -148,14 +156,13 @@ def test_a_version_is_loaded_and_prunes(
     store: Store, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By MLflow in a process that has this package from the version alone, and by `TokenPruner.from_mlflow`."""
-    place = "/o'brien/p"
+    place = "host:/o'brien/p"
     run = store.create_run(
-        {"id": "x", "label": "train", "tags": {"sdtp.id": "x", "sdtp.output": place}, "started": 1}, alone=True
+        {"id": "x", "label": "train", "tags": {"sdtp.id": "x", "sdtp.place": place}, "started": 1}, alone=True
     )
     version = register(store, NAME, trained / "packaged", place, evidence("a", 0.9, 2.0))
-    uri = f"models:/{NAME}@champion"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    loaded = TokenPruner.from_mlflow(uri)
+    loaded = TokenPruner.from_mlflow(URI)
     local = TokenPruner.from_pretrained(trained / "pruner")
     assert loaded.schedule == local.schedule
     assert isinstance(loaded.scorer, scorers.Learned)
@@ -177,23 +184,84 @@ def test_a_version_is_loaded_and_prunes(
     }
     assert expected["kept_tokens"] < 0.4 * length
     done = subprocess.run(
-        [sys.executable, "-c", LOAD, uri, PROMPT], capture_output=True, text=True, check=True, cwd=tmp_path, timeout=300
+        [sys.executable, "-c", LOAD, URI, PROMPT], capture_output=True, text=True, check=True, cwd=tmp_path, timeout=300
     )
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["answer"] == [expected]
     assert "/code/sdtp/" in told["package"]
 
-    info = mlflow.models.get_model_info(uri)
+    info = mlflow.models.get_model_info(URI)
     assert info.signature.inputs.input_names() == ["prompt"]
     assert info.signature.outputs.input_names() == ["text", "prompt_tokens", "kept_tokens"]
     assert [one.name for one in info.signature.params] == ["max_new_tokens"]
     assert info.saved_input_example_info is not None
     found = store.client.get_model_version(NAME, version)
     assert found.run_id == run
-    folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(tmp_path / "down")))
+    folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=URI, dst_path=str(tmp_path / "down")))
     needed = (folder / "requirements.txt").read_text().split()
     assert f"torch=={torch.__version__.partition('+')[0]}" in needed
     assert not any(one.startswith("sdtp") for one in needed)
+
+
+@pytest.mark.slow
+def test_language_models_of_any_name_have_a_version(store: Store, trained: Path) -> None:
+    refs = ("mistralai/Mistral-7B-Instruct-v0.2", "Qwen/Qwen2.5-7B", '/models/50% o\'my "model": v1.gguf')
+    for name in map(registered_name, refs):
+        for _ in range(2):
+            assert register(store, name, trained / "packaged", "/nowhere", evidence(name, 0.9, 2.0)) == "1"
+    found = {model.name: dict(model.aliases) for model in store.client.search_registered_models()}
+    assert found == {registered_name(ref): {"champion": 1} for ref in refs}
+
+
+def test_a_model_that_cannot_be_copied_leaves_no_registered_model(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "packaged").mkdir()
+    (tmp_path / "packaged" / "MLmodel").symlink_to("nowhere")
+    with pytest.raises(OSError, match="MLmodel"):
+        register(store, NAME, tmp_path / "packaged", "/nowhere", evidence("a", 0.9, 2.0))
+    assert list(store.client.search_registered_models()) == []
+
+
+@pytest.mark.slow
+def test_the_step_registers_the_default_runs_pruner(
+    empty: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Under the name of the pages, once, whatever Snakemake leaves in the pruner's folder."""
+    shutil.copy(empty, tmp_path / "mlflow.db")
+    store = Store(f"sqlite:///{tmp_path / 'mlflow.db'}", "sdtp")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    for folder, manifest in {
+        "model": {"source": SOURCE, "weights_sha256": "w", "trust_remote_code": False},
+        "data": {"splits": {"test": {"content_sha256": "t"}}},
+    }.items():
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "manifest.json").write_text(json.dumps(manifest))
+    shutil.copytree(trained / "pruner", tmp_path / "pruner")
+    synthetic_run.latency().to_csv(tmp_path / "latency.csv", index=False)
+    synthetic_run.quality().to_csv(tmp_path / "quality.csv", index=False)
+    (tmp_path / "timings.json").write_text('{"device": "cpu", "dtype": "float32", "attention": "sdpa"}')
+    settings = {"model": {"dtype": "float32", "attention": "sdpa"}, "training": {"keep_ratio": 0.8}}
+    inputs = {"model": "model", "data": "data", "pruner": "pruner", "latency": "latency.csv", "quality": "quality.csv"}
+    command = ["--settings", json.dumps(settings), "--benchmarks", str(tmp_path / "timings.json")]
+    for option, name in {**inputs, "output": "registered.json", "metrics": "metrics.json"}.items():
+        command += [f"--{option}", str(tmp_path / name)]
+
+    def registered() -> dict[str, Any]:
+        register_step.main(command)
+        return dict(json.loads((tmp_path / "registered.json").read_text()))
+
+    with caplog.at_level(logging.WARNING, "sdtp"):
+        first = registered()
+        (tmp_path / "pruner" / ".snakemake_timestamp").touch()
+        assert registered() == first
+    assert caplog.records == []
+    [version] = store.client.search_model_versions(f"name = '{NAME}'")
+    assert version.tags["sdtp.pruner_sha256"] == first["pruner_sha256"]
+    latest, earlier = store.runs("tags.`sdtp.step` = 'register'", "attributes.start_time DESC")
+    hashed = "sdtp.input.pruner"
+    assert latest.data.tags[hashed] == earlier.data.tags[hashed] == first["pruner_sha256"]
+    documented = re.findall(r'from_mlflow\("(.*)"\)', (ROOT / "docs" / "tracking.md").read_text())
+    assert documented == [URI]
+    assert TokenPruner.from_mlflow(URI).schedule.stages == 3
 
 
 @pytest.mark.slow
@@ -204,7 +272,7 @@ def test_a_registration_that_had_to_wait_happens_once(
     opening = {
         "id": "x",
         "label": "register",
-        "tags": {"sdtp.id": "x", "sdtp.output": str(tmp_path / "registered.json")},
+        "tags": {"sdtp.id": "x", "sdtp.place": "host:/registered.json"},
         "started": 1,
         "experiment": "sdtp",
         "parent": None,
@@ -236,7 +304,7 @@ def test_a_server_registers_and_hands_out(trained: Path, tmp_path: Path, monkeyp
         for _ in range(2):
             assert register(store, NAME, trained / "packaged", "/p", evidence("a", 0.9, 2.0)) == "1"
         monkeypatch.setenv("MLFLOW_TRACKING_URI", server.address)
-        assert TokenPruner.from_mlflow(f"models:/{NAME}@champion").schedule.stages == 3
+        assert TokenPruner.from_mlflow(URI).schedule.stages == 3
     finally:
         server.stop()
 

@@ -21,7 +21,7 @@ from sdtp.errors import UserError
 from sdtp.pipeline import operations
 from sdtp.pipeline import spool as spool_module
 from sdtp.pipeline.mlflow_store import without_password
-from sdtp.pipeline.spool import Entry, claimed, waiting, written
+from sdtp.pipeline.spool import Entry, claimed, damaged, waiting, written
 from sdtp.pipeline.step import step
 from sdtp.pipeline.steps import track
 from sdtp.pipeline.tracking import finish_pipeline, start_pipeline
@@ -258,6 +258,50 @@ def test_an_entry_that_another_process_uploads_meanwhile_is_left_out(
     assert "file is not a database" in caplog.records[-1].getMessage()
     [parent] = waiting(spool)
     assert json.loads((parent / "run.json").read_text())["label"] == "pipeline default"
+
+
+@pytest.mark.parametrize("damage", [b"", b"\0" * 40, b'{"id": "a"', b"[]", b"\xff"])
+def test_what_of_a_spool_is_damaged(tmp_path: Path, damage: bytes) -> None:
+    for name, started in (("a", 1), ("b", 2)):
+        with written(tmp_path, {"id": name, "started": started}):
+            pass
+    (tmp_path / "a" / "run.json").write_bytes(damage)
+    assert [folder.name for folder in waiting(tmp_path)] == ["b"]
+    [error] = damaged(tmp_path)
+    assert str(error).startswith(f"{tmp_path / 'a' / 'run.json'} is damaged (")
+    assert str(error).endswith("left where it is: restore the file, or delete its folder")
+
+
+@pytest.mark.slow
+def test_a_damaged_entry_holds_up_no_other(
+    results: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    results.mkdir()
+    database = results / "mlflow.db"
+    database.write_bytes(b"not a database " * 100)
+
+    def invoke(name: str) -> None:
+        start_pipeline(results / name, CONFIG, "sdtp", None)
+        finish_pipeline(results / name, "FINISHED")
+
+    invoke("spoiled")
+    [spoiled] = waiting(results / "mlflow-spool")
+    invoke("whole")
+    run = (spoiled / "run.json").read_bytes()
+    (spoiled / "run.json").write_bytes(run[:40])
+    database.unlink()
+    invoke("later")
+    for _ in range(2):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "sdtp"):
+            track.main(["sync", "--results", str(results)])
+        [warning] = [record.getMessage() for record in caplog.records]
+        assert warning.startswith(f"{spoiled / 'run.json'} is damaged (")
+        names = "select name, status from runs order by start_time"
+        assert rows(database, names) == [("pipeline whole", "FINISHED"), ("pipeline later", "FINISHED")]
+    (spoiled / "run.json").write_bytes(run)
+    track.main(["sync", "--results", str(results)])
+    assert ("pipeline spoiled", "FINISHED") in rows(database, names)
 
 
 def test_a_spool_that_cannot_be_read_costs_a_warning(

@@ -9,7 +9,6 @@ import signal
 import socket
 import sqlite3
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,13 @@ from typing import Any
 import pytest
 
 from sdtp.errors import UserError
+from sdtp.pipeline.doctor.services import waiting_runs
 from sdtp.pipeline.files import sha256_file, sha256_files
 from sdtp.pipeline.mlflow_store import Store
+from sdtp.pipeline.mounts import filesystem, place
+from sdtp.pipeline.operations import now
 from sdtp.pipeline.step import StepLog, step
+from sdtp.pipeline.steps import track
 from sdtp.pipeline.tracking import finish_pipeline, start_pipeline
 from tests.pipeline.conftest import as_in_the_workflow
 
@@ -302,6 +305,52 @@ def test_numbers_that_are_not_finite_stay_out_of_the_store(runs: Runs, tmp_path:
     assert "best" not in run.data.metrics
 
 
+def test_names_that_mlflow_does_not_take_cost_nothing(
+    runs: Runs, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a metric, which would cost all that are sent with it; the step's own file has it as it is."""
+    with (
+        caplog.at_level(logging.WARNING, "sdtp"),
+        step("suite-table", arguments(tmp_path), outputs=[tmp_path / "out"]) as log,
+    ):
+        log.metrics({"sdtp+h2o/0.9/score": 1.0, "arc|easy (5-shot)": 2.0, "a b_c-d.e: f/g": 3.0})
+    assert caplog.records == []
+    [run] = runs.of(tmp_path / "out")
+    assert {"wall_seconds", "peak_rss_bytes"} <= run.data.metrics.keys()
+    found = {name: value for name, value in run.data.metrics.items() if value in (1.0, 2.0, 3.0)}
+    assert found == {"sdtp-on-h2o/0.9/score": 1.0, "arc-easy -5-shot-": 2.0, "a b_c-d.e: f/g": 3.0}
+    assert json.loads((tmp_path / "metrics.json").read_text())["sdtp+h2o/0.9/score"] == 1.0
+
+
+@pytest.mark.slow
+def test_a_run_whose_folder_is_a_link_is_tracked_beside_the_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = tmp_path / "results"
+    results.mkdir()
+    (tmp_path / "elsewhere" / "big").mkdir(parents=True)
+    (results / "default").symlink_to(tmp_path / "elsewhere" / "big")
+    as_in_the_workflow(monkeypatch, results / "default")
+
+    def invoke() -> None:
+        start_pipeline(results / "default", CONFIG, "sdtp", None)
+        with step("train", arguments(tmp_path), outputs=[results / "default" / "out"]):
+            pass
+        finish_pipeline(results / "default", "FINISHED")
+
+    with monkeypatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+        patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        invoke()
+    assert waiting_runs(results).found.startswith("2 in ")
+    database = results / "mlflow.db"
+    track.main(["sync", "--results", str(results), "--uri", f"sqlite:///{database}"])
+    invoke()
+    finished = "select name, count(*) from runs where status = 'FINISHED' group by name order by name"
+    assert rows(database, finished) == [("pipeline default", 2), ("train", 2)]
+    assert not list((tmp_path / "elsewhere").glob("*mlflow*"))
+
+
 def test_long_settings_are_whole_in_the_artifact_only(runs: Runs, tmp_path: Path) -> None:
     settings = {"template": "x" * 7000, "seed": 3}
     with step("data", arguments(tmp_path, settings), outputs=[tmp_path / "out"]):
@@ -453,11 +502,18 @@ def test_eight_steps_write_to_one_store(
 PIPELINE = """
 import sys
 from pathlib import Path
-from sdtp.pipeline.tracking import start_pipeline
-start_pipeline(Path(sys.argv[1]), {"run": "default"}, "sdtp", None)
-print("started", flush=True)
+from sdtp.pipeline.tracking import finish_pipeline, start_pipeline
+folder = Path(sys.argv[1])
+print(start_pipeline(folder, {"run": "default"}, "sdtp", None), flush=True)
 sys.stdin.readline()
+finish_pipeline(folder, "FINISHED")
 """
+
+
+def parent_file(pipeline: subprocess.Popen[str]) -> Path:
+    """Where a pipeline that has started tells its steps of itself."""
+    assert pipeline.stdout is not None
+    return Path(pipeline.stdout.readline().strip())
 
 
 def statuses(runs: Runs, *outputs: Path) -> list[str]:
@@ -466,19 +522,18 @@ def statuses(runs: Runs, *outputs: Path) -> list[str]:
 
 @pytest.mark.slow
 def test_the_next_invocation_closes_what_a_kill_left_going(
-    runs: Runs, tmp_path: Path, process: Callable[..., subprocess.Popen[str]], caplog: pytest.LogCaptureFixture
+    runs: Runs,
+    tmp_path: Path,
+    process: Callable[..., subprocess.Popen[str]],
+    python_process: Callable[..., subprocess.Popen[str]],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """A pipeline and two of its steps are killed; a third step of it, and another pipeline, go on."""
-    pipe = subprocess.PIPE
     other, killed = runs.results / "alive", runs.results / "killed"
-    pipelines = [
-        subprocess.Popen([sys.executable, "-c", PIPELINE, str(folder)], stdin=pipe, stdout=pipe, text=True)
-        for folder in (other, killed)
-    ]
+    pipelines = [python_process(PIPELINE, folder) for folder in (other, killed)]
     try:
-        for one in pipelines:
-            assert one.stdout is not None
-            assert one.stdout.readline() == "started\n"
+        for one, folder in zip(pipelines, (other, killed), strict=True):
+            assert parent_file(one) == folder / "mlflow-parent.json"
         # The third one's results are deleted with its lock, as `make clean` does.
         outputs = [tmp_path / name / "out" for name in ("first", "second", "third", "alive")]
         steps = [process(output, "3", "hang") for output in outputs]
@@ -500,17 +555,85 @@ def test_the_next_invocation_closes_what_a_kill_left_going(
         steps[3].communicate("\n", timeout=PATIENCE)
         assert statuses(runs, outputs[3]) == ["FINISHED"]
     finally:
-        for one in pipelines:
-            one.kill()
-            one.communicate()
         finish_pipeline(runs.results / "next", "FINISHED")
 
 
-def test_a_run_of_another_host_is_closed_only_where_its_lock_is_seen(runs: Runs, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_two_invocations_of_one_run_keep_apart(
+    runs: Runs,
+    tmp_path: Path,
+    python_process: Callable[..., subprocess.Popen[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As Snakemake allows it for targets that share nothing; the first one ends first."""
+    folder = runs.results / "shared"
+    first = python_process(PIPELINE, folder)
+    told = [parent_file(first), start_pipeline(folder, CONFIG, "sdtp", None)]
+    assert told[0] == folder / "mlflow-parent.json"
+    parents = [json.loads(path.read_text())["run_id"] for path in told]
+    assert len(set(parents)) == 2
+    for index, path in enumerate(told):
+        monkeypatch.setenv("SDTP_PARENT_RUN_FILE", str(path))
+        with step("train", arguments(tmp_path), outputs=[tmp_path / f"out-{index}"]):
+            pass
+        [child] = runs.of(tmp_path / f"out-{index}")
+        assert child.data.tags["mlflow.parentRunId"] == parents[index]
+
+    def going() -> list[str]:
+        return [runs.client.get_run(parent).info.status for parent in parents]
+
+    assert going() == ["RUNNING", "RUNNING"]
+    first.communicate("\n", timeout=PATIENCE)
+    assert going() == ["FINISHED", "RUNNING"]
+    # Neither another run's invocation nor a third one of this run takes the second for dead.
+    for other in (runs.results / "another", folder):
+        third = python_process(PIPELINE, other)
+        assert parent_file(third) == other / "mlflow-parent.json"
+        third.communicate("\n", timeout=PATIENCE)
+        assert going() == ["FINISHED", "RUNNING"]
+    finish_pipeline(folder, "FAILED")
+    assert going() == ["FINISHED", "FAILED"]
+    assert [path.name for path in folder.iterdir()] == ["mlflow-parent.json"]
+    finish_pipeline(folder, "KILLED")  # none is open any more
+    assert going() == ["FINISHED", "FAILED"]
+
+
+def test_runs_of_another_machine_are_let_alone(runs: Runs, tmp_path: Path) -> None:
+    """Its folder has the path of one here, in which nobody writes; here and there are not the same disk."""
+    store = Store(f"sqlite:///{runs.results / 'mlflow.db'}", "sdtp")
+    output = tmp_path / "out"
+    with step("train", arguments(tmp_path), outputs=[output]):
+        pass
+    assert (tmp_path / ".out.lock").exists()
+    tags = {"sdtp.id": "there", "sdtp.host": "elsewhere", "sdtp.output": str(output)}
+    tags["sdtp.place"] = f"elsewhere:{output}"
+    store.create_run({"id": "there", "label": "there", "tags": tags, "started": now()}, alone=True)
+    assert "there" not in store.close_abandoned()
+    with step("train", arguments(tmp_path), outputs=[output]):
+        pass
+    latest, there, earliest = runs.of(output)
+    assert [run.info.status for run in (latest, there, earliest)] == ["FINISHED", "RUNNING", "FINISHED"]
+    assert latest.data.tags["sdtp.supersedes"] == earliest.info.run_id
+    assert not {"sdtp.supersedes", "sdtp.superseded_by"} & there.data.tags.keys()
+    store.client.set_terminated(there.info.run_id)
+
+
+def test_runs_of_a_shared_disk_are_closed_where_their_lock_is_seen(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mounts = tmp_path / "mounts"
+    mounts.write_text(f"host:/a {tmp_path} nfs4 rw 0 0\n", encoding="utf-8")
+    monkeypatch.setattr("sdtp.pipeline.mounts.filesystem", lambda path, _: filesystem(path, mounts))
     store = Store(f"sqlite:///{runs.results / 'mlflow.db'}", "sdtp")
     (tmp_path / ".seen.lock").touch()
     for name in ("seen", "unseen"):
-        tags = {"sdtp.id": name, "sdtp.output": str(tmp_path / name), "sdtp.host": "elsewhere"}
+        output = tmp_path / name
+        tags = {
+            "sdtp.id": name,
+            "sdtp.host": "elsewhere",
+            "sdtp.output": str(output),
+            "sdtp.place": f"host:/a:{output}",
+        }
         store.create_run({"id": name, "label": name, "tags": tags, "started": 1}, alone=True)
     closed = store.close_abandoned()
     assert "seen" in closed
@@ -524,7 +647,7 @@ def test_runs_of_one_output_form_a_chain_in_whatever_order_they_arrive(runs: Run
 
     def arrive(started: int) -> str:
         name = f"{tmp_path.name}-{started}"
-        tags = {"sdtp.id": name, "sdtp.output": str(tmp_path / "out")}
+        tags = {"sdtp.id": name, "sdtp.output": str(tmp_path / "out"), "sdtp.place": f"host:{tmp_path}"}
         return store.create_run({"id": name, "label": name, "tags": tags, "started": started}, alone=False)
 
     third, first, second = (arrive(started) for started in (30, 10, 20))
@@ -551,9 +674,9 @@ def test_folders_may_have_quotes_in_their_names(
             with step("train", arguments(output), outputs=[output / "out"]):
                 pass
     assert caplog.records == []
-    second, first = store.runs_of(str(folder / "out"), "attributes.start_time DESC", 5)
+    second, first = store.runs_of(place(folder / "out"), "attributes.start_time DESC", 5)
     assert second.data.tags["sdtp.supersedes"] == first.info.run_id
-    [latest] = store.runs_of(str(folder / "out"), "attributes.start_time DESC", 1)
+    [latest] = store.runs_of(place(folder / "out"), "attributes.start_time DESC", 1)
     assert latest.info.run_id == second.info.run_id
     for run in (first, second):
         assert (run.info.status, run.data.tags["sdtp.output"]) == ("FINISHED", str(folder / "out"))
@@ -565,6 +688,7 @@ def test_a_run_says_what_it_was_made_from(runs: Runs, tmp_path: Path) -> None:
         folder.mkdir()
         (folder / "big").write_text(folder.name)
     (model / "manifest.json").write_text('{"weights_sha256": "ab"}')
+    (data / ".snakemake_timestamp").touch()
     rows_files = [tmp_path / "b.jsonl", tmp_path / "a.jsonl"]
     for path in rows_files:
         path.write_text(path.name)

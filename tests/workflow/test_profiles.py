@@ -39,11 +39,12 @@ def profile(name: str) -> dict[str, Any]:
 
 @pytest.fixture
 def two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine whose driver lists two GPUs."""
+    """A machine whose driver lists two GPUs, one of them with a part, and both with names that say GPU again."""
     command = tmp_path / "nvidia-smi"
     command.write_text(
         "#!/bin/sh\n"
-        "if [ $1 = -L ]; then echo 'GPU 0: H100 (UUID: GPU-a)'; echo 'GPU 1: H100 (UUID: GPU-b)'\n"
+        "if [ $1 = -L ]; then echo 'GPU 0: RTX 4090 Laptop GPU (UUID: GPU-a)'\n"
+        "echo '  MIG 1g.10gb Device 0: (UUID: MIG-c)'; echo 'GPU 1: RTX 4090 Laptop GPU (UUID: GPU-b)'\n"
         "else echo '0, GPU-a'; echo '1, GPU-b'; fi\n",
         encoding="utf-8",
     )

@@ -44,23 +44,22 @@ try:
     RESULTS = f"results/{config['run']}"
     LOGS = f"logs/{config['run']}"
     tracking_uri(Path(RESULTS), config["tracking"]["uri"])
-    MODEL_FILES = own_files(config["model"]["source"], "model.source")
-    TRAIN_FILES = own_files(config["data"]["train"]["source"], "data.train.source")
-    TEST_FILES = own_files(config["data"]["test"]["source"], "data.test.source")
-    RULER_FILES = [
-        *own_files(config["suites"]["ruler"]["source"], "suites.ruler.source"),
-        *filter(None, [config["suites"]["ruler"]["passages"]]),
-    ]
+    MODEL_FILES = own_files(config["model"]["source"], "model.source.ref")
+    TRAIN_FILES = own_files(config["data"]["train"]["source"], "data.train.source.ref")
+    TEST_FILES = own_files(config["data"]["test"]["source"], "data.test.source.ref")
+    RULER_FILES = own_files(config["suites"]["ruler"]["source"], "suites.ruler.source.ref")
+    if PASSAGES := config["suites"]["ruler"]["passages"]:
+        RULER_FILES += own_files({"kind": "jsonl", "ref": PASSAGES}, "suites.ruler.passages")
     LONGBENCH = config["suites"]["longbench"]
     LONGBENCH_FILES = [
         file
-        for file in (own_files(LONGBENCH["source"], "suites.longbench.source") if LONGBENCH["source"] else [])
+        for file in (own_files(LONGBENCH["source"], "suites.longbench.source.ref") if LONGBENCH["source"] else [])
         if Path(file).stem in LONGBENCH["tasks"]
     ]
     if LONGBENCH["templates"]:
         LONGBENCH_FILES += own_files({"kind": "local", "ref": LONGBENCH["templates"]}, "suites.longbench.templates")
     HARNESS = config["harness"]
-    HARNESS_FILES = own_files(HARNESS["local"]["source"], "harness.local.source")
+    HARNESS_FILES = own_files(HARNESS["local"]["source"], "harness.local.source.ref")
     # Without what Python leaves there as lm-eval imports the tasks' functions.
     INCLUDED = [
         file
@@ -104,13 +103,13 @@ TRAIN_RETRIES = 2 if config["data"]["train"]["source"]["kind"] == "hub" else 0
 TEST_RETRIES = 2 if config["data"]["test"]["source"]["kind"] == "hub" else 0
 
 # Read by every step (sdtp.pipeline.tracking); in the environment, since nothing about tracking may rerun a step.
-PARENT_RUN_FILE = f"{RESULTS}/{tracking.PARENT_FILE}"
 os.environ.update(
     SDTP_RUN=config["run"],
     SDTP_EXPERIMENT=config["tracking"]["experiment"],
     SDTP_TRACKING_URI=config["tracking"]["uri"] or "",
-    SDTP_PARENT_RUN_FILE=PARENT_RUN_FILE,
 )
+# `start_tracking` says which it is; a job that a cluster runs inherits it.
+os.environ.setdefault("SDTP_PARENT_RUN_FILE", f"{RESULTS}/{tracking.PARENT_FILE}")
 # What the page of the paper names in its commands; where a configuration was read from reruns nothing either.
 os.environ.update(
     SDTP_CONFIGURED=without_password(
@@ -247,6 +246,10 @@ def evaluations(methods):
 
 # Of the trade-off: what one would use instead of the run's methods.
 PEERS = [method for method in config["peers"]["methods"] if method not in METHODS]
+# What a cache is compressed on top of is what that is compared with, whether or not the run has it.
+PEERS += [
+    base for base in ["sdtp"] if base not in METHODS + PEERS and any(m.startswith(f"{base}+") for m in METHODS + PEERS)
+]
 PRESSES = config["peers"]["kvpress"]
 # At every keep ratio; the oracle's choice takes a backward pass, and no time is its own.
 TIMED = [method for method in METHODS + PEERS if method != "oracle"]
@@ -498,12 +501,13 @@ def start_tracking():
             check_shared(tracking_uri(Path(RESULTS), config["tracking"]["uri"]))
         except UserError as error:
             raise WorkflowError(str(error))
-    tracking.start_pipeline(
+    parent_file = tracking.start_pipeline(
         Path(RESULTS),
         config,
         config["tracking"]["experiment"],
         config["tracking"]["uri"],
     )
+    os.environ.update(SDTP_PARENT_RUN_FILE=str(parent_file))
 
 
 def finish_tracking(status):

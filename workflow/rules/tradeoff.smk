@@ -39,13 +39,18 @@ rule time_methods:
 
 if COMPRESSING:
 
+    # Beside `time_methods`, which may be asked for the same ratio, and so under names of its own.
     use rule time_methods as time_compression with:
         input:
             model="<results>/model",
             text="<text>",
         output:
             timings=expand("<results>/timings/{method}-{{keep_ratio}}.json", method=COMPRESSING),
-            metrics="<results>/metrics/time-methods-{keep_ratio}.json",
+            metrics="<results>/metrics/time-compression-{keep_ratio}.json",
+        log:
+            "<logs>/time-compression/{keep_ratio}.log",
+        benchmark:
+            "<benchmarks>/time-compression-{keep_ratio}.tsv"
         wildcard_constraints:
             keep_ratio=re.escape(UNPRUNED_RATIO),
         params:

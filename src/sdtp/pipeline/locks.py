@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from sdtp.disk import naming
 from sdtp.errors import UserError
 
 # How often a writer tries, and how long it waits in between: `is_free` holds a lock for a moment as well.
@@ -27,23 +28,24 @@ def only_writer(output: Path) -> Iterator[None]:
     It goes with the last process that holds the file open, so one that was killed never leaves it behind, and its
     orphaned workers still count as writers.
 
-    Raises UserError, naming the holder, where another process has it.
+    Raises UserError, naming the holder, where another process has it, and OSError, naming the file, for a full disk.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
-    with open(lock_file(output), "a+", encoding="utf-8") as file:
+    path = lock_file(output)
+    with open(path, "ab+", buffering=0) as file:  # what could not be written would be tried again on closing
         if not _locked(file):
             file.seek(0)
-            holder = file.read().strip() or "another process"
+            holder = file.read().decode("utf-8", "replace").strip() or "another process"
             raise UserError(
                 f"{output} is being written by {holder}: wait until it ends or stop it (kill PID), then run this again"
             )
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        with naming(path):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
 
 
-def _locked(file: IO[str]) -> bool:
+def _locked(file: IO[bytes]) -> bool:
     for attempt in range(_TRIES):
         if attempt:
             time.sleep(_SECONDS)

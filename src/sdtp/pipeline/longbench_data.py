@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 import zipfile
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from sdtp.evaluation.longbench.references import Reference, paragraph_number
 from sdtp.evaluation.longbench.tasks import Metric, Task, task
 from sdtp.pipeline.block import Source
 from sdtp.pipeline.files import sha256_file, sha256_files
+from sdtp.pipeline.hub import asking_hub, dataset_commit
 from sdtp.pipeline.reading import reading
 from sdtp.pipeline.rows import Row, read_rows
 
@@ -102,22 +102,18 @@ def _folder(folder: Path, key: str, tasks: Sequence[Task]) -> LongBench:
 
 
 def _hub(source: Source, key: str, tasks: Sequence[Task]) -> LongBench:
-    from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import RemoteEntryNotFoundError
 
-    revision = source.revision
-    try:
-        if revision is None or not re.fullmatch("[0-9a-f]{40}", revision):
-            # A branch moves; results name the commit that was read.
-            revision = HfApi().dataset_info(source.ref, revision=revision).sha
-        archive = hf_hub_download(source.ref, ARCHIVE, repo_type="dataset", revision=revision)
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise UserError(f"{key}: no {source.ref!r} at revision {source.revision!r} on the hub") from error
-    except EntryNotFoundError as error:  # also where the hub is out of reach, and the archive not in its cache
-        raise UserError(
-            f"{key}.ref: no {ARCHIVE} of {source.ref} at revision {revision}: {error}; kind local reads a folder of "
-            "<task>.jsonl files"
-        ) from error
+    with asking_hub(source, key):
+        revision = dataset_commit(source)
+        try:
+            archive = hf_hub_download(source.ref, ARCHIVE, repo_type="dataset", revision=revision)
+        except RemoteEntryNotFoundError as error:
+            raise UserError(
+                f"{key}.ref: no {ARCHIVE} of {source.ref} at revision {revision}: {error}; kind local reads a folder "
+                "of <task>.jsonl files"
+            ) from error
     with tempfile.TemporaryDirectory() as folder:
         paths = unpack(
             Path(archive), Path(folder), tasks, f"{key}.ref: {ARCHIVE} of {source.ref} at revision {revision}"

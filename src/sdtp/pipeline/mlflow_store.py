@@ -12,6 +12,7 @@ from typing import Any
 
 from sdtp.errors import UserError
 from sdtp.pipeline.locks import is_free, lock_file
+from sdtp.pipeline.mounts import place
 
 
 def tracking_uri(results_dir: Path, uri: str | None) -> str:
@@ -19,7 +20,7 @@ def tracking_uri(results_dir: Path, uri: str | None) -> str:
 
     Raises UserError for a plain folder (`file:./mlruns`, `./mlruns`), which MLflow 3 no longer writes to.
     """
-    chosen = os.environ.get("MLFLOW_TRACKING_URI") or uri or f"sqlite:///{results_dir.resolve().parent / 'mlflow.db'}"
+    chosen = os.environ.get("MLFLOW_TRACKING_URI") or uri or f"sqlite:///{results_dir.parent.resolve() / 'mlflow.db'}"
     if chosen.startswith("file:") or (":" not in chosen and chosen != "databricks"):
         raise UserError(
             f"tracking.uri (or MLFLOW_TRACKING_URI): {chosen!r} is a folder, which MLflow no longer writes to; "
@@ -91,14 +92,14 @@ class Store:
         Runs that wrote the same output form a chain, in the order they began: each names the one it replaces
         (`sdtp.supersedes`) and the one that replaced it (`sdtp.superseded_by`), also where it is opened only later.
 
-        opening: `id`, `label`, `tags` (`sdtp.output` among them: what the run writes), and `started`, milliseconds
-            since 1970.
+        opening: `id`, `label`, `tags` (`sdtp.place` among them: what the run writes, see `mounts.place`), and
+            `started`, milliseconds since 1970.
         alone: whether this process is known to be the one writer of the output, so that an earlier run that still goes
             there was killed before it could say so, and is closed as KILLED.
         """
         with self.writing():
             run_id = self.find(opening["id"]) or self._create(opening)
-            output, started = opening["tags"]["sdtp.output"], f"attributes.start_time {{}} {opening['started']}"
+            output, started = opening["tags"]["sdtp.place"], f"attributes.start_time {{}} {opening['started']}"
             # Of two: this run is among those that began no later.
             before = self.runs_of(output, "attributes.start_time DESC", 2, started.format("<="))
             earlier = [run for run in before if run.info.run_id != run_id][:1]
@@ -128,28 +129,29 @@ class Store:
         return list(self.client.search_runs([self.experiment_id], condition, max_results=count, order_by=[order]))
 
     def runs_of(self, output: str, order: str, count: int, condition: str | None = None) -> list[Any]:
-        """Runs of the experiment that wrote `output`, a path, as `runs` gives them."""
+        """Runs of the experiment that wrote `output`, as `mounts.place` names it; they are given as `runs` does."""
         further = f" and {condition}" if condition else ""
         quote = '"' if "'" in output else "'"
         if quote not in output:
-            return self.runs(f"tags.`sdtp.output` = {quote}{output}{quote}{further}", order, count)
+            return self.runs(f"tags.`sdtp.place` = {quote}{output}{quote}{further}", order, count)
         # The search language cannot write both kinds of quotes: to LIKE, _ is any one character.
         pattern = output.replace("'", "_")
-        similar = self.runs(f"tags.`sdtp.output` LIKE '{pattern}'{further}", order)
-        return [run for run in similar if run.data.tags["sdtp.output"] == output][:count]
+        similar = self.runs(f"tags.`sdtp.place` LIKE '{pattern}'{further}", order)
+        return [run for run in similar if run.data.tags["sdtp.place"] == output][:count]
 
     def close_abandoned(self) -> list[str]:
         """Closes, as KILLED, the runs that still go although nobody writes their output any more; gives their names.
 
-        Whether somebody does, the lock beside the output says. Where it cannot be seen, a run of this host is taken for
-        dead, its results having been deleted, and one of another host is left alone.
+        Whether somebody does, the lock beside the output says, if the output's path means the same file here as it did
+        where the run was opened (`mounts.place`). Where there is no lock, a run of this host is taken for dead, its
+        results having been deleted, and one of another host is left alone.
         """
         closed = []
         for run in self.runs("attributes.status = 'RUNNING'"):
-            place = run.data.tags.get("sdtp.output")
-            if place is None:
+            output = run.data.tags.get("sdtp.output")
+            if output is None or run.data.tags.get("sdtp.place") != place(Path(output)):
                 continue
-            free = is_free(lock_file(Path(place)))
+            free = is_free(lock_file(Path(output)))
             if free or (free is None and run.data.tags.get("sdtp.host") == socket.gethostname()):
                 with self.writing():
                     self.client.set_terminated(run.info.run_id, "KILLED")

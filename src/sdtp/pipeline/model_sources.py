@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import logging
@@ -16,10 +17,13 @@ from sdtp.errors import UserError
 from sdtp.pipeline.architecture import check_architecture
 from sdtp.pipeline.block import Source
 from sdtp.pipeline.corpus import package_files
-from sdtp.pipeline.files import atomic_folder, sha256_file
+from sdtp.pipeline.files import atomic_folder, sha256_file, write_atomically
 from sdtp.pipeline.gguf_file import check_gguf
+from sdtp.pipeline.hub import asking_hub
 from sdtp.pipeline.models import WEIGHTS, WHOLE_MODEL, check_loaded, load_reported, weights_of, weights_sha256
 from sdtp.pipeline.reading import inside, read_json, reading
+
+MANIFEST = "manifest.json"
 
 # Weights in pickles can run code when loaded: they are named in errors, and never fetched.
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -60,7 +64,8 @@ def fetch_model(source: Source, output: str | Path, *, trust_remote_code: bool =
             "trust_remote_code": trust_remote_code,
             **_describe(folder, trust_remote_code),
         }
-        (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        with write_atomically(folder / MANIFEST) as temporary:
+            temporary.write_text(json.dumps(manifest, indent=2) + "\n")
     return manifest
 
 
@@ -151,30 +156,34 @@ def _from_folder(source: Source, folder: Path, trust_remote_code: bool) -> tuple
 
 
 def _from_hub(source: Source, folder: Path, trust_remote_code: bool) -> tuple[str, str, str]:
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub import HfApi, constants, snapshot_download
 
-    try:
-        info = HfApi().model_info(source.ref, revision=source.revision)
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise UserError(f"model.source: no {source.ref!r} at revision {source.revision!r} on the hub") from error
-    names = [sibling.rfilename for sibling in info.siblings or []]
-    if not any(fnmatch(name, WEIGHTS) for name in names):
-        raise UserError(_no_safetensors(f"hub model {source.ref!r}", names))
-    check_architecture(source.ref, revision=info.sha, trust_remote_code=trust_remote_code)
     # Into the hub's own cache, where an interrupted download goes on; weights in subfolders are other formats.
-    snapshot = Path(
-        snapshot_download(
-            source.ref, revision=info.sha, allow_patterns=_patterns(trust_remote_code), ignore_patterns=["*/*"]
-        )
+    download = functools.partial(
+        snapshot_download,
+        source.ref,
+        allow_patterns=_patterns(trust_remote_code),
+        ignore_patterns=["*/*", MANIFEST],
     )
+    with asking_hub(source, "model.source"):
+        if constants.HF_HUB_OFFLINE:
+            # The cache has a folder for each commit.
+            cached = Path(download(revision=source.revision, local_files_only=True))
+            commit, names = cached.name, os.listdir(cached)
+        else:
+            info = HfApi().model_info(source.ref, revision=source.revision)
+            commit, names = str(info.sha), [sibling.rfilename for sibling in info.siblings or []]
+        if not any(fnmatch(name, WEIGHTS) for name in names):
+            raise UserError(_no_safetensors(f"hub model {source.ref!r}", names))
+        check_architecture(source.ref, revision=commit, trust_remote_code=trust_remote_code)
+        snapshot = Path(download(revision=commit))
     _check_weights(snapshot, trust_remote_code)
     sha256 = weights_sha256(snapshot)
     _verify(f"weights of {source.ref}", source.sha256, sha256)
     # The cache also holds what others have downloaded of the revision.
     for file in _taken(snapshot, trust_remote_code):
         _link_or_copy(file.resolve(), folder / file.name)
-    return str(info.sha), sha256, _card_licence(folder)
+    return commit, sha256, _card_licence(folder)
 
 
 def _patterns(trust_remote_code: bool) -> list[str]:
@@ -183,9 +192,10 @@ def _patterns(trust_remote_code: bool) -> list[str]:
 
 
 def _taken(folder: Path, trust_remote_code: bool) -> list[Path]:
-    """The files directly in a folder that belong to a model."""
+    """The files directly in a folder that belong to a model, but for a manifest, in whose place ours is written."""
     patterns = _patterns(trust_remote_code)
-    return [file for file in folder.iterdir() if file.is_file() and any(fnmatch(file.name, one) for one in patterns)]
+    files = [file for file in folder.iterdir() if file.is_file() and file.name != MANIFEST]
+    return [file for file in files if any(fnmatch(file.name, one) for one in patterns)]
 
 
 def _link_or_copy(file: Path, target: Path) -> None:

@@ -5,6 +5,7 @@ its name, step, time and value, a model by the run it belongs to, and everything
 """
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -13,6 +14,7 @@ from typing import Any
 
 from sdtp.pipeline import registry
 from sdtp.pipeline.mlflow_store import Store
+from sdtp.pipeline.mounts import place
 
 Operation = dict[str, Any]
 # One number of a run: name, value, milliseconds since 1970, step.
@@ -37,7 +39,7 @@ def now() -> int:
 
 
 def metrics(points: Iterable[Point]) -> Operation:
-    """Numbers; at most `MOST_METRICS`."""
+    """Numbers; at most `MOST_METRICS`. What MLflow takes in no name is replaced there: `sdtp+h2o` is `sdtp-on-h2o`."""
     return {"kind": "metrics", "points": [list(point) for point in points]}
 
 
@@ -73,8 +75,7 @@ def latest(folder: str, count: int) -> Operation:
 
 def register(name: str, model: Path, pruner: Path, evidence: Mapping[str, Any]) -> Operation:
     """A version of a registered model, see `registry.register`."""
-    place = str(pruner.resolve())
-    return {"kind": "register", "name": name, "path": str(model), "pruner": place, "evidence": dict(evidence)}
+    return {"kind": "register", "name": name, "path": str(model), "pruner": place(pruner), "evidence": dict(evidence)}
 
 
 def close(status: str, at: int) -> Operation:
@@ -106,7 +107,13 @@ def apply(store: Store, run_id: str, operation: Operation) -> None:
 def _metrics(store: Store, run_id: str, operation: Operation) -> None:
     from mlflow.entities import Metric
 
-    store.log_batch(run_id, metrics=[Metric(*point) for point in operation["points"]])
+    points = [Metric(_accepted(name), *numbers) for name, *numbers in operation["points"]]
+    store.log_batch(run_id, metrics=points)
+
+
+def _accepted(name: str) -> str:
+    # One name that MLflow does not take would cost the whole batch.
+    return re.sub(r"[^\w./: -]", "-", name.replace("+", "-on-"))
 
 
 def _params(store: Store, run_id: str, operation: Operation) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypedDict, TypeVar, cast
 
+from sdtp.disk import naming
 from sdtp.errors import UserError
 from sdtp.pipeline.devices import choose_device
 from sdtp.pipeline.files import digest, sha256_file, sha256_files, write_atomically
@@ -121,9 +122,12 @@ class Predictions(Generic[T]):
         return self._answers.get(key)
 
     def add(self, key: str, answer: T) -> None:
-        """Append an answer; it is in the file when this returns."""
+        """Append an answer; it is in the file when this returns.
+
+        Raises OSError, naming the file, for a full disk.
+        """
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self._path, "a", encoding="utf-8") as file:
+        with naming(self._path), open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"hash": key, **cast(dict[str, Any], answer)}, ensure_ascii=False) + "\n")
         self._answers[key] = answer
 

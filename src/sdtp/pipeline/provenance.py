@@ -97,4 +97,10 @@ def _sha256(path: Path) -> str:
         return sha256_file(path)
     if (path / "manifest.json").is_file():
         return sha256_file(path / "manifest.json")
-    return sha256_files(path, (file for file in path.rglob("*") if file.is_file()))
+    return sha256_folder(path)
+
+
+def sha256_folder(folder: Path) -> str:
+    """One SHA-256 for all files of a folder and below it, as `sha256_files`, but for the mark that Snakemake leaves."""
+    own = (file for file in folder.rglob("*") if file.is_file() and file.name != ".snakemake_timestamp")
+    return sha256_files(folder, own)

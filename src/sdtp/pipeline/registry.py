@@ -6,6 +6,7 @@ the version's tags. Doing this twice for one pruner is doing it once.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,17 +23,17 @@ def register(store: Store, name: str, folder: Path, pruner: str, evidence: Mappi
     """Registers a pruner, unless it is there already, and decides about the champion; gives the version's number.
 
     name: of the registered model, one for each language model. folder: an MLflow model, see `packaging`. pruner: where
-    the training step wrote it, which tells the run it came from. evidence: `pruner_sha256`, `quality`, `speed`, what
-    `SAME` names, and whatever else belongs in the tags; one whose `quality` is None is never the champion.
+    the training step wrote it, as `mounts.place` names it, which tells the run it came from. evidence: `pruner_sha256`,
+    `quality`, `speed`, what `SAME` names, and whatever else belongs in the tags; one whose `quality` is None is never
+    the champion.
     """
     tags = {f"sdtp.{key}": value if isinstance(value, str) else json.dumps(value) for key, value in evidence.items()}
     with store.writing():
-        _ensure_registered(store, name)
         version = _version(store, name, tags[_PRUNER]) or _create(store, name, folder, pruner, tags)
         present = _champion(store, name)
         if evidence["quality"] is None:
             wins, reason = False, "not compared: no task has a quality"
-        elif present is None or present.version == version:
+        elif present is None or str(present.version) == version:  # a number or text, as the store is
             wins, reason = True, "no other champion"
         else:
             wins, reason = beats(tags, present.tags)
@@ -82,16 +83,19 @@ def _create(store: Store, name: str, folder: Path, pruner: str, tags: Mapping[st
 
     trained = store.runs_of(pruner, "attributes.start_time DESC", 1)
     run_id = trained[0].info.run_id if trained else None
-    models = store.client.search_logged_models([store.experiment_id], f"name = '{name}'")
+    # MLflow takes fewer characters here than in the name of a registered model: no dot, as in Qwen2.5-7B.
+    logged_name = re.sub(r"[/:.%\"']", "-", name)
+    models = store.client.search_logged_models([store.experiment_id], f"name = '{logged_name}'")
     model = next((one for one in models if one.tags.get(_PRUNER) == tags[_PRUNER]), None)
     if model is None:
         model = store.client.create_logged_model(
-            store.experiment_id, name, source_run_id=run_id, tags=dict(tags), model_type="token pruner"
+            store.experiment_id, logged_name, source_run_id=run_id, tags=dict(tags), model_type="token pruner"
         )
         if run_id is not None:
             store.client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
     store.client.log_model_artifacts(model.model_id, str(folder))
     store.client.finalize_logged_model(model.model_id, "READY")
+    _ensure_registered(store, name)
     with store.named_by_the_environment():
         store.client.create_model_version(
             name, f"models:/{model.model_id}", run_id, tags={_PRUNER: tags[_PRUNER]}, model_id=model.model_id

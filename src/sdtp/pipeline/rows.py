@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from sdtp.errors import UserError
 from sdtp.pipeline.block import Source
 from sdtp.pipeline.files import sha256_file, sha256_files
+from sdtp.pipeline.hub import asking_hub, dataset_commit
 from sdtp.pipeline.reading import inside, read_json, reading
 from sdtp.pipeline.sources import jsonl_file, visible_files
 
@@ -71,7 +71,7 @@ def read_rows(source: Source, key: str) -> Rows:
             line that is not a JSON object (or only the beginning of one), a broken table.
     """
     if source.kind == "jsonl":
-        path = jsonl_file(source.ref, key)
+        path = jsonl_file(source.ref, f"{key}.ref")
         return Rows(_json_rows(path, path.name), None, sha256_file(path))
     if source.kind == "local":
         return _folder_rows(source, key)
@@ -169,24 +169,25 @@ def _refuse_bombs(path: Path, metadata: pyarrow.parquet.FileMetaData) -> None:
 
 def _hub_rows(source: Source, key: str) -> Rows:
     import datasets
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-    revision = source.revision
-    try:
-        if revision is None or not re.fullmatch("[0-9a-f]{40}", revision):
-            # A branch moves; the manifest names the commit that was read.
-            revision = HfApi().dataset_info(source.ref, revision=revision).sha
-        dataset = datasets.load_dataset(source.ref, revision=revision, split="train")
-    except (RepositoryNotFoundError, RevisionNotFoundError, datasets.exceptions.DatasetNotFoundError) as error:
-        raise UserError(f"{key}: no {source.ref!r} at revision {source.revision!r} on the hub") from error
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise UserError(f"{key}: {source.ref} at revision {revision} cannot be read: {error.__cause__}") from error
-    except ValueError as error:  # what the library says of several configurations, or of no such split, lists those
-        raise UserError(
-            f"{key}.ref: {source.ref} at revision {revision}: {' '.join(str(error).split())} Here a data set needs a "
-            "split 'train' and no more than one configuration; rows of another can be saved to a folder (kind local)"
-        ) from error
+    with asking_hub(source, key):
+        revision = dataset_commit(source)
+        try:
+            builder = datasets.load_dataset_builder(source.ref, revision=revision)
+            if builder.hash != revision:  # out of the hub's reach the library takes what its cache has, of any commit
+                raise ConnectionError(f"the cache has it at {builder.hash} alone")
+            builder.download_and_prepare()
+            dataset = builder.as_dataset(split="train")
+        except datasets.exceptions.DatasetNotFoundError as error:
+            raise UserError(f"{key}: no {source.ref!r} at revision {source.revision!r} on the hub") from error
+        except datasets.exceptions.DatasetGenerationError as error:
+            raise UserError(f"{key}: {source.ref} at revision {revision} cannot be read: {error.__cause__}") from error
+        except ValueError as error:  # what the library says of several configurations, or of no such split, lists those
+            raise UserError(
+                f"{key}.ref: {source.ref} at revision {revision}: {' '.join(str(error).split())} Here a data set needs "
+                "a split 'train' and no more than one configuration; rows of another can be saved to a folder (kind "
+                "local)"
+            ) from error
     return Rows(_dataset_rows(source.ref, dataset), revision, None)
 
 

@@ -24,7 +24,16 @@ _DONE = ".done-"
 
 def spool_folder(results_dir: Path) -> Path:
     """Where the runs of a results folder wait: beside it, where the SQLite store is by default."""
-    return results_dir.resolve().parent / _SPOOL
+    return results_dir.parent.resolve() / _SPOOL
+
+
+class DamagedError(Exception):
+    """A run waits and does not say how to open it."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(
+            f"{path} is damaged ({reason}), and the run is left where it is: restore the file, or delete its folder"
+        )
 
 
 class Entry:
@@ -35,8 +44,17 @@ class Entry:
 
     @property
     def opening(self) -> dict[str, Any]:
-        """How to open the run: what `Store.create_run` takes, and `uri`, `experiment`, `parent`, `run_id`."""
-        opening: dict[str, Any] = json.loads((self.folder / _RUN).read_text("utf-8"))
+        """How to open the run: what `Store.create_run` takes, and `uri`, `experiment`, `parent`.
+
+        Raises DamagedError where run.json does not say it, FileNotFoundError where it is not there.
+        """
+        path = self.folder / _RUN
+        try:
+            opening = json.loads(path.read_text("utf-8"))
+        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both ValueErrors
+            raise DamagedError(path, str(error)) from error
+        if not isinstance(opening, dict):
+            raise DamagedError(path, "no JSON object")
         return opening
 
     def append(self, operation: Operation) -> None:
@@ -103,14 +121,26 @@ def waiting(spool: Path) -> list[Path]:
 
 
 def openings(spool: Path) -> dict[Path, dict[str, Any]]:
-    """How to open each of the runs that wait, by their folders, in the order of `waiting`."""
+    """How to open each of the runs that wait, by their folders, in the order of `waiting`; `damaged` ones left out."""
     for done in spool.glob(f"{_DONE}*"):
         shutil.rmtree(done, ignore_errors=True)
-    found = {}
-    for entry in _entries(spool):
-        with suppress(FileNotFoundError):  # another process has uploaded it meanwhile
-            found[entry.folder] = entry.opening
+    found = {folder: opening for folder, opening in _read(spool) if not isinstance(opening, DamagedError)}
     return dict(sorted(found.items(), key=lambda one: (one[1]["started"], one[0])))
+
+
+def damaged(spool: Path) -> list[DamagedError]:
+    """What is to be said of the runs that wait and cannot be opened."""
+    return [error for _, error in _read(spool) if isinstance(error, DamagedError)]
+
+
+def _read(spool: Path) -> Iterator[tuple[Path, dict[str, Any] | DamagedError]]:
+    for entry in _entries(spool):
+        try:
+            yield entry.folder, entry.opening
+        except DamagedError as error:
+            yield entry.folder, error
+        except FileNotFoundError:  # another process has uploaded it meanwhile
+            continue
 
 
 def _entries(spool: Path) -> list[Entry]:

@@ -21,8 +21,9 @@ import yaml
 from sdtp.errors import UserError
 from sdtp.pipeline import operations, provenance
 from sdtp.pipeline.files import canonical_json, digest, write_atomically
-from sdtp.pipeline.locks import only_writer
+from sdtp.pipeline.locks import lock_file, only_writer
 from sdtp.pipeline.mlflow_store import tracking_uri, without_password
+from sdtp.pipeline.mounts import place
 from sdtp.pipeline.resources import measured
 from sdtp.pipeline.spool import claimed, openings, spool_folder, waiting
 from sdtp.pipeline.tracked_run import TrackedRun, one_line
@@ -34,17 +35,19 @@ PARENT_FILE = "mlflow-parent.json"
 # What the pipeline's own run is given of the results, where this invocation made it.
 SHOWN = ("report.html", "figures", "tables")
 
-# Of each invocation of this process: the lock that says that it lives.
-_INVOCATIONS: dict[Path, ExitStack] = {}
+# Of each invocation of this process, by its results folder: what its steps were told, and what it holds.
+_INVOCATIONS: dict[Path, tuple[dict[str, Any], ExitStack]] = {}
 
 
-def start_pipeline(results_dir: Path, config: Mapping[str, Any], experiment: str, uri: str | None) -> None:
+def start_pipeline(results_dir: Path, config: Mapping[str, Any], experiment: str, uri: str | None) -> Path:
     """Opens the parent run of one pipeline invocation; call it once, before the first step.
 
     Makes the database and the experiment, so that steps never race on them, closes the runs that a killed invocation
-    left going, and writes what the steps need to know to `results_dir/mlflow-parent.json`: how the parent was opened,
-    the configuration's hash, the git commit. When the tracker fails, the file says so, and the steps do not try again.
-    `config` is logged whole but for passwords in addresses, as the artifact config.yaml.
+    left going, and writes what the steps need to know to a file, which it gives: how the parent was opened, the
+    configuration's hash, the git commit. When the tracker fails, the file says so, and the steps do not try again.
+    The file is `results_dir/mlflow-parent.json`; for the time that another invocation works on the same run it is one
+    of this invocation's own beside it. `config` is logged whole but for passwords in addresses, as the artifact
+    config.yaml.
 
     Raises UserError for a tracking URI that cannot work.
     """
@@ -56,29 +59,31 @@ def start_pipeline(results_dir: Path, config: Mapping[str, Any], experiment: str
         "git_dirty": dirty,
     }
     tags = {**provenance.origin(facts), "sdtp.step": "pipeline", "sdtp.run": results_dir.name}
-    opening = _opening(f"pipeline {results_dir.name}", results_dir, tags, chosen, experiment)
+    output, parent_file, held = _hold(results_dir)
+    opening = _opening(f"pipeline {results_dir.name}", output, tags, chosen, experiment)
     run = TrackedRun(opening, spool_folder(results_dir))
-    run.connect(chosen, alone=_hold(results_dir), first=True)
+    run.connect(chosen, alone=True, first=True)
     run.text("config.yaml", yaml.safe_dump(json.loads(without_password(canonical_json(config))), sort_keys=False))
     run.release()
     facts |= {"opening": opening, "experiment": experiment}
     facts |= {"failed": run.failure} if run.failure else {"run_id": run.run_id}
-    with write_atomically(results_dir / PARENT_FILE) as temporary:
+    with write_atomically(parent_file) as temporary:
         temporary.write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
+    _INVOCATIONS[results_dir.resolve()] = facts, held
+    return parent_file
 
 
 def finish_pipeline(results_dir: Path, status: str) -> None:
-    """Closes the parent run that `start_pipeline` opened; status: FINISHED, FAILED or KILLED.
+    """Closes the parent run that `start_pipeline` opened in this process; status: FINISHED, FAILED or KILLED.
 
     It is given the report and the figures that this invocation made, and the steps' runs what Snakemake measured of
     their jobs. Runs of this invocation that wait on disk are tried once more. The tracking URI is looked up as the
     steps do, with SDTP_TRACKING_URI.
     """
-    facts = _facts(results_dir / PARENT_FILE)
-    if "opening" in facts:
-        _finish(results_dir, status, facts)
-    if (held := _INVOCATIONS.pop(results_dir.resolve(), None)) is not None:
-        held.close()
+    if (invocation := _INVOCATIONS.pop(results_dir.resolve(), None)) is not None:
+        facts, held = invocation
+        with held:
+            _finish(results_dir, status, facts)
 
 
 def _finish(results_dir: Path, status: str, facts: Mapping[str, Any]) -> None:
@@ -175,7 +180,7 @@ def _opening(
     return {
         "id": identity,
         "label": label,
-        "tags": {**tags, "sdtp.id": identity, "sdtp.output": str(output.resolve())},
+        "tags": {**tags, "sdtp.id": identity, "sdtp.output": str(output.resolve()), "sdtp.place": place(output)},
         "started": operations.now(),
         "experiment": experiment,
         "parent": parent,
@@ -184,18 +189,24 @@ def _opening(
     }
 
 
-def _hold(results_dir: Path) -> bool:
-    """Holds the lock that says that an invocation writes `results_dir`, until it is finished; whether it was free."""
-    place = results_dir.resolve()
-    if place in _INVOCATIONS:  # one that was never finished
-        _INVOCATIONS.pop(place).close()
-    held = ExitStack()
+def _hold(results_dir: Path) -> tuple[Path, Path, ExitStack]:
+    """What an invocation alone writes, where its steps are told of it, and the lock that says that it lives.
+
+    It writes `results_dir`. If another invocation does, whose targets are others, it has a file of its own there, for
+    as long as the lock is held.
+    """
+    if (unfinished := _INVOCATIONS.pop(results_dir.resolve(), None)) is not None:
+        unfinished[1].close()
+    held, parent_file = ExitStack(), results_dir / PARENT_FILE
     try:
-        held.enter_context(only_writer(place))
+        held.enter_context(only_writer(results_dir.resolve()))
     except UserError:
-        return False
-    _INVOCATIONS[place] = held
-    return True
+        own = parent_file.with_stem(f"{parent_file.stem}-{uuid.uuid4().hex[:8]}")
+        held.enter_context(only_writer(own))
+        for file in (lock_file(own), own):
+            held.callback(file.unlink, missing_ok=True)
+        return own, own, held
+    return results_dir, parent_file, held
 
 
 def _facts(parent_file: Path) -> dict[str, Any]:

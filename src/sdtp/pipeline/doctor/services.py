@@ -14,11 +14,10 @@ from pathlib import Path
 
 from sdtp.errors import UserError
 from sdtp.pipeline.doctor.finding import INSTALL, Finding, one_line
-from sdtp.pipeline.doctor.storage import filesystem
 from sdtp.pipeline.mlflow_store import tracking_uri, without_password
+from sdtp.pipeline.mounts import MOUNTS, NETWORK_FILESYSTEMS, filesystem
 from sdtp.pipeline.spool import number_waiting, spool_folder
 
-NETWORK_FILESYSTEMS = ("nfs", "nfs4", "cifs", "smb3", "lustre", "gpfs", "beegfs", "ceph", "fuse.sshfs", "9p")
 # Seconds that another process may hold SQLite's lock.
 _LOCKED = 5.0
 
@@ -89,7 +88,7 @@ def waiting_runs(results: Path) -> Finding:
     return Finding(name, "ok", "none")
 
 
-def check_shared(uri: str, mounts: Path = Path("/proc/self/mounts")) -> None:
+def check_shared(uri: str, mounts: Path = MOUNTS) -> None:
     """Refuses a store that several machines would damage: SQLite's locks do not hold over a network file system.
 
     Raises UserError for an SQLite file on one; `mounts` is the kernel's table of what is mounted.
@@ -97,7 +96,7 @@ def check_shared(uri: str, mounts: Path = Path("/proc/self/mounts")) -> None:
     if not uri.startswith("sqlite:///"):
         return
     path = Path(uri.removeprefix("sqlite:///").partition("?")[0]).absolute()
-    kind = filesystem(path, mounts)
+    kind = filesystem(path, mounts).kind
     if kind in NETWORK_FILESYSTEMS:
         raise UserError(
             f"tracking.uri (or MLFLOW_TRACKING_URI): {path} is an SQLite file on a network file system ({kind}), and "
@@ -106,7 +105,7 @@ def check_shared(uri: str, mounts: Path = Path("/proc/self/mounts")) -> None:
 
 
 def _sqlite(name: str, path: Path) -> Finding:
-    kind = filesystem(path)
+    kind = filesystem(path).kind
     if kind in NETWORK_FILESYSTEMS:
         advice = "SQLite needs a local disk: set tracking.uri (or MLFLOW_TRACKING_URI) to one, or to a tracking server"
         return Finding(name, "warning", f"{path} is on a network file system ({kind})", advice)

@@ -1,9 +1,8 @@
-"""Room on disks, and what kind they are."""
+"""Room on disks."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -52,19 +51,3 @@ def _folder(name: str, folder: Path) -> Finding:
     if free < RUN_BYTES:
         return Finding(name, "warning", found, f"make room: the default run takes about half of {memory(RUN_BYTES)}")
     return Finding(name, "ok", found)
-
-
-def filesystem(path: Path, mounts: Path = Path("/proc/self/mounts")) -> str:
-    """The kind of file system that `path` is on, as the kernel calls it; empty where it does not say."""
-    try:
-        rows = [line.split() for line in mounts.read_text().splitlines()]
-    except OSError:
-        return ""
-    place = Path(os.path.realpath(path))
-    found = ("", "")
-    for _, point, kind, *_ in rows:
-        point = point.replace("\\040", " ")
-        # The longest is the one that is seen; of equal ones the last, mounted over the others.
-        if (point == "/" or place.is_relative_to(point)) and len(point) >= len(found[0]):
-            found = (point, kind)
-    return found[1]

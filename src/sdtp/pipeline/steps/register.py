@@ -13,9 +13,10 @@ import pandas as pd
 from sdtp.errors import UserError
 from sdtp.pipeline.config import Settings
 from sdtp.pipeline.data_folder import split_hash
-from sdtp.pipeline.files import sha256_files, write_atomically
+from sdtp.pipeline.files import write_atomically
 from sdtp.pipeline.models import read_manifest
 from sdtp.pipeline.packaging import save_model
+from sdtp.pipeline.provenance import sha256_folder
 from sdtp.pipeline.reading import read_json
 from sdtp.pipeline.results import AGREEMENT, read_latency, read_quality
 from sdtp.pipeline.step import step
@@ -37,9 +38,8 @@ def main(argv: list[str]) -> None:
     settings = Settings.from_json(args.settings)
     with step("register", args, outputs=[args.output]) as log:
         manifest = read_manifest(args.model)
-        files = [path for path in args.pruner.iterdir() if path.is_file()]
         evidence = {
-            "pruner_sha256": sha256_files(args.pruner, files),
+            "pruner_sha256": sha256_folder(args.pruner),
             "weights_sha256": manifest["weights_sha256"],
             "test_sha256": split_hash(args.data, "test"),
             **measured(read_quality(args.quality), read_latency(args.latency), settings.training.keep_ratio),

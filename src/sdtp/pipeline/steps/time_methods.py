@@ -82,7 +82,7 @@ def main(argv: list[str]) -> None:
             log.artifact(path)
             for unpruned, timed in zip(own[::2], own[1::2], strict=True):
                 speedup = paired_ratios(unpruned["prefill_s"], timed["prefill_s"])[1]
-                log.metric(f"prefill_speedup/{method.replace('+', '-on-')}/{timed['prompt_tokens']}", speedup)
+                log.metric(f"prefill_speedup/{method}/{timed['prompt_tokens']}", speedup)
 
 
 def stages(method: str, settings: Settings, num_layers: int, attached: TokenPruner | Peer) -> list[int]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sdtp.errors import UserError
 from sdtp.pipeline.mlflow_store import tracking_uri
-from sdtp.pipeline.spool import spool_folder, waiting
+from sdtp.pipeline.spool import damaged, spool_folder, waiting
 from sdtp.pipeline.tracked_run import one_line
 from sdtp.pipeline.upload import upload_all
 
@@ -33,9 +33,11 @@ def main(argv: list[str]) -> None:
     if args.uri:
         os.environ.pop("MLFLOW_TRACKING_URI", None)
         tracking_uri(args.results, args.uri)
+    for error in damaged(spool):
+        logger.warning("%s", error)
     due = len(waiting(spool))
     if not due:
-        logger.info("nothing waits in %s", spool)
+        logger.info("nothing waits in %s that can be uploaded", spool)
         return
     uploaded: list[str] = []
 
