@@ -27,9 +27,7 @@ def own_files(source: Mapping[str, Any], key: str) -> list[str]:
         files = visible_files(path)
     for file in files:
         if re.search("[{}<>]", str(file)):
-            raise UserError(
-                f"{key}: {str(file)!r} cannot be an input of the workflow; a path without {{}}<> is needed"
-            )
+            raise UserError(f"{key}: {str(file)!r} cannot be an input of the workflow; a path without {{}}<> is needed")
     return [str(file) for file in files]
 
 
