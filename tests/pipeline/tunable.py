@@ -38,7 +38,7 @@ def save(folder: Path, model: PreTrainedModel, schedule: PruningSchedule) -> Pat
             "id": f"e{number}",
             "task": "retrieval" if number < 8 else "continuation",
             "prompt_ids": torch.randint(3, 128, (length,), generator=generator).tolist(),
-            "response_ids": torch.randint(3, 128, (3,), generator=generator).tolist(),
+            "response_ids": torch.randint(3, 128, (12,), generator=generator).tolist(),
         }
         for number, length in enumerate(lengths)
     ]
