@@ -53,7 +53,7 @@ def test_an_overflow_is_no_agreement(value: float, side: int) -> None:
     logits = [PRUNED.log(), UNPRUNED.log()]
     logits[side][1, 2] = value
     with pytest.raises(UserError, match=r"kl of example 'a' is (nan|inf): the model's logits are not finite there"):
-        check_finite("example 'a'", loss=1.0, kl=agreement(*logits).kl)
+        check_finite("example 'a'", {"loss": 1.0, "kl": agreement(*logits).kl})
 
 
 def test_refuses_other_places() -> None:

@@ -94,9 +94,12 @@ def test_proportions_of_one_group_have_wilsons_interval_and_of_alike_ones_nearly
     low, high = stats.wilson_interval([value / 100 for value in values])
     assert strata.proportion_interval([values], [1.0], 100.0) == pytest.approx((100 * low, 100 * high))
     low, high = stats.wilson_interval([value / 100 for value in values * 2])
-    assert strata.proportion_interval([values, values], HALVES, 100.0) == pytest.approx(
-        (100 * low, 100 * high), abs=1.0
-    )
+    assert strata.proportion_interval([values, values], HALVES, 100.0) == pytest.approx((100 * low, 100 * high))
+    nearly = strata.proportion_interval([values, values], [0.49, 0.51], 100.0)
+    assert nearly == pytest.approx((100 * low, 100 * high), abs=1.0)
+    # Of groups as large as each other that weigh otherwise it is about their own mean.
+    low, high = strata.proportion_interval([[1.0] * 20, [0.0] * 20], [0.9, 0.1], 1.0)
+    assert 0.5 < low < 0.9 < high
     # All right is no proof that all would be.
     low, high = strata.proportion_interval([[1.0] * 3, [1.0] * 4], HALVES, 1.0)
     assert (high, low < 0.75) == (1.0, True)

@@ -247,9 +247,8 @@ def evaluations(methods):
 # Of the trade-off: what one would use instead of the run's methods.
 PEERS = [method for method in config["peers"]["methods"] if method not in METHODS]
 # What a cache is compressed on top of is what that is compared with, whether or not the run has it.
-PEERS += [
-    base for base in ["sdtp"] if base not in METHODS + PEERS and any(m.startswith(f"{base}+") for m in METHODS + PEERS)
-]
+if "sdtp" not in METHODS + PEERS and any(method.startswith("sdtp+") for method in METHODS + PEERS):
+    PEERS.append("sdtp")
 PRESSES = config["peers"]["kvpress"]
 # At every keep ratio; the oracle's choice takes a backward pass, and no time is its own.
 TIMED = [method for method in METHODS + PEERS if method != "oracle"]

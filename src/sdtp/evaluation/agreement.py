@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import torch
 
@@ -46,7 +47,7 @@ def divergence(logits: torch.Tensor, unpruned: torch.Tensor) -> float:
     return 0.0 if kl < 0.0 else kl  # rounding may put a divergence of 0 below it; nan stays, which max() may drop
 
 
-def check_finite(where: str, **values: float) -> None:
+def check_finite(where: str, values: Mapping[str, float]) -> None:
     """Refuse a measurement of an overflow, which would rank as if it were one of a model.
 
     Args:

@@ -75,16 +75,15 @@ def damages(
         if None in found:
             unpruned, ids, _ = forced_logits(model, prompt, response)
             loss = response_cross_entropy(unpruned, ids).item()
-            check_finite(f"the unpruned model on example {example['id']!r}", loss=loss)
+            check_finite(f"the unpruned model on example {example['id']!r}", {"loss": loss})
         forward()
         for schedule, damage in zip(wanted, found, strict=True):
             if damage is None:
                 logits, _, kept = forced_logits(model, prompt, response, pruner.with_schedule(schedule))
                 more, kl = response_cross_entropy(logits, ids).item() - loss, divergence(logits, unpruned)
                 left = list(schedule.surviving(len(prompt)))
-                check_finite(
-                    f"example {example['id']!r}, of whose {len(prompt)} tokens {left} are left", loss=more, kl=kl
-                )
+                where = f"example {example['id']!r}, of whose {len(prompt)} tokens {left} are left"
+                check_finite(where, {"loss": more, "kl": kl})
                 damage = Damage(kl, more, kept / len(prompt))
                 if known is not None:
                     known.add(example, schedule, damage)

@@ -202,7 +202,7 @@ class PrunedLM(HFLM):
                     log_probs = logits.to(self.softmax_dtype or torch.float32).log_softmax(-1)
                     total = float(log_probs.gather(-1, continuation.unsqueeze(-1)).sum())
                     if math.isnan(total):  # of a token that a model rules out it is -inf
-                        check_finite(f"continuation {requests[index][0] or ids!r}", **{"log-likelihood": total})
+                        check_finite(f"continuation {requests[index][0] or ids!r}", {"log-likelihood": total})
                     scored = Scored(
                         log_likelihood=total,
                         greedy=bool((logits.argmax(-1) == continuation).all()),

@@ -60,8 +60,9 @@ def interval(groups: Groups, weights: Sequence[float]) -> tuple[float, float]:
 def proportion_interval(groups: Groups, weights: Sequence[float], right: float) -> tuple[float, float]:
     """95% interval of `mean` where each value is that of a right answer or 0: stratified Wilson (Yan and Su 2010).
 
-    Of one group it is Wilson's. Of several each has Wilson's at a smaller z, with which their weighted sum is as wide
-    as it should be; the variance of a group is that of Agresti and Coull (1998), which is not 0 where all are right.
+    Where every example weighs as much it is Wilson's of all. Else each group has Wilson's at a smaller z, with which
+    their weighted sum is as wide as it should be; the variance of a group is that of Agresti and Coull (1998), which is
+    not 0 where all are right.
 
     Args:
         groups, weights: as `mean` takes them.
@@ -71,6 +72,9 @@ def proportion_interval(groups: Groups, weights: Sequence[float], right: float) 
         ValueError: as `mean`; a value outside [0, right].
     """
     _check(groups, weights)
+    if _is_even(groups, weights):
+        low, high = stats.wilson_interval([value / right for values in groups for value in values])
+        return right * low, right * high
     errors = []
     for values in groups:
         n = len(values) + Z * Z
@@ -113,10 +117,9 @@ def paired_difference(
     differences = [[a - b for a, b in zip(*pair, strict=True)] for pair in zip(first, second, strict=True)]
     count = sum(len(values) for values in differences)
     every_first, every_second = list(chain.from_iterable(first)), list(chain.from_iterable(second))
-    even = all(math.isclose(weight * count, len(values)) for weight, values in zip(weights, first, strict=True))
     if right is None or not stats.right_or_wrong(every_first, every_second, right):
         low, high = interval(differences, weights)
-    elif even:
+    elif _is_even(first, weights):
         low, high = stats.difference_interval(every_first, every_second, right)
     else:
         low, high = _answers_interval(differences, weights, right)
@@ -135,6 +138,12 @@ def _answers_interval(differences: Groups, weights: Sequence[float], right: floa
     middle = math.fsum(weight * mean for weight, (mean, _) in zip(weights, found, strict=True))
     half = Z * math.hypot(*(weight * error for weight, (_, error) in zip(weights, found, strict=True)))
     return max(-right, middle - half), min(right, middle + half)
+
+
+def _is_even(groups: Groups, weights: Sequence[float]) -> bool:
+    """Whether every example weighs as much in the mean."""
+    count = sum(len(values) for values in groups)
+    return all(math.isclose(weight * count, len(values)) for weight, values in zip(weights, groups, strict=True))
 
 
 def _check(groups: Groups, weights: Sequence[float]) -> None:

@@ -17,7 +17,7 @@ from sdtp.errors import UserError
 from sdtp.pipeline.architecture import check_architecture
 from sdtp.pipeline.block import Source
 from sdtp.pipeline.corpus import package_files
-from sdtp.pipeline.files import atomic_folder, sha256_file, write_atomically
+from sdtp.pipeline.files import atomic_folder, sha256_file
 from sdtp.pipeline.gguf_file import check_gguf
 from sdtp.pipeline.hub import asking_hub
 from sdtp.pipeline.models import WEIGHTS, WHOLE_MODEL, check_loaded, load_reported, weights_of, weights_sha256
@@ -64,8 +64,7 @@ def fetch_model(source: Source, output: str | Path, *, trust_remote_code: bool =
             "trust_remote_code": trust_remote_code,
             **_describe(folder, trust_remote_code),
         }
-        with write_atomically(folder / MANIFEST) as temporary:
-            temporary.write_text(json.dumps(manifest, indent=2) + "\n")
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     return manifest
 
 

@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import pandas as pd
@@ -14,7 +15,7 @@ from sdtp.errors import UserError
 from sdtp.evaluation import strata
 from sdtp.evaluation.longbench import tasks as longbench
 from sdtp.evaluation.longbench.tasks import Language
-from sdtp.evaluation.stats import wilson_interval
+from sdtp.evaluation.stats import right_or_wrong
 from sdtp.pipeline.results import difference_columns, with_verdicts
 
 # fmt: off
@@ -193,10 +194,7 @@ def _scores(rows: Mapping[Example, Mapping[str, Any]], group: _Group) -> list[li
 
 
 def _interval(group: _Group, scores: list[list[float]]) -> tuple[float, float]:
-    if not {score for task in scores for score in task} <= {0.0, 100.0} and group.suite == "longbench":
+    # Most of LongBench's metrics give more than right and wrong.
+    if group.suite == "longbench" and not right_or_wrong(chain.from_iterable(scores), (), 100.0):
         return strata.interval(scores, group.weights)
-    if len({len(task) for task in scores}) > 1:
-        return strata.proportion_interval(scores, group.weights, 100.0)
-    # A mean over tasks is one over examples where each task has as many of them.
-    low, high = wilson_interval([score / 100 for task in scores for score in task])
-    return 100 * low, 100 * high
+    return strata.proportion_interval(scores, group.weights, 100.0)

@@ -109,7 +109,7 @@ def _unpruned(example: dict[str, Any], logits: torch.Tensor) -> tuple[Forced, Ag
 
 def _row(example: dict[str, Any], forced: Forced, agreed: Agreement) -> dict[str, Any]:
     loss = continuation.loss(forced)
-    check_finite(f"example {example['id']!r}", loss=loss, kl=agreed.kl)
+    check_finite(f"example {example['id']!r}", {"loss": loss, "kl": agreed.kl})
     return {
         "id": example["id"],
         "task": example["task"],

@@ -56,8 +56,8 @@ def reference(model: PreTrainedModel, examples: list[dict[str, Any]], batch_toke
         for batch in length_batches([len(example["prompt_ids"]) for example in examples], batch_tokens, most_padding=0):
             prompts, responses = ([examples[index][name] for index in batch] for name in ("prompt_ids", "response_ids"))
             for index, (states, logits) in zip(batch, response_states(model, prompts, responses), strict=True):
-                largest = {"largest logit": float(logits.float().abs().max())}
-                check_finite(f"the unpruned model on example {examples[index]['id']!r}", **largest)
+                largest = float(logits.float().abs().max())
+                check_finite(f"the unpruned model on example {examples[index]['id']!r}", {"largest logit": largest})
                 if not checked:
                     checked = True
                     try:
